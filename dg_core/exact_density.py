@@ -1,0 +1,267 @@
+"""A density over small pictures that is known exactly at every noise level.
+
+A mixture of K low-rank Gaussians in the orthonormal DCT domain, all with the same texture spectrum:
+
+    p(c) = sum_k w_k N(c; m_k, diag(lam) + W_k^T W_k),      c = DCT(y)
+
+Adding noise of level s adds s^2 to `lam`, so log p_s, score, Laplacian and Hessian products have closed forms
+(Woodbury identity) at any s >= 0. Dropping the high DCT frequencies of the mixture gives the exact marginal at a
+smaller picture size, so one file serves all sizes.
+
+symbol      name              meaning
+y, s        y, s              VE coordinates, see `coordinates`
+lam         band_variance     texture variance of DCT band j
+m_k, W_k    means, factors    mean and low-rank factor of component k
+P           precision         1 / (lam + s^2)
+M_k         -                 I + W_k P W_k^T, the r x r matrix of the Woodbury identity
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import scipy.fft
+import torch
+from safetensors import safe_open
+
+BAND_EDGES = (0, 1.5, 2.5, 3.5, 4.5, 6, 8, 10, 13, 16, 20, 24, 28, 32, 38, 46, 56, 72, 100)
+CHANNELS = 3
+
+
+@lru_cache
+def _dct_matrix(n):
+    return torch.from_numpy(scipy.fft.dct(torch.eye(n, dtype=torch.float64).numpy(), axis=0, norm="ortho"))
+
+
+def dct(x):
+    """Orthonormal DCT-II over channels, rows and columns: (..., C, H, W) -> (..., C, H, W)."""
+    for dim in (-3, -2, -1):
+        matrix = _dct_matrix(x.shape[dim]).to(x)
+        x = torch.movedim(torch.movedim(x, dim, -1) @ matrix.T, -1, dim)
+    return x
+
+
+def idct(c):
+    """Inverse of `dct`."""
+    for dim in (-3, -2, -1):
+        matrix = _dct_matrix(c.shape[dim]).to(c)
+        c = torch.movedim(torch.movedim(c, dim, -1) @ matrix, -1, dim)
+    return c
+
+
+def band_index(size):
+    """Band number of every DCT coefficient, by radial frequency and channel: (C, size, size), int64."""
+    f = torch.arange(size, dtype=torch.float64)
+    radius = torch.hypot(f[:, None], f[None, :]).contiguous()
+    radial = torch.bucketize(radius, torch.tensor(BAND_EDGES[1:], dtype=torch.float64), right=True)
+    bands = len(BAND_EDGES) - 1
+    return radial[None] + bands * torch.arange(CHANNELS)[:, None, None]
+
+
+@dataclass
+class _NoiseLevel:
+    """What depends on s alone, per image: B images, K components, J bands, rank r."""
+
+    precision: torch.Tensor  # (B, D)
+    band_precision: torch.Tensor  # (B, J)
+    m_inv: torch.Tensor  # (B, K, r, r)
+    log_det: torch.Tensor  # (B, K)
+
+
+class ExactDensity:
+    """Exact log p_s and its derivatives for pictures of `size` x `size` x 3, flattened DCT inside.
+
+    Every method takes y (B, 3, size, size) in VE coordinates, s (B,) or a float, and optional `weights` (B, K)
+    that replace the mixture weights (rows need not be normalised; zeros remove components). Results are in y's dtype;
+    the arithmetic runs in the dtype of the tables (float64 unless `to` changed it).
+
+    Raises ValueError where y is not (B, 3, size, size), or s or weights do not fit it.
+    """
+
+    def __init__(self, log_weights, means, factors, band_variance, size):
+        """Tables in latent units: log_weights (K,), means (K, 3, N, N), factors (K, r, 3, L, L), band_variance (J,).
+
+        `size` must be at most N. Factors cover the lowest L frequencies; they are cut or zero-padded to `size`.
+        """
+        full = means.shape[-1]
+        if not 8 <= size <= full:
+            raise ValueError(f"size is {size}; the density has sizes from 8 to {full}")
+        low = min(size, factors.shape[-1])
+        # An orthonormal DCT coefficient of a picture grows with its size.
+        scale = size / full
+        index = band_index(size)
+        self.size, self.low = size, low
+        self.log_weights = log_weights.double()
+        self.means = scale * means[..., :size, :size].double().flatten(1)  # (K, D)
+        self.factors = scale * factors[..., :low, :low].double().flatten(2)  # (K, r, D_low)
+        self.band_variance = scale**2 * band_variance.double()
+        self.index = index.flatten()  # (D,)
+        self.low_index = index[:, :low, :low].flatten()
+        self.low_slots = torch.arange(index.numel()).view(index.shape)[:, :low, :low].flatten()
+        self._sum_bands()
+
+    def _sum_bands(self):
+        """Sums over the coefficients of each band, so that nothing of size D depends on both k and s."""
+        bands = self.band_variance.numel()
+        self.band_count = torch.bincount(self.index, minlength=bands).to(self.means)  # (J,)
+        one_hot = torch.nn.functional.one_hot(self.index, bands).to(self.means)  # (D, J)
+        self.mean_energy = self.means.square() @ one_hot  # (K, J)
+        low_means = self.means[:, self.low_slots]
+        self.gram = torch.stack([  # (J, K, r, r): W_k W_k^T of band j
+            (w := self.factors[..., self.low_index == j]) @ w.mT for j in range(bands)
+        ])
+        self.factor_mean = torch.stack([  # (J, K, r): W_k m_k of band j
+            (self.factors[..., self.low_index == j] @ low_means[:, self.low_index == j, None])[..., 0] for j in range(bands)
+        ])
+
+    @classmethod
+    def load(cls, path, size):
+        """Read the tables from a safetensors file."""
+        with safe_open(path, framework="pt") as f:
+            return cls(f.get_tensor("log_weights"), f.get_tensor("means"), f.get_tensor("factors"),
+                       f.get_tensor("band_variance"), size)
+
+    @property
+    def components(self):
+        return self.log_weights.numel()
+
+    @property
+    def dim(self):
+        """D, the number of elements of one picture."""
+        return self.index.numel()
+
+    def to(self, device=None, dtype=None):
+        """A copy with its tables on `device`, in `dtype`."""
+        other = object.__new__(ExactDensity)
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                value = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+            setattr(other, name, value)
+        return other
+
+    def one_hot(self, component):
+        """Weights (1, K) that leave one component: a single Gaussian."""
+        if not 0 <= component < self.components:
+            raise ValueError(f"component is {component}; the density has components 0 to {self.components - 1}")
+        return torch.nn.functional.one_hot(torch.tensor([component]), self.components).to(self.means)
+
+    # --- exact quantities -------------------------------------------------------------------------------------
+
+    def log_prob(self, y, s, weights=None):
+        """log p_s(y) in nats, (B,)."""
+        return self._evaluate(y, s, weights).log_prob.to(y.dtype)
+
+    def bits_per_dim(self, y, s, weights=None):
+        """-log2 p_s(y) / D, (B,): larger means more detail."""
+        return -self.log_prob(y, s, weights) / (self.dim * math.log(2))
+
+    def score(self, y, s, weights=None):
+        """grad log p_s(y), shape of y."""
+        e = self._evaluate(y, s, weights)
+        return self._picture(self._mean_gradient(e, e.resp), y)
+
+    def denoised(self, y, s, weights=None):
+        """E[x0 | y] = y + s^2 score (Tweedie), shape of y."""
+        e = self._evaluate(y, s, weights)
+        s2 = self._levels(y, s).square()[:, None]
+        return self._picture(e.c + s2 * self._mean_gradient(e, e.resp), y)
+
+    def laplacian(self, y, s, weights=None):
+        """Laplacian of log p_s at y, (B,)."""
+        e = self._evaluate(y, s, weights)
+        p2 = e.level.band_precision.square()
+        gram2 = torch.einsum("bj,jkrq->bkrq", p2, self.gram)
+        trace = -(e.level.band_precision @ self.band_count)[:, None] + torch.einsum("bkrq,bkqr->bk", e.level.m_inv, gram2)
+        pp = e.level.precision.square()
+        centred = ((pp * e.c.square()).sum(1)[:, None] - 2 * (pp * e.c) @ self.means.T + p2 @ self.mean_energy.T)
+        cross = self._project(pp * e.c) - torch.einsum("bj,jkr->bkr", p2, self.factor_mean)
+        gradient_energy = centred - 2 * (cross * e.a).sum(-1) + torch.einsum("bkr,bkrq,bkq->bk", e.a, gram2, e.a)
+        score = self._mean_gradient(e, e.resp)
+        return ((e.resp * (trace + gradient_energy)).sum(1) - score.square().sum(1)).to(y.dtype)
+
+    def hessian_product(self, y, s, v, weights=None):
+        """H v with H the Hessian of log p_s at y; v and the result have the shape of y."""
+        e = self._evaluate(y, s, weights)
+        vc = dct(v.to(self.means)).flatten(1)
+        p = e.level.precision
+        wv = self._project(p * vc)  # (B, K, r)
+        within = -p * vc + p * self._expand(e.resp[..., None] * (e.level.m_inv @ wv[..., None])[..., 0])
+        slope = -(((p * vc * e.c).sum(1))[:, None] - (p * vc) @ self.means.T - (wv * e.a).sum(-1))  # g_k . v
+        between = self._mean_gradient(e, e.resp * slope)
+        score = self._mean_gradient(e, e.resp)
+        return self._picture(within + between - score * (score * vc).sum(1, keepdim=True), v)
+
+    def sample(self, count, s, generator, weights=None):
+        """`count` exact draws from p_s, (count, 3, size, size), float64."""
+        w = (self.log_weights.exp() if weights is None else weights[0]).cpu()
+        k = torch.multinomial(w, count, replacement=True, generator=generator)
+        normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+        c = self.means[k] + (self.band_variance[self.index] + s**2).sqrt() * normal(count, self.dim)
+        c[:, self.low_slots] += torch.einsum("brd,br->bd", self.factors[k], normal(count, self.factors.shape[1]))
+        return idct(c.view(count, CHANNELS, self.size, self.size))
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    @dataclass
+    class _Evaluation:
+        c: torch.Tensor  # (B, D)
+        level: _NoiseLevel
+        a: torch.Tensor  # (B, K, r): M_k^-1 W_k P (c - m_k)
+        resp: torch.Tensor  # (B, K): posterior weights of the components
+        log_prob: torch.Tensor  # (B,)
+
+    def _evaluate(self, y, s, weights):
+        if y.ndim != 4 or tuple(y.shape[1:]) != (CHANNELS, self.size, self.size):
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}; this density is defined on (B, {CHANNELS}, {self.size}, {self.size})")
+        level = self._noise_level(self._levels(y, s))
+        if weights is None:
+            log_w = self.log_weights
+        else:
+            weights = weights.to(self.means)
+            if weights.ndim != 2 or weights.shape[1] != self.components or len(weights) not in (1, len(y)):
+                raise ValueError(f"weights has shape {tuple(weights.shape)}; expected ({len(y)}, {self.components})")
+            log_w = weights.log() - weights.sum(1, keepdim=True).log()
+        c = dct(y.to(self.means)).flatten(1)
+        pc = level.precision * c
+        u = self._project(pc) - torch.einsum("bj,jkr->bkr", level.band_precision, self.factor_mean)
+        a = (level.m_inv @ u[..., None])[..., 0]
+        distance = ((pc * c).sum(1)[:, None] - 2 * pc @ self.means.T + level.band_precision @ self.mean_energy.T
+                    - (u * a).sum(-1))
+        joint = log_w - 0.5 * (distance + level.log_det + self.dim * math.log(2 * math.pi))
+        return self._Evaluation(c, level, a, joint.softmax(1), joint.logsumexp(1))
+
+    def _levels(self, y, s):
+        s = torch.as_tensor(s, device=y.device).to(self.means)
+        if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(y))):
+            raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} images")
+        return s.expand(len(y)) if s.ndim == 0 or len(s) == 1 else s
+
+    def _noise_level(self, s):
+        levels, which = s.unique(return_inverse=True)
+        variance = self.band_variance + levels.square()[:, None]  # (S, J)
+        p = 1 / variance
+        m = torch.einsum("sj,jkrq->skrq", p, self.gram)
+        m.diagonal(dim1=-2, dim2=-1).add_(1)
+        chol = torch.linalg.cholesky(m)
+        log_det = (variance.log() @ self.band_count)[:, None] + 2 * chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        m_inv = torch.cholesky_inverse(chol)
+        return _NoiseLevel(p[:, self.index][which], p[which], m_inv[which], log_det[which])
+
+    def _project(self, c):
+        """W_k c of every component: (B, D) -> (B, K, r)."""
+        k, r, _ = self.factors.shape
+        return (c[:, self.low_slots] @ self.factors.flatten(0, 1).T).view(-1, k, r)
+
+    def _expand(self, coefficients):
+        """sum_k W_k^T coefficients_k: (B, K, r) -> (B, D)."""
+        low = coefficients.flatten(1) @ self.factors.flatten(0, 1)
+        return low.new_zeros(len(low), self.dim).index_copy(1, self.low_slots, low)
+
+    def _mean_gradient(self, e, weights):
+        """sum_k weights_k grad log N_k, (B, D) in the DCT domain."""
+        centred = weights.sum(1, keepdim=True) * e.c - weights @ self.means
+        return e.level.precision * (self._expand(weights[..., None] * e.a) - centred)
+
+    def _picture(self, c, like):
+        return idct(c.view(-1, CHANNELS, self.size, self.size)).to(like.dtype)

@@ -1,0 +1,115 @@
+"""Density guidance by quantile: the formulas.
+
+Multiplying eps by eta steers log p along the sampling path at no extra model call (arXiv 2502.05807, section 5):
+
+    dy/ds = eta * eps,      eta = 1 + sqrt(2 D) z / ||eps||^2,      z = Phi^-1(q)
+
+The part of the log-density change that comes from it is known beforehand:
+
+    shift = sqrt(2 D) z ln(s_start / s_end)   nats over the guided range
+
+symbol            name                  unit
+q                 quantile              1; 0.5 is neutral, below it more detail
+z                 z                     1; standard normal quantile
+eta - 1           eta_minus_one         1; 0 is neutral
+s_start, s_end    GuidedRange           noise levels in VE coordinates
+shift             predicted_shift       nats, positive = smoother
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .coordinates import per_image
+from .statistics import compute_dtype, dimension, squared_norm
+from .units import bits_per_dim_to_nats, quantile_to_z
+
+
+@dataclass(frozen=True)
+class GuidedRange:
+    """The guided steps of a schedule: steps `first` to `last - 1`, from s_start down to s_end.
+
+    A step is guided where its starting sigma lies in the wanted window and its end is not zero noise: the last
+    denoising step to sigma = 0 has no log-density to steer, and a call at alpha = 0 has no score.
+    """
+
+    first: int
+    last: int
+    sigma_start: float
+    sigma_end: float
+    s_start: float
+    s_end: float
+
+    @property
+    def log_range(self):
+        """ln(s_start / s_end), 0 when no step is guided."""
+        return math.log(self.s_start / self.s_end) if self.last > self.first else 0.0
+
+
+def guided_range(sigmas, coordinates, sigma_high=math.inf, sigma_low=0.0):
+    """The `GuidedRange` of a schedule: steps that start at sigma_low < sigma <= sigma_high.
+
+    sigmas: floats, descending, in the units of the host. Raises ValueError if they are not finite or not descending.
+    """
+    if not all(math.isfinite(v) and v >= 0 for v in sigmas):
+        raise ValueError(f"sigmas are {_brief(sigmas)}; they must be finite and not negative")
+    if any(b > a for a, b in zip(sigmas, sigmas[1:])):
+        raise ValueError(
+            f"sigmas are {_brief(sigmas)}; density guidance needs a schedule that only descends "
+            "(for adding noise to an image, use the sampler without it)")
+    # Schedules are float32: a window edge that should meet one of them may miss it by a rounding.
+    steps = [i for i, (a, b) in enumerate(zip(sigmas, sigmas[1:]))
+             if sigma_low * (1 + 1e-6) < a <= sigma_high * (1 + 1e-6) and b > 0 and coordinates.alpha(a) > 0]
+    if not steps:
+        return GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
+    first, last = steps[0], steps[-1] + 1
+    return GuidedRange(first, last, sigmas[first], sigmas[last], coordinates.s(sigmas[first]), coordinates.s(sigmas[last]))
+
+
+def _brief(sigmas):
+    return [round(v, 4) for v in sigmas] if len(sigmas) < 9 else [round(v, 4) for v in (*sigmas[:3], *sigmas[-3:])]
+
+
+def z_value(quantile, detail_shift, dim, log_range):
+    """z of a quantile plus a wanted shift in bits per dimension over the guided range.
+
+    detail_shift > 0 means more detail, a lower log-density and so a smaller z. `dim` is D, an int or (B,).
+    """
+    z = quantile_to_z(quantile)
+    if detail_shift and log_range:
+        z = z + bits_per_dim_to_nats(detail_shift, dim) / ((2 * dim) ** 0.5 * log_range)
+    return z
+
+
+def predicted_shift(z, dim, log_range):
+    """Log-density that guidance adds over the guided range, in nats."""
+    return (2 * dim) ** 0.5 * z * log_range
+
+
+def eta_minus_one(eps_norm2, z, dim):
+    """eta - 1 = sqrt(2 D) z / ||eps||^2 of every image, (B,). Zero where eps is zero."""
+    return torch.where(eps_norm2 > 0, (2 * dim) ** 0.5 * z / eps_norm2, 0.0)
+
+
+def guide_denoised(x, denoised, sigma, coordinates, z, dim, guided, mask=None):
+    """The denoised prediction whose Euler step follows the guided ODE.
+
+        denoised~ = denoised - (eta - 1) (y - denoised)
+
+    x, denoised: (B, ...); sigma: (B,); z, dim: float or (B,); mask: None or weights broadcastable to x.
+    Outside `guided` (a `GuidedRange`) the prediction comes back unchanged. Everything stays on x's device.
+    """
+    wide = compute_dtype(x.dtype)
+    sigma = sigma.to(wide)
+    # The margins allow for samplers that recompute sigma from its logarithm.
+    inside = (sigma > guided.sigma_end * (1 + 1e-4)) & (sigma <= guided.sigma_start * (1 + 1e-4))
+    alpha = coordinates.alpha(sigma)
+    # sigma * eps
+    noise = x - denoised if coordinates.slope == 0 else torch.addcmul(x, denoised, -per_image(alpha, x.ndim).to(x.dtype))
+    norm2 = squared_norm(noise, mask) / sigma.square()
+    strength = torch.where(inside, eta_minus_one(norm2, z, dim) / alpha, 0.0)
+    strength = per_image(strength, x.ndim)
+    if mask is not None:
+        strength = strength * mask
+    return torch.addcmul(denoised.to(wide), noise.to(wide), strength, value=-1).to(denoised.dtype)

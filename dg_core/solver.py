@@ -1,0 +1,125 @@
+"""The pack's own solver of the guided flow: third order, one model call per step.
+
+The state is the variance-preserving one, u = x / sqrt(alpha^2 + sigma^2), and the clock theta = atan(s) = atan2(sigma,
+alpha), which is regular at both ends of a schedule (s = 0, and s = infinity where a flow model has sigma = 1):
+
+    du = v dtheta + g dln(s),    v = cos(theta) eps - sin(theta) denoised,    g = sin(theta) (eta - 1) eps
+
+The plain flow v is smooth in theta; the guidance g is singular in it, but smooth against ln(s), so each is integrated
+against its own measure, with Lagrange polynomials through the last model calls (Adams). A step predicts, calls the
+model once, and corrects with that call (predict-evaluate-correct).
+
+Source of the flow: arXiv 2502.05807, section 5. State, clock and the split of the measures: derived here. Adams methods
+in this mode: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section III.1.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from .coordinates import per_image
+from .guidance import eta_minus_one
+from .statistics import squared_norm
+
+ORDER = 3
+_FLOW_NODES = 3
+_GUIDANCE_NODES = 2
+_POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
+
+
+def flow_weights(theta_from, theta_to, nodes):
+    """Weights of v at theta = `nodes` in its integral over theta."""
+    theta, measure = _quadrature(theta_from, theta_to)
+    return [float(measure @ p) for p in _lagrange(nodes, theta)]
+
+
+def guidance_weights(theta_from, theta_to, nodes):
+    """Weights of g at theta = `nodes` in its integral over ln s = ln tan(theta)."""
+    log_s, measure = _quadrature(math.log(math.tan(theta_from)), math.log(math.tan(theta_to)))
+    return [float(measure @ p) for p in _lagrange(nodes, np.arctan(np.exp(log_s)))]
+
+
+def _quadrature(start, stop):
+    return start + (stop - start) * (_POINTS + 1) / 2, (stop - start) / 2 * _WEIGHTS
+
+
+def _lagrange(nodes, t):
+    """Values at t (n,) of the Lagrange polynomials through `nodes`, one (n,) array each."""
+    for j, node in enumerate(nodes):
+        rest = [m for i, m in enumerate(nodes) if i != j]
+        yield math.prod(((t - m) / (node - m) for m in rest), start=np.ones_like(t))
+
+
+class _History:
+    """The latest values of one part of the velocity, newest first, with the theta where each was taken."""
+
+    def __init__(self, weights, predictor_nodes):
+        self._weights = weights
+        self._predictor_nodes = predictor_nodes
+        self._theta, self._values = [], []
+
+    def add(self, theta, value):
+        if self._theta and self._theta[0] == theta:  # a repeated sigma
+            del self._theta[0], self._values[0]
+        self._theta = [theta, *self._theta[:self._predictor_nodes]]
+        self._values = [value, *self._values[:self._predictor_nodes]]
+
+    def integrate(self, u, theta_from, theta_to, correct):
+        """u plus the integral from theta_from to theta_to; `correct` uses one more node than a prediction."""
+        n = self._predictor_nodes + correct
+        weights = self._weights(theta_from, theta_to, self._theta[:n])
+        for w, value in zip(weights, self._values[:n]):
+            u = torch.add(u, value, alpha=w)
+        return u
+
+
+def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None):
+    """Integrate the guided flow down `sigmas`.
+
+    model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step.
+    sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow. guided: the
+    `GuidedRange` of these sigmas. mask: None, or weights in [0, 1] broadcastable to x for the guidance.
+    callback(i, x, denoised): after each model call; x is the corrected state, denoised the unguided prediction.
+
+    Returns x at the last sigma. A last step to sigma = 0 returns the denoised prediction, unguided.
+    """
+    steering = torch.is_tensor(z) or z != 0
+    alphas = [coordinates.alpha(v) for v in sigmas]
+    scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
+    thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
+    flow = _History(flow_weights, _FLOW_NODES)
+    guidance = _History(guidance_weights, _GUIDANCE_NODES)
+
+    def advance(u, step, correct):
+        """From node `step` to the next one."""
+        if thetas[step] == thetas[step + 1]:
+            return u
+        u = flow.integrate(u, thetas[step], thetas[step + 1], correct)
+        if steering and guided.first <= step < guided.last:
+            u = guidance.integrate(u, thetas[step], thetas[step + 1], correct)
+        return u
+
+    start = None  # the corrected state at the previous node
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i])
+        eps = (x - alphas[i] * denoised) / sigmas[i]
+        flow.add(thetas[i], math.cos(thetas[i]) * eps - math.sin(thetas[i]) * denoised)
+        if steering and guided.first <= i <= guided.last and alphas[i] > 0:
+            strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, mask), z, dim), x.ndim)
+            guidance.add(thetas[i], eps * (strength if mask is None else strength * mask))
+        drift = 0.0
+        if start is None:
+            u = x / scales[i]
+        else:
+            u = advance(start, i - 1, correct=True)
+            drift = u * scales[i] - x
+            x = x + drift
+        if callback is not None:
+            callback(i, x, denoised)
+        if sigmas[i + 1] == 0:
+            # The prediction was made before the correction: keep its eps and move with the state.
+            return denoised + (drift if mask is None else drift * mask) / alphas[i] if alphas[i] > 0 else denoised
+        start = u
+        x = advance(u, i, correct=False) * scales[i + 1]
+    return x

@@ -1,0 +1,40 @@
+"""Units of detail: quantiles, z-values, nats and bits per dimension.
+
+Bits per dimension are -log2 p(y) / D, the field's convention: larger means more detail.
+"""
+
+import math
+
+import scipy.stats
+
+
+def require_number(name, value, low, high):
+    """Return `value` as a float; raise ValueError unless it is a finite number in [low, high]."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{name} is {value!r}; it must be a number from {low} to {high}")
+    return number
+
+
+def quantile_to_z(quantile):
+    """Standard normal quantile Phi^-1(q); exactly 0 at q = 0.5.
+
+    Raises ValueError unless 0 < quantile < 1.
+    """
+    require_number("quantile", quantile, 0, 1)
+    if quantile in (0, 1):
+        raise ValueError(f"quantile is {quantile!r}; it must lie strictly between 0 and 1")
+    return float(scipy.stats.norm.ppf(quantile))
+
+
+def nats_to_bits_per_dim(log_density, dim):
+    """-log_density / (D ln 2): nats of one image to bits per dimension."""
+    return -log_density / (dim * math.log(2))
+
+
+def bits_per_dim_to_nats(bits, dim):
+    """Inverse of `nats_to_bits_per_dim`."""
+    return -bits * dim * math.log(2)

@@ -1,0 +1,115 @@
+"""A sweep over density levels, and the labelled contact sheet of its pictures."""
+
+import json
+import math
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+from comfy.utils import common_upscale
+from PIL import Image, ImageDraw, ImageFont
+
+from .schema import CATEGORY, Floats
+
+MARGIN = 8
+CAPTION = 22
+HEADER = 30
+ROW_LABEL = 90
+
+
+class DensityLevels(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DensityLevels",
+            display_name="Density Levels",
+            category=CATEGORY,
+            description="A list of numbers: what is connected to it runs once for each. Connect it to the quantile or "
+                        "detail_shift of a guidance node for a sweep.",
+            inputs=[io.String.Input(
+                "values", default="0.05, 0.3, 0.5, 0.7, 0.95",
+                tooltip="Numbers separated by commas, for instance quantiles between 0.001 and 0.999.")],
+            outputs=[io.Float.Output(
+                display_name="value", is_output_list=True, tooltip="One number after the other.")],
+        )
+
+    @classmethod
+    def execute(cls, values):
+        numbers = []
+        for word in values.replace("\n", ",").split(","):
+            if not word.strip():
+                continue
+            try:
+                number = float(word)
+            except ValueError:
+                number = math.nan
+            if not math.isfinite(number):
+                raise ValueError(f"values has {word.strip()!r}; write numbers separated by commas, like 0.05, 0.5, 0.95")
+            numbers.append(number)
+        if not numbers:
+            raise ValueError("values is empty; write numbers separated by commas, like 0.05, 0.5, 0.95")
+        return io.NodeOutput(numbers)
+
+
+class DensityContactSheet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DensityContactSheet",
+            display_name="Density Contact Sheet",
+            category=CATEGORY,
+            description="Lays the pictures of a sweep out in a grid: a row for each level, a column for each seed, and "
+                        "the bits per dimension under each picture.",
+            inputs=[
+                io.Image.Input("images", tooltip="The batches of the sweep, one for each level."),
+                Floats.Input("bits_per_dim", optional=True,
+                             tooltip="-log2 p / D of every picture, from a log-density node. Not connected: no numbers."),
+                io.Float.Input("levels", force_input=True, optional=True,
+                               tooltip="The levels of the sweep, for the labels of the rows."),
+                io.String.Input("label", default="q", tooltip="What the levels are, written before each of them."),
+                io.Int.Input("picture_size", default=192, min=32, max=2048,
+                             tooltip="Width of each picture on the sheet, in pixels."),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The contact sheet, for SaveImage.")],
+            is_input_list=True,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, images, label, picture_size, bits_per_dim=None, levels=None):
+        for name, values in (("bits_per_dim", bits_per_dim), ("levels", levels)):
+            if values is not None and len(values) != len(images):
+                raise ValueError(f"{name} has {len(values)} rows and images has {len(images)}; connect the same sweep")
+        labels = [f"{label[0]} {v:g}" for v in levels] if levels else [f"row {i}" for i in range(len(images))]
+        columns = [f"seed {i}" for i in range(max(map(len, images)))]
+        table = {
+            "columns": columns,
+            "rows": [{"label": text, "bits_per_dim": bits} for text, bits in zip(labels, bits_per_dim or [])],
+        }
+        sheet = draw_sheet(images, labels, columns, bits_per_dim, picture_size[0])
+        return io.NodeOutput(sheet, ui={"table": [json.dumps(table)]})
+
+
+def draw_sheet(rows, labels, columns, bits_per_dim, width):
+    """The contact sheet as an IMAGE (1, H, W, 3); rows: batches (B, H, W, 3) in [0, 1]."""
+    height = round(width * rows[0].shape[1] / rows[0].shape[2])
+    caption = CAPTION if bits_per_dim else 0
+    sheet = Image.new("RGB", (
+        ROW_LABEL + len(columns) * (width + MARGIN),
+        HEADER + len(rows) * (height + caption + MARGIN)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font, small = ImageFont.load_default(16), ImageFont.load_default(14)
+    for j, text in enumerate(columns):
+        x = ROW_LABEL + j * (width + MARGIN)
+        draw.text((x + width // 2, HEADER // 2), text, "black", font, anchor="mm")
+    for i, (batch, text) in enumerate(zip(rows, labels)):
+        y = HEADER + i * (height + caption + MARGIN)
+        draw.text((MARGIN, y + height // 2), text, "black", font, anchor="lm")
+        big = common_upscale(batch[..., :3].movedim(-1, 1), width, height, "nearest-exact", "disabled").movedim(1, -1)
+        for j, picture in enumerate(big):
+            x = ROW_LABEL + j * (width + MARGIN)
+            sheet.paste(Image.fromarray(np.uint8((picture.cpu().numpy() * 255).clip(0, 255).round())), (x, y))
+            if caption:
+                draw.text((x + width // 2, y + height + caption // 2), f"{bits_per_dim[i][j]:.3f} bits/dim", "black",
+                          small, anchor="mm")
+    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

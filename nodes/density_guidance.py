@@ -1,0 +1,71 @@
+"""Density guidance as a sampler and as a model patch."""
+
+import comfy.patcher_extension
+from comfy_api.latest import io
+
+from .guided_run import GuidanceSettings, GuidedSampler, run_guided, solver_sampler
+from .schema import CATEGORY, guidance_inputs
+
+
+class DensityGuidanceSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DensityGuidanceSampler",
+            display_name="Density Guidance Sampler",
+            category=CATEGORY,
+            description="A sampler that steers how much detail the image gets, by its log-density, at no extra model "
+                        "call. Connect it to SamplerCustomAdvanced or SamplerCustom.",
+            inputs=[
+                *guidance_inputs(),
+                io.Sampler.Input(
+                    "sampler", optional=True,
+                    tooltip="The sampler to guide, any of ComfyUI's. Not connected (neutral): the pack's own third-order "
+                            "solver, one model call per step, which meets the asked-for shift most exactly."),
+            ],
+            outputs=[io.Sampler.Output(
+                display_name="sampler",
+                tooltip="The guided sampler. With quantile 0.5 and detail_shift 0 it does exactly what the connected "
+                        "one does.")],
+        )
+
+    @classmethod
+    def execute(cls, quantile, detail_shift, start_percent, end_percent, sampler=None):
+        settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent)
+        if sampler is None:
+            return io.NodeOutput(solver_sampler(settings))
+        if not callable(getattr(sampler, "sample", None)):
+            raise ValueError(f"sampler is a {type(sampler).__name__}; connect a SAMPLER, for instance of KSamplerSelect")
+        return io.NodeOutput(GuidedSampler(sampler, settings))
+
+
+class DensityGuidanceModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DensityGuidanceModel",
+            display_name="Density Guidance (model)",
+            category=CATEGORY,
+            description="Steers how much detail images get, as a patch of the model: for KSampler, and for nodes of "
+                        "other packs that sample by themselves.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model whose sampling is guided. Its weights are not changed."),
+                *guidance_inputs(),
+            ],
+            outputs=[io.Model.Output(
+                display_name="model",
+                tooltip="The model with guidance. It acts after CFG and after every other patch of the prediction.")],
+        )
+
+    @classmethod
+    def execute(cls, model, quantile, detail_shift, start_percent, end_percent):
+        settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent)
+        if settings.neutral:
+            return io.NodeOutput(model)
+
+        def guide_run(executor, *args, **kwargs):
+            return run_guided(settings, executor, *args, **kwargs)
+
+        patched = model.clone()
+        patched.add_wrapper(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, guide_run)
+        return io.NodeOutput(patched)

@@ -1,0 +1,78 @@
+"""The built-in model with an exactly known density, and the readout of it."""
+
+import torch
+from comfy_api.latest import io
+
+from . import exact_model
+from .schema import CATEGORY, Floats
+
+SIZES = [64, 48, 32]
+
+
+class LoadExactDensityModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoadExactDensityModel",
+            display_name="Load Exact Density Model",
+            category=CATEGORY,
+            description="A small built-in model of emoji pictures whose log-density is known exactly. Needs no download; "
+                        "use it to see what density guidance does before you use it on your own model.",
+            inputs=[
+                io.Combo.Input(
+                    "prediction", options=list(exact_model.PREDICTIONS), default="flow",
+                    tooltip="Which kind of model it pretends to be: eps (like SD1.5, SDXL), v (like SD2) or flow (like "
+                            "SD3, Flux). The density is the same; neutral: any."),
+                io.Combo.Input(
+                    "size", options=[str(s) for s in SIZES], default="64",
+                    tooltip="Width and height of the pictures in pixels."),
+                io.Int.Input(
+                    "component", default=-1, min=-1, max=127,
+                    tooltip="Which of the 128 pictures that the density is made of the conditioning asks for, like a "
+                            "prompt. -1 (neutral) asks for all."),
+                io.Int.Input(
+                    "batch_size", default=4, min=1, max=64,
+                    tooltip="Number of pictures in the latent output, each with its own noise."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="A model like any other: KSampler, CFG and patches work."),
+                io.Vae.Output(display_name="vae", tooltip="Turns its latents into images; the latents are the pixels."),
+                io.Conditioning.Output(display_name="conditioning", tooltip="The picture asked for by component."),
+                io.Latent.Output(display_name="latent", tooltip="An empty latent of the right size."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prediction, size, component, batch_size):
+        model, vae = exact_model.load(prediction, int(size))
+        density = model.model.density
+        weights = density.log_weights.exp()[None] if component < 0 else density.one_hot(component)
+        latent = {"samples": torch.zeros(batch_size, exact_model.CHANNELS, density.size, density.size)}
+        return io.NodeOutput(model, vae, [[weights.float()[:, None], {}]], latent)
+
+
+class ExactLogDensity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ExactLogDensity",
+            display_name="Exact Log-Density",
+            category=CATEGORY,
+            description="Reads the exact log-density of pictures of the built-in model, in bits per dimension: larger "
+                        "means more detail. The pictures must be sampled down to a noise level above 0.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model of LoadExactDensityModel, patched or not."),
+                io.Latent.Input("latent", tooltip="What a sampler returned for the sigmas below."),
+                io.Sigmas.Input("sigmas", tooltip="The sigmas that made the latent; the density is read at the last one, "
+                                                  "which must be above 0 (cut the last step with SplitSigmas)."),
+            ],
+            outputs=[
+                Floats.Output(display_name="bits_per_dim", tooltip="-log2 p / D of every image of the latent."),
+                io.String.Output(display_name="report", tooltip="The same numbers as text."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latent, sigmas):
+        bits = exact_model.read(model, latent["samples"], sigmas)
+        return io.NodeOutput(bits, "\n".join(f"image {i}: {b:.4f} bits per dimension" for i, b in enumerate(bits)))

@@ -1,0 +1,163 @@
+"""The exact density as a model of the host: `BaseModel`, latent format and VAE, in three parameterisations."""
+
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.sd
+import comfy.supported_models_base
+import torch
+from safetensors import safe_open
+
+from ..dg_core.coordinates import coordinates_of
+from ..dg_core.exact_density import CHANNELS, ExactDensity
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "exact_density.safetensors"
+
+# Noise levels that surround all scales of the density: texture 0.5, pictures apart by 100, in latent units.
+SIGMA_MIN, SIGMA_MAX = 0.1, 60.0
+FLOW_SHIFT = 3.0
+# A table of 1000 would end at s = 0.003, a hundred times below the finest texture: steps without an effect.
+FLOW_TIMESTEPS = 96
+
+
+class _EPS(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EPS):
+    pass
+
+
+class _V(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.V_PREDICTION):
+    pass
+
+
+class _Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    pass
+
+
+def _continuous(cls):
+    sampling = cls()
+    sampling.set_parameters(SIGMA_MIN, SIGMA_MAX, sigma_data=1.0)
+    return sampling
+
+
+def _flow():
+    sampling = _Flow()
+    sampling.set_parameters(shift=FLOW_SHIFT, timesteps=FLOW_TIMESTEPS)
+    return sampling
+
+
+# prediction -> (type of the host's model, its sampling)
+PREDICTIONS = {
+    "eps": (comfy.model_base.ModelType.EPS, lambda: _continuous(_EPS)),
+    "v": (comfy.model_base.ModelType.V_PREDICTION_EDM, lambda: _continuous(_V)),
+    "flow": (comfy.model_base.ModelType.FLOW, _flow),
+}
+
+
+class ExactDensityLatent(comfy.latent_formats.LatentFormat):
+    """Pictures in [-1, 1], centred and scaled."""
+
+    latent_channels = CHANNELS
+
+    def __init__(self, shift=(0.0,) * CHANNELS, scale=1.0):
+        self.scale_factor = scale
+        self._shift = torch.tensor(shift).view(1, -1, 1, 1)
+        self.latent_rgb_factors = (torch.eye(CHANNELS) / scale).tolist()
+        self.latent_rgb_factors_bias = list(shift)
+
+    def process_in(self, latent):
+        return (latent - self._shift.to(latent)) * self.scale_factor
+
+    def process_out(self, latent):
+        return latent / self.scale_factor + self._shift.to(latent)
+
+
+class ExactDensityNetwork(torch.nn.Module):
+    """Stands where a trained network would: turns (input, timestep) into the output that the sampling expects."""
+
+    dtype = torch.float32
+
+    def __init__(self, density, prediction):
+        super().__init__()
+        self.prediction = prediction
+        self._tables = {torch.device("cpu"): density}
+
+    def density_on(self, device):
+        """The density's tables on `device`; in float64 wherever the device has it."""
+        if device not in self._tables:
+            dtype = torch.float32 if device.type == "mps" else None
+            self._tables[device] = self._tables[torch.device("cpu")].to(device, dtype)
+        return self._tables[device]
+
+    def forward(self, x, timesteps, context=None, **_):
+        density = self.density_on(x.device)
+        wide = density.means.dtype
+        t = timesteps.to(wide)
+        sigma = t / 1000 if self.prediction == "flow" else (4 * t).exp()
+        shape = (-1, 1, 1, 1)
+        # At alpha = 0 the data is invisible: the limit, to rounding.
+        alpha = (1 - sigma).clamp(min=1e-6) if self.prediction == "flow" else torch.ones_like(sigma)
+        sigma_x = sigma.view(shape)
+        x = x.to(wide)
+        if self.prediction != "flow":
+            x = x * (sigma_x**2 + 1).sqrt()
+        weights = None if context is None else context.to(wide).sum(1)
+        denoised = density.denoised(x / alpha.view(shape), sigma / alpha, weights)
+        if self.prediction == "v":
+            out = (x / (sigma_x**2 + 1) - denoised) * (sigma_x**2 + 1).sqrt() / sigma_x
+        else:
+            out = (x - denoised) / sigma_x
+        return out.to(self.dtype)
+
+
+class ExactDensityModel(comfy.model_base.BaseModel):
+    """A model of the host whose density is known: `density` is it."""
+
+    def __init__(self, density, prediction, latent_format):
+        config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
+        config.latent_format = latent_format
+        config.memory_usage_factor = 0.1
+        model_type, sampling = PREDICTIONS[prediction]
+        super().__init__(config, model_type)
+        self.model_sampling = sampling()
+        self.diffusion_model = ExactDensityNetwork(density, prediction)
+        self.density = density
+
+    def extra_conds(self, **kwargs):
+        expected = (CHANNELS, self.density.size, self.density.size)
+        shape = tuple(kwargs["noise"].shape[1:])
+        if shape != expected:
+            raise ValueError(
+                f"the latent has {' x '.join(map(str, shape))} elements per image; this exact-density model takes "
+                f"{' x '.join(map(str, expected))}: use the latent output of its loader, or load the model at that size")
+        return super().extra_conds(**kwargs)
+
+
+def load(prediction, size):
+    """(ModelPatcher, VAE) of the built-in density."""
+    with safe_open(WEIGHTS, framework="pt") as f:
+        latent_format = ExactDensityLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
+    model = ExactDensityModel(ExactDensity.load(WEIGHTS, size), prediction, latent_format)
+    patcher = comfy.model_patcher.ModelPatcher(
+        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+    return patcher, comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+
+
+def read(model, samples, sigmas, weights=None):
+    """Exact bits per dimension of a latent that a sampler returned, at the last of `sigmas`: a list of floats.
+
+    The host divides what a flow model returns by alpha, so `samples` are VE coordinates for every prediction type.
+    """
+    base = model.model
+    if not isinstance(base, ExactDensityModel):
+        raise ValueError(
+            f"model is a {type(base).__name__}; its density is not known exactly: connect LoadExactDensityModel")
+    sigma = float(sigmas[-1]) if len(sigmas) else 0.0
+    if not sigma > 0:
+        raise ValueError(
+            f"sigmas end at {sigma}; the log-density is read at a noise level above 0: "
+            "cut the last step off with SplitSigmas and sample with high_sigmas")
+    s = coordinates_of(model.get_model_object("model_sampling")).s(sigma)
+    return base.density.bits_per_dim(base.process_latent_in(samples.cpu().double()), s, weights).tolist()

@@ -1,0 +1,148 @@
+"""One sampling run under density guidance: the settings, and what is hung into the host for their sake."""
+
+from dataclasses import dataclass
+
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from tqdm.auto import tqdm
+
+from ..dg_core import guidance, solver
+from ..dg_core.coordinates import coordinates_of
+from ..dg_core.statistics import compute_dtype, dimension
+from ..dg_core.units import quantile_to_z, require_number
+
+
+@dataclass(frozen=True)
+class GuidanceSettings:
+    """The inputs that the guidance nodes share. Raises ValueError, naming the input, where one is out of range."""
+
+    quantile: float = 0.5
+    detail_shift: float = 0.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+    def __post_init__(self):
+        require_number("quantile", self.quantile, 0.001, 0.999)
+        require_number("detail_shift", self.detail_shift, -2.0, 2.0)
+        require_number("start_percent", self.start_percent, 0.0, 1.0)
+        require_number("end_percent", self.end_percent, 0.0, 1.0)
+        if self.start_percent >= self.end_percent:
+            raise ValueError(
+                f"start_percent is {self.start_percent} and end_percent is {self.end_percent}; "
+                "start_percent must be smaller than end_percent")
+
+    @property
+    def neutral(self):
+        return quantile_to_z(self.quantile) == 0 and self.detail_shift == 0
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The settings resolved for one run: see `dg_core.guidance` for the names."""
+
+    coordinates: object
+    guided: guidance.GuidedRange
+    z: object
+    dim: object
+    mask: object
+
+    @classmethod
+    def of_run(cls, settings, guider, sigmas, latent, denoise_mask):
+        """None where the run has no guided step. Reads the schedule once, before any model call."""
+        if settings.neutral:
+            return None
+        model_sampling = guider.inner_model.model_sampling
+        coordinates = coordinates_of(model_sampling)
+        guided = guidance.guided_range(
+            sigmas.tolist(), coordinates,
+            model_sampling.percent_to_sigma(settings.start_percent), model_sampling.percent_to_sigma(settings.end_percent))
+        if guided.log_range == 0:
+            return None
+        mask = None if denoise_mask is None else denoise_mask.to(latent.device)
+        dim = dimension(latent, mask)
+        z = guidance.z_value(settings.quantile, settings.detail_shift, dim, guided.log_range)
+        return cls(coordinates, guided, z, dim, mask)
+
+
+class _GuidePrediction:
+    """Post-CFG function: guides the final prediction, and remembers the unguided one for previews."""
+
+    def __init__(self, steering):
+        self.steering = steering
+        self.unguided = self.guided = None
+
+    def __call__(self, args):
+        s = self.steering
+        self.unguided = args["denoised"]
+        self.guided = guidance.guide_denoised(
+            args["input"], self.unguided, args["sigma"], s.coordinates, s.z, s.dim, s.guided, s.mask)
+        return self.guided
+
+    def preview(self, denoised):
+        """The unguided counterpart of the prediction that a sampler reports."""
+        if denoised is self.guided or self.guided is None:
+            return self.unguided if self.guided is not None else denoised
+        # An inpainting run reports the blend of the prediction with the original.
+        return denoised + (self.unguided - self.guided)
+
+
+def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):
+    """Call `sample`, a `Sampler.sample` or an executor of it, with the guidance as the last post-CFG function.
+
+    Neutral settings, or a range without a step, call `sample` with what came in. Arguments and result as in the
+    host's `Sampler.sample`.
+    """
+    steering = Steering.of_run(settings, guider, sigmas, noise, denoise_mask)
+    if steering is None:
+        return sample(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+    guide = _GuidePrediction(steering)
+    options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+    extra_args = {
+        **extra_args,
+        "model_options": comfy.model_patcher.set_model_options_post_cfg_function(options, guide),
+    }
+    show = callback and (lambda step, denoised, x, total: callback(step, guide.preview(denoised), x, total))
+    return sample(guider, sigmas, extra_args, show, noise, latent_image, denoise_mask, disable_pbar)
+
+
+class GuidedSampler(comfy.samplers.Sampler):
+    """Any of the host's samplers under density guidance."""
+
+    def __init__(self, sampler, settings):
+        self.sampler = sampler
+        self.settings = settings
+
+    def sample(self, *args, **kwargs):
+        return run_guided(self.settings, self.sampler.sample, *args, **kwargs)
+
+
+def solver_sampler(settings):
+    """The pack's own solver as a sampler of the host."""
+    return comfy.samplers.KSAMPLER(sample_density_guided, {"settings": settings})
+
+
+@torch.no_grad()
+def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disable=None, settings=GuidanceSettings()):
+    """`dg_core.solver.solve` with the signature of the host's sampler functions."""
+    extra_args = extra_args or {}
+    guider = model.inner_model
+    steering = Steering.of_run(settings, guider, sigmas, x, extra_args.get("denoise_mask"))
+    schedule = sigmas.tolist()
+    if steering is None:
+        coordinates = coordinates_of(guider.inner_model.model_sampling)
+        steering = Steering(coordinates, guidance.guided_range(schedule, coordinates), 0.0, 1, extra_args.get("denoise_mask"))
+    dtype, wide = x.dtype, compute_dtype(x.dtype)
+
+    def predict(x, sigma):
+        return model(x.to(dtype), x.new_full((len(x),), sigma, dtype=dtype), **extra_args).to(wide)
+
+    with tqdm(total=len(schedule) - 1, disable=disable) as bar:
+        def step_done(i, x, denoised):
+            bar.update()
+            if callback is not None:
+                callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+
+        return solver.solve(predict, x.to(wide), schedule, steering.coordinates, steering.guided,
+                            steering.z, steering.dim, steering.mask, step_done).to(dtype)

@@ -1,0 +1,28 @@
+"""Inputs that several nodes share, and the category."""
+
+from comfy_api.latest import io
+
+CATEGORY = "sampling/density guidance"
+Floats = io.Custom("FLOATS")
+
+
+def guidance_inputs():
+    """quantile, detail_shift, start_percent, end_percent."""
+    return [
+        io.Float.Input(
+            "quantile", default=0.5, min=0.001, max=0.999, step=0.01, round=0.001,
+            tooltip="How typical the image should be, as a quantile q of the rate at which log-density changes. "
+                    "0.5 is neutral; below 0.5 gives more detail, above 0.5 a smoother image. No unit."),
+        io.Float.Input(
+            "detail_shift", default=0.0, min=-2.0, max=2.0, step=0.05, round=0.001,
+            tooltip="Extra detail in bits per dimension (-log2 p / D), added to what the quantile gives. 0 is neutral; "
+                    "positive gives more detail. Means the same amount at every resolution."),
+        io.Float.Input(
+            "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
+            tooltip="Share of the sampling at which guidance begins. 0 (neutral) is pure noise. Guidance late in the "
+                    "sampling changes texture only."),
+        io.Float.Input(
+            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
+            tooltip="Share of the sampling at which guidance ends. 1 (neutral) is the finished image. The last step to "
+                    "zero noise is never guided."),
+    ]
