@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""The pack's two commands, each complete in itself:
+"""The pack's commands, each complete in itself:
 
     python3 run.py demo [--comfyui PATH [--python PATH]] [--output DIR]
     python3 run.py test [pytest arguments...]
+    python3 run.py bench NAME
 
 Needs only Python 3.11 or newer and a network connection to the package index on the first run.
 """

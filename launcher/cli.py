@@ -17,6 +17,7 @@ from .environment import PACK, Environment
 from .errors import LauncherError
 
 TESTS = PACK / "tests"
+BENCHMARKS = PACK / "benchmarks"
 
 
 def main(arguments: list[str]) -> int:
@@ -50,6 +51,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     demo.set_defaults(run=_demo)
 
     commands.add_parser("test", help="run the tests; what follows goes to pytest")  # handled below
+
+    bench = commands.add_parser("bench", help="run a benchmark of benchmarks/", description=_bench.__doc__)
+    bench.add_argument("name", help="its file's name, without .py")
+    bench.set_defaults(run=_bench)
+
+    inner = commands.add_parser("bench-in-host-python")
+    inner.add_argument("name")
+    inner.set_defaults(run=_bench_in_host_python)
 
     inner = commands.add_parser("demo-in-host-python")  # what _demo goes on with; no help, so not listed
     inner.add_argument("comfyui", type=Path)
@@ -98,6 +107,27 @@ def _test(_: argparse.Namespace, arguments: list[str]) -> int:
     # -P and no PYTHONPATH: with the pack's root on sys.path its folder `nodes` would hide the host's module `nodes`
     settings = ["-c", str(TESTS / "pytest.ini"), "--rootdir", str(TESTS)]
     return _go_on_with([str(where.python), "-P", "-m", "pytest", *settings, *arguments], _without_pythonpath())
+
+
+def _bench(options: argparse.Namespace, _: list[str]) -> int:
+    """Run one of benchmarks/*.py inside the ComfyUI of .host/; it writes its tables and figures to docs/."""
+    names = sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py"))
+    if options.name not in names:
+        raise LauncherError(f"there is no benchmark {options.name!r}; there are: {', '.join(names)}")
+    where = environment.prepare()
+    inner = ["bench-in-host-python", options.name]
+    return _go_on_with([str(where.python), str(PACK / "run.py"), *inner], _without_pythonpath())
+
+
+def _bench_in_host_python(options: argparse.Namespace, _: list[str]) -> int:
+    from importlib import import_module
+
+    from . import in_process  # torch is in ComfyUI's Python only
+
+    in_process.import_host()
+    in_process.import_pack()
+    import_module(f"{in_process.NAME}.benchmarks.{options.name}").main()
+    return 0
 
 
 def _make_folder(output: Path) -> Path:

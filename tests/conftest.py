@@ -5,14 +5,17 @@ Tests say `from density_guidance.dg_core import ...` for the pack, `import comfy
 """
 
 import asyncio
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
 PACK = Path(__file__).resolve().parent.parent
-COMFYUI = PACK / ".host" / "ComfyUI"
+sys.path.insert(0, str(PACK))
+from launcher import in_process
+
+sys.path.remove(str(PACK))  # its folder `nodes` would hide the host's module `nodes`
+COMFYUI = in_process.COMFYUI
 
 
 def pytest_configure():
@@ -20,28 +23,8 @@ def pytest_configure():
         pytest.exit(
             f"There is no ComfyUI in {COMFYUI}. Run the tests with: python3 {PACK / 'run.py'} test", returncode=4
         )
-    _import_host()
-    _import_pack()
-
-
-def _import_host():
-    # With the pack's root on the path its folder `nodes` would hide the host's module `nodes`.
-    sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if Path(entry or ".").resolve() != PACK)]
-    import torch
-    from comfy.cli_args import args  # does not look at sys.argv unless the host's main.py asks it to
-
-    args.cpu = (
-        not torch.accelerator.is_available()
-    )  # before comfy.model_management, which fails without a GPU otherwise
-
-
-def _import_pack():
-    """Load the pack by path, as the host does, under a name that tests can import from."""
-    spec = importlib.util.spec_from_file_location(
-        "density_guidance", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-    )
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    in_process.import_host()
+    in_process.import_pack()
 
 
 @pytest.fixture(scope="session", autouse=True)

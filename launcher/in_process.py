@@ -1,0 +1,31 @@
+"""The real host and the pack in this process, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from .environment import PACK
+
+COMFYUI = PACK / ".host" / "ComfyUI"
+NAME = "density_guidance"
+
+
+def import_host():
+    """Make `import comfy` work. The device is the CPU where there is no accelerator."""
+    # With the pack's root on the path its folder `nodes` would hide the host's module `nodes`.
+    sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if Path(entry or ".").resolve() != PACK)]
+    import torch
+    from comfy.cli_args import args  # does not look at sys.argv unless the host's main.py asks it to
+
+    # before comfy.model_management, which fails without a GPU otherwise
+    args.cpu = not torch.accelerator.is_available()
+
+
+def import_pack():
+    """Load the pack by path, as the host does, under the name `density_guidance`."""
+    spec = importlib.util.spec_from_file_location(NAME, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    sys.modules[NAME] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,172 @@
+"""Runs in the real host, in this process: models, guiders, noise and samplers as a graph would make them.
+
+Everything goes through the host's own node classes, in inference mode as the host runs them.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.samplers
+import comfy.supported_models_base
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_custom_sampler as custom
+from density_guidance.nodes import DensityGuidanceModel, DensityGuidanceSampler, LoadExactDensityModel
+
+PREDICTIONS = ["eps", "v", "flow"]
+SIZE = 32
+SEED = 7
+
+
+def outputs(node, *args, **kwargs):
+    """What a node returns, as a tuple."""
+    with torch.inference_mode():
+        return tuple(node.execute(*args, **kwargs).result)
+
+
+@lru_cache
+def _loaded(prediction, size):
+    return outputs(LoadExactDensityModel, prediction, str(size), -1, 2)
+
+
+def exact_model(prediction, size=SIZE):
+    """A fresh clone of the built-in model."""
+    return _loaded(prediction, size)[0].clone()
+
+
+def exact_vae():
+    return _loaded("flow", SIZE)[1]
+
+
+def conditioning(prediction="flow", component=-1, size=SIZE):
+    """The conditioning that asks for one component, or for all."""
+    if component < 0:
+        return _loaded(prediction, size)[2]
+    return outputs(LoadExactDensityModel, prediction, str(size), component, 2)[2]
+
+
+def empty_latent(batch=2, size=SIZE):
+    return {"samples": torch.zeros(batch, 3, size, size)}
+
+
+def schedule(model, steps, scheduler="simple", denoise=1.0):
+    return outputs(custom.BasicScheduler, model, scheduler, steps, denoise)[0]
+
+
+def core_sampler(name):
+    return outputs(custom.KSamplerSelect, name)[0]
+
+
+def guided_sampler(quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, sampler=None):
+    """DensityGuidanceSampler; `sampler`: a SAMPLER, a core sampler's name, or None for the pack's own."""
+    if isinstance(sampler, str):
+        sampler = core_sampler(sampler)
+    return outputs(DensityGuidanceSampler, quantile, detail_shift, start, end, sampler)[0]
+
+
+def guided_model(model, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0):
+    return outputs(DensityGuidanceModel, model, quantile, detail_shift, start, end)[0]
+
+
+def random_noise(seed=SEED):
+    return outputs(custom.RandomNoise, seed)[0]
+
+
+def sample(model, sampler, sigmas, latent=None, seed=SEED, noise=None, positive=None, negative=None, cfg=1.0):
+    """(output, denoised_output) latents of SamplerCustomAdvanced; `sampler` as a SAMPLER or a core sampler's name."""
+    if isinstance(sampler, str):
+        sampler = core_sampler(sampler)
+    positive = conditioning() if positive is None else positive
+    if negative is None:
+        guider = outputs(custom.BasicGuider, model, positive)[0]
+    else:
+        guider = outputs(custom.CFGGuider, model, positive, negative, cfg)[0]
+    latent = empty_latent() if latent is None else latent
+    noise = random_noise(seed) if noise is None else noise
+    return outputs(custom.SamplerCustomAdvanced, noise, guider, sampler, sigmas, latent)
+
+
+def picture(*args, **kwargs):
+    """The samples of `sample`'s first output."""
+    return sample(*args, **kwargs)[0]["samples"]
+
+
+def ksampler(host_nodes, model, sampler_name, steps=6, scheduler="simple", latent=None, seed=SEED, denoise=1.0, **options):
+    """The samples of the host's KSampler node."""
+    latent = empty_latent() if latent is None else latent
+    with torch.inference_mode():
+        return host_nodes.KSampler().sample(
+            model, seed, steps, options.pop("cfg", 1.0), sampler_name, scheduler, options.pop("positive", conditioning()),
+            options.pop("negative", conditioning()), latent, denoise)[0]["samples"]
+
+
+@dataclass
+class Recorder:
+    """What the host asked of a model, in order."""
+
+    calls: int = 0  # of the network
+    x: list = field(default_factory=list)  # (B, ...) of every prediction
+    sigma: list = field(default_factory=list)
+    denoised: list = field(default_factory=list)  # combined by CFG, before any post-CFG function
+    final: list = field(default_factory=list)  # after all of them
+    options: list = field(default_factory=list)  # the model options of the run
+
+
+def recording(model):
+    """(clone of the model, its `Recorder`)."""
+    model, seen = model.clone(), Recorder()
+
+    def apply_model(executor, *args, **kwargs):
+        seen.calls += 1
+        return executor(*args, **kwargs)
+
+    def predict(executor, x, sigma, model_options={}, *args, **kwargs):
+        seen.x.append(x.clone())
+        seen.sigma.append(sigma.clone())
+        seen.options.append(model_options)
+        result = executor(x, sigma, model_options, *args, **kwargs)
+        seen.final.append(result.clone())
+        return result
+
+    def post_cfg(args):
+        seen.denoised.append(args["denoised"].clone())
+        return args["denoised"]
+
+    model.add_wrapper(WrappersMP.APPLY_MODEL, apply_model)
+    model.add_wrapper(WrappersMP.PREDICT_NOISE, predict)
+    model.set_model_sampler_post_cfg_function(post_cfg)
+    return model, seen
+
+
+class _Network(torch.nn.Module):
+    dtype = torch.float32
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, timesteps, **_):
+        return self.function(x, timesteps)
+
+
+def free_model(model_type="FLOW", function=lambda x, t: x, latent_format=None, dtype=torch.float32, sampling=None):
+    """A `ModelPatcher` around a real `BaseModel` of the host whose network is a function of (x, timestep)."""
+    config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
+    config.latent_format = latent_format or comfy.latent_formats.LatentFormat()
+    config.memory_usage_factor = 0.01
+    model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType[model_type])
+    model.diffusion_model = _Network(function)
+    model.diffusion_model.dtype = dtype
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def free_run(model, sampler, sigmas, noise, latent=None, mask=None, callback=None, seed=SEED):
+    """`guider.sample` of the host for a model without conditioning, with the noise given as a tensor."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds([[None, {}]], [[None, {}]])
+    latent = torch.zeros_like(noise) if latent is None else latent
+    with torch.inference_mode():
+        return guider.sample(noise, latent, sampler, sigmas, mask, callback, True, seed)

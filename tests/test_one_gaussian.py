@@ -1,0 +1,109 @@
+"""One component of the built-in model, sampled by the real host, against the converged guided flow."""
+
+import math
+
+import comfy.samplers
+import pytest
+import torch
+from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
+from density_guidance.dg_core import guidance
+from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.dg_core.units import quantile_to_z
+from density_guidance.nodes import DensityGuidanceSampler, LoadExactDensityModel
+
+COMPONENT = 5
+SCHEDULERS = ["karras", "exponential", "normal", "simple"]
+QUANTILES = [0.05, 0.3, 0.7, 0.95]
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    model = LoadExactDensityModel.execute("flow", "32", COMPONENT, 2)[0]
+    return GaussianOracle(model.model.density, COMPONENT)
+
+
+@pytest.fixture(scope="module", params=["eps", "v", "flow"])
+def run(request):
+    """run(sampler, scheduler, steps) -> schedule, coordinates, and the state y at its last non-zero sigma."""
+    model, _, conditioning, latent = LoadExactDensityModel.execute(request.param, "32", COMPONENT, 2).args
+    sampling = model.get_model_object("model_sampling")
+    coordinates = coordinates_of(sampling)
+
+    def sample(sampler, scheduler, steps):
+        sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(conditioning, conditioning)
+        states = {}
+        guider.sample(noise(latent), latent["samples"], sampler, sigmas, seed=1, disable_pbar=True,
+                      callback=lambda i, denoised, x, total: states.__setitem__(i, x))
+        assert len(states) == steps
+        last = float(sigmas[-2])
+        return sigmas.tolist(), coordinates, states[steps - 1].double() / coordinates.alpha(last)
+
+    return sample
+
+
+def noise(latent):
+    return torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(3))
+
+
+def own_solver(quantile, detail_shift=0.0):
+    return DensityGuidanceSampler.execute(quantile, detail_shift, 0.0, 1.0)[0]
+
+
+def guided_euler(quantile):
+    return DensityGuidanceSampler.execute(quantile, 0.0, 0.0, 1.0, comfy.samplers.sampler_object("euler"))[0]
+
+
+def start_noise(schedule, coordinates):
+    """What the host starts from, divided by the first sigma: EPS models take sqrt(1 + sigma^2) there."""
+    unit = noise({"samples": torch.empty(2, 3, 32, 32)})
+    return unit if math.isinf(coordinates.s(schedule[0])) else unit * math.hypot(1, schedule[0]) / schedule[0]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_converged_result_at_32_steps_and_twentieth_of_euler(run, oracle, scheduler):
+    worst, worst_euler = 0.0, 0.0
+    for quantile in QUANTILES:
+        schedule, coordinates, y = run(own_solver(quantile), scheduler, 32)
+        _, _, y_euler = run(guided_euler(quantile), scheduler, 32)
+        s = coordinates.s(schedule[-2])
+        true = oracle.converged(start_noise(schedule, coordinates), schedule, coordinates, quantile_to_z(quantile))
+        error = lambda y: float((oracle.log_prob(oracle.coefficients(y), s) - oracle.log_prob(true, s)).abs().max() / oracle.dim)
+        worst, worst_euler = max(worst, error(y)), max(worst_euler, error(y_euler))
+    print(f"{scheduler}: {worst:.1e} nats per dimension, Euler {worst_euler:.1e}")
+    assert worst < 5e-4
+    assert worst < worst_euler / 20
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("quantile", QUANTILES)
+def test_shift_is_the_predicted_one_at_20_steps(run, oracle, scheduler, quantile):
+    schedule, coordinates, y = run(own_solver(quantile), scheduler, 20)
+    _, _, y_neutral = run(own_solver(0.5), scheduler, 20)
+    s = coordinates.s(schedule[-2])
+    measured = oracle.log_prob(oracle.coefficients(y), s) - oracle.log_prob(oracle.coefficients(y_neutral), s)
+    log_range = guidance.guided_range(schedule, coordinates).log_range
+    predicted = guidance.predicted_shift(quantile_to_z(quantile), oracle.dim, log_range)
+    assert measured == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+@pytest.mark.parametrize("detail_shift", [-0.3, 0.5])
+def test_detail_shift_means_the_same_at_32_and_64(prediction, detail_shift):
+    changes = []
+    for size in ("32", "64"):
+        model, _, conditioning, latent = LoadExactDensityModel.execute(prediction, size, COMPONENT, 2).args
+        sampling = model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 20)[:-1]
+        bits = []
+        for shift in (0.0, detail_shift):
+            guider = comfy.samplers.CFGGuider(model)
+            guider.set_conds(conditioning, conditioning)
+            y = guider.sample(noise(latent), latent["samples"], own_solver(0.5, shift), sigmas, seed=1, disable_pbar=True)
+            s = coordinates_of(sampling).s(float(sigmas[-1]))
+            density = model.model.density
+            bits.append(density.bits_per_dim(model.model.process_latent_in(y.double()), s, density.one_hot(COMPONENT)))
+        changes.append(bits[1] - bits[0])
+    assert changes[0] == pytest.approx(detail_shift, rel=0.02)
+    assert changes[1] == pytest.approx(detail_shift, rel=0.02)
