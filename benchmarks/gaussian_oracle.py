@@ -19,8 +19,21 @@ class GaussianOracle:
     def __init__(self, density, component):
         factor = density.means.new_zeros(density.dim, density.factors.shape[1])
         factor[density.low_slots] = density.factors[component].T
-        covariance = torch.diag(density.band_variance[density.index]) + factor @ factor.T
-        self.variance, self.basis = torch.linalg.eigh(covariance)  # (D,), (D, D)
+        # The factor spans at most r directions of each band; the rest of a band is isotropic.
+        basis = density.means.new_zeros(density.dim, density.dim)
+        spanned = torch.zeros(density.dim, dtype=torch.bool)
+        start = 0
+        for slots in (torch.nonzero(density.index == j)[:, 0] for j in density.index.unique()):
+            block, _ = torch.linalg.qr(factor[slots], mode="complete")
+            basis[slots, start:start + len(slots)] = block
+            spanned[start:start + min(len(slots), factor.shape[1])] = True
+            start += len(slots)
+        self.variance = density.band_variance[density.index] @ basis.square()
+        inner = basis[:, spanned].T @ factor
+        values, vectors = torch.linalg.eigh(torch.diag(self.variance[spanned]) + inner @ inner.T)
+        basis[:, spanned] = basis[:, spanned] @ vectors
+        self.variance[spanned] = values
+        self.basis = basis  # (D, D), columns are eigenvectors
         self.mean = density.means[component] @ self.basis
         self.dim = density.dim
 

@@ -3,11 +3,12 @@
 The state is the variance-preserving one, u = x / sqrt(alpha^2 + sigma^2), and the clock theta = atan(s) = atan2(sigma,
 alpha), which is regular at both ends of a schedule (s = 0, and s = infinity where a flow model has sigma = 1):
 
-    du = v dtheta + g dln(s),    v = cos(theta) eps - sin(theta) denoised,    g = sin(theta) (eta - 1) eps
+    du = (cos(theta) eps - sin(theta) denoised) dtheta + g dln(s),      g = sin(theta) (eta - 1) eps
 
-The plain flow v is smooth in theta; the guidance g is singular in it, but smooth against ln(s), so each is integrated
-against its own measure, with Lagrange polynomials through the last model calls (Adams). A step predicts, calls the
-model once, and corrects with that call (predict-evaluate-correct).
+eps and denoised are smooth in theta, and constant wherever the noise or the picture rules; the guidance g is singular in
+theta, but smooth against ln(s). Each is interpolated by Lagrange polynomials in theta through the last model calls and
+integrated against its own measure (an exponential Adams method; with one node it is the DDIM step). A step predicts,
+calls the model once, and corrects with that call (predict-evaluate-correct).
 
 Source of the flow: arXiv 2502.05807, section 5. State, clock and the split of the measures: derived here. Adams methods
 in this mode: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section III.1.
@@ -28,10 +29,16 @@ _GUIDANCE_NODES = 2
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
-def flow_weights(theta_from, theta_to, nodes):
-    """Weights of v at theta = `nodes` in its integral over theta."""
+def eps_weights(theta_from, theta_to, nodes):
+    """Weights of eps at theta = `nodes` in the integral of cos(theta) eps over theta."""
     theta, measure = _quadrature(theta_from, theta_to)
-    return [float(measure @ p) for p in _lagrange(nodes, theta)]
+    return [float((measure * np.cos(theta)) @ p) for p in _lagrange(nodes, theta)]
+
+
+def denoised_weights(theta_from, theta_to, nodes):
+    """Weights of denoised at theta = `nodes` in the integral of -sin(theta) denoised over theta."""
+    theta, measure = _quadrature(theta_from, theta_to)
+    return [float((measure * -np.sin(theta)) @ p) for p in _lagrange(nodes, theta)]
 
 
 def guidance_weights(theta_from, theta_to, nodes):
@@ -52,7 +59,7 @@ def _lagrange(nodes, t):
 
 
 class _History:
-    """The latest values of one part of the velocity, newest first, with the theta where each was taken."""
+    """The latest values of one smooth part of the flow, newest first, with the theta where each was taken."""
 
     def __init__(self, weights, predictor_nodes):
         self._weights = weights
@@ -88,14 +95,16 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     alphas = [coordinates.alpha(v) for v in sigmas]
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
-    flow = _History(flow_weights, _FLOW_NODES)
+    noise = _History(eps_weights, _FLOW_NODES)
+    picture = _History(denoised_weights, _FLOW_NODES)
     guidance = _History(guidance_weights, _GUIDANCE_NODES)
 
     def advance(u, step, correct):
         """From node `step` to the next one."""
         if thetas[step] == thetas[step + 1]:
             return u
-        u = flow.integrate(u, thetas[step], thetas[step + 1], correct)
+        u = noise.integrate(u, thetas[step], thetas[step + 1], correct)
+        u = picture.integrate(u, thetas[step], thetas[step + 1], correct)
         if steering and guided.first <= step < guided.last:
             u = guidance.integrate(u, thetas[step], thetas[step + 1], correct)
         return u
@@ -104,7 +113,8 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i])
         eps = (x - alphas[i] * denoised) / sigmas[i]
-        flow.add(thetas[i], math.cos(thetas[i]) * eps - math.sin(thetas[i]) * denoised)
+        noise.add(thetas[i], eps)
+        picture.add(thetas[i], denoised)
         if steering and guided.first <= i <= guided.last and alphas[i] > 0:
             strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, mask), z, dim), x.ndim)
             guidance.add(thetas[i], eps * (strength if mask is None else strength * mask))

@@ -1,0 +1,149 @@
+"""Formulas of dg_core: units, coordinates, guided range, eta."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+from density_guidance.dg_core import guidance, units
+from density_guidance.dg_core.coordinates import FLOW, VE, eps_from_denoised, log_snr, score_from_eps
+from density_guidance.dg_core.statistics import dimension, inner, squared_norm
+from hypothesis import given
+from hypothesis import strategies as st
+
+SCHEDULE = [10.0, 5.0, 2.0, 1.0, 0.5, 0.0]
+
+
+@given(st.floats(-3, 3), st.integers(1, 10**9))
+def test_bits_per_dim_round_trip(bits, dim):
+    assert units.nats_to_bits_per_dim(units.bits_per_dim_to_nats(bits, dim), dim) == pytest.approx(bits, abs=1e-12)
+
+
+def test_bits_per_dim_of_a_fair_coin():
+    """D independent coins have log p = -D ln 2: one bit each."""
+    assert units.nats_to_bits_per_dim(-100 * math.log(2), 100) == pytest.approx(1)
+
+
+@given(st.floats(0.001, 0.999))
+def test_quantile_to_z_inverts_the_normal_distribution(q):
+    assert 0.5 * math.erfc(-units.quantile_to_z(q) / math.sqrt(2)) == pytest.approx(q, rel=1e-9)
+
+
+def test_neutral_quantile_is_exactly_zero():
+    assert units.quantile_to_z(0.5) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, 1, -0.1, "a", None])
+def test_bad_quantile_is_named(value):
+    with pytest.raises(ValueError, match=r"quantile is .*; it must"):
+        units.quantile_to_z(value)
+
+
+@given(st.floats(0.05, 0.95), st.floats(0.01, 50))
+def test_flow_and_ve_agree_on_eps_and_score(sigma, scale):
+    """The same point seen as x of a flow model and as y in VE coordinates has the same eps."""
+    x = scale * torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    denoised = torch.roll(x, 1, 0)
+    alpha, s = FLOW.alpha(sigma), FLOW.s(sigma)
+    flow = eps_from_denoised(x, denoised, sigma, alpha)
+    ve = eps_from_denoised(x / alpha, denoised, s, VE.alpha(s))
+    assert torch.allclose(flow, ve, rtol=1e-10, atol=1e-9)
+    assert torch.allclose(denoised, x / alpha + s**2 * score_from_eps(ve, s), rtol=1e-8, atol=1e-8)
+
+
+def test_log_snr_of_a_float_and_a_tensor():
+    assert log_snr(0.5) == pytest.approx(2 * math.log(2))
+    assert float(log_snr(torch.tensor(0.5))) == pytest.approx(2 * math.log(2))
+    assert FLOW.s(1.0) == math.inf
+
+
+@pytest.mark.parametrize("high, low, first, last", [
+    (math.inf, 0.0, 0, 4),  # the step to zero is never guided
+    (5.0, 0.0, 1, 4),
+    (math.inf, 1.0, 0, 3),  # a step that starts at the end of the window is outside
+    (0.4, 0.0, 0, 0),
+])
+def test_guided_range_in_ve(high, low, first, last):
+    r = guidance.guided_range(SCHEDULE, VE, high, low)
+    assert (r.first, r.last) == (first, last)
+    if last:
+        assert (r.s_start, r.s_end) == (SCHEDULE[first], SCHEDULE[last])
+        assert r.log_range == pytest.approx(math.log(SCHEDULE[first] / SCHEDULE[last]))
+    else:
+        assert r.log_range == 0
+
+
+def test_guided_range_of_a_flow_starts_below_pure_noise():
+    r = guidance.guided_range([1.0, 0.8, 0.5, 0.0], FLOW)
+    assert (r.first, r.last, r.s_start, r.s_end) == (1, 2, pytest.approx(4), pytest.approx(1))
+
+
+@pytest.mark.parametrize("sigmas", [[1.0, 2.0], [math.nan, 0.0], [math.inf, 1.0], [1.0, -1.0]])
+def test_bad_schedule_is_named(sigmas):
+    with pytest.raises(ValueError, match="sigmas are"):
+        guidance.guided_range(sigmas, VE)
+
+
+@given(st.floats(-2, 2), st.integers(10, 10**6), st.floats(0.5, 9))
+def test_detail_shift_is_what_is_predicted(shift, dim, log_range):
+    """z of a wanted shift, put back into the predicted shift, is the wanted one in bits per dimension."""
+    z = guidance.z_value(0.5, shift, dim, log_range)
+    assert units.nats_to_bits_per_dim(guidance.predicted_shift(z, dim, log_range), dim) == pytest.approx(shift, abs=1e-9)
+
+
+def test_statistics_per_image_and_masked():
+    x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(3, 1, 5, 6)
+    mask[..., :2] = 1
+    assert dimension(x) == 120
+    assert dimension(x, mask).tolist() == [40, 40, 40]
+    assert squared_norm(x).tolist() == pytest.approx([float((i * i).sum()) for i in x])
+    assert squared_norm(x, mask).tolist() == pytest.approx([float((i[..., :2] ** 2).sum()) for i in x], rel=1e-6)
+    assert inner(x, 2 * x).tolist() == pytest.approx((2 * squared_norm(x)).tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norm_of_a_narrow_latent_does_not_overflow_or_round(dtype):
+    x = torch.full((1, 16, 128, 128), 30.0, dtype=dtype)
+    assert squared_norm(x).item() == pytest.approx(900 * x.numel(), rel=1e-6)
+
+
+@pytest.mark.parametrize("coordinates, sigma", [(VE, 3.0), (FLOW, 0.75)])
+def test_guided_prediction_moves_euler_along_eta_eps(coordinates, sigma):
+    """An Euler step in the host's coordinates with the guided prediction is y + (s' - s) eta eps."""
+    g = torch.Generator().manual_seed(4)
+    x, denoised = (torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=g) for _ in range(2))
+    schedule = [sigma, 0.5 * sigma, 0.25 * sigma]
+    z, dim, next_sigma = -1.3, x[0].numel(), schedule[1]
+    guided = guidance.guide_denoised(x, denoised, torch.full((2,), sigma, dtype=torch.float64), coordinates, z, dim,
+                                     guidance.guided_range(schedule, coordinates))
+    stepped = x + (x - guided) / sigma * (next_sigma - sigma)
+    alpha, s = 1 - coordinates.slope * sigma, sigma / (1 - coordinates.slope * sigma)
+    y, s_next = x / alpha, next_sigma / (1 - coordinates.slope * next_sigma)
+    eps = (y - denoised) / s
+    eta = 1 + math.sqrt(2 * dim) * z / eps.square().flatten(1).sum(1).view(-1, 1, 1, 1)
+    expected = (y + (s_next - s) * eta * eps) * (1 - coordinates.slope * next_sigma)
+    assert torch.allclose(stepped, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_prediction_outside_the_range_is_unchanged():
+    x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
+    r = guidance.guided_range([4.0, 2.0, 1.0, 0.0], VE)
+    for sigma, changed in ((5.0, False), (4.0, True), (1.5, True), (1.0, False)):
+        out = guidance.guide_denoised(x, denoised, torch.tensor([sigma]), VE, -1.0, 256, r)
+        assert torch.equal(out, denoised) != changed
+
+
+def test_pure_noise_of_a_flow_is_unguided():
+    x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(6)).unbind()
+    r = guidance.guided_range([1.0, 0.8, 0.5, 0.0], FLOW)
+    assert torch.equal(guidance.guide_denoised(x, denoised, torch.tensor([1.0]), FLOW, -1.0, 256, r), denoised)
+
+
+def test_typical_noise_shift_is_the_quantile():
+    """h = (||n||^2 - D) / sqrt(2D) of pure noise is standard normal: eta's normalisation."""
+    n = torch.randn(4000, 64, generator=torch.Generator().manual_seed(7))
+    h = (squared_norm(n) - 64) / math.sqrt(128)
+    assert abs(float(h.mean())) < 4 / math.sqrt(4000)
+    assert float(h.std()) == pytest.approx(1, abs=0.06)
+    assert scipy.stats.norm.cdf(units.quantile_to_z(0.3)) == pytest.approx(0.3)

@@ -1,0 +1,133 @@
+"""The pack's own solver on densities whose guided flow is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from density_guidance.dg_core import guidance, solver
+from density_guidance.dg_core.coordinates import FLOW, VE
+from scipy.integrate import solve_ivp
+
+DIM = 64
+POINT7 = torch.tensor(0.7, dtype=torch.float64)
+
+
+def gaussian(variance, coordinates):
+    """model(x, sigma) -> denoised for data N(0, diag(variance)), and the list of sigmas it was called at."""
+    calls = []
+
+    def model(x, sigma):
+        calls.append(sigma)
+        alpha = coordinates.alpha(sigma)
+        return x * (alpha * variance / (alpha**2 * variance + sigma**2))
+
+    return model, calls
+
+
+def run(variance, coordinates, sigmas, z, noise):
+    model, calls = gaussian(variance, coordinates)
+    guided = guidance.guided_range(sigmas, coordinates)
+    x = solver.solve(model, noise * sigmas[0], sigmas, coordinates, guided, z, noise[0].numel())
+    assert calls == list(sigmas[:-1])
+    return x
+
+
+def geometric(start, stop, steps):
+    return np.geomspace(start, stop, steps + 1).tolist()
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("z", [-1.6, 0.2])
+def test_isotropic_gaussian_meets_the_closed_solution(noise, z):
+    """dR/ds = 2 s R / (c^2 + s^2) + 2 sqrt(2D) z (c^2 + s^2) / s, so R / (c^2 + s^2) changes by 2 sqrt(2D) z ln s."""
+    c2, sigmas = 0.5, geometric(20.0, 0.05, 48)
+    x = run(torch.tensor(c2, dtype=torch.float64), VE, sigmas, z, noise)
+    w0 = (noise * sigmas[0]).square().flatten(1).sum(1) / (c2 + sigmas[0] ** 2)
+    w1 = x.square().flatten(1).sum(1) / (c2 + sigmas[-1] ** 2)
+    expected = w0 - 2 * math.sqrt(2 * DIM) * z * math.log(sigmas[0] / sigmas[-1])
+    # Guidance does not turn the latent.
+    assert torch.nn.functional.cosine_similarity(x.flatten(1), noise.flatten(1)).numpy() == pytest.approx(1, abs=1e-12)
+    assert w1.numpy() == pytest.approx(expected.numpy(), rel=1e-3)
+
+
+@pytest.mark.parametrize("coordinates, start, stop", [(VE, 10.0, 0.1), (FLOW, 0.9, 0.1)])
+@pytest.mark.parametrize("z", [-0.2, 0.1])
+def test_order(noise, coordinates, start, stop, z):
+    """The slope of error against step size, between the coarse steps and the rounding floor."""
+    variance = torch.logspace(-1, 1, DIM, dtype=torch.float64).view(1, 4, 4, 4)
+    s_start, s_stop = coordinates.s(start), coordinates.s(stop)
+    k = math.sqrt(2 * DIM) * z
+
+    def rate(log_s, flat):
+        s = math.exp(log_s)
+        y = torch.from_numpy(flat).view_as(noise)
+        eps = s * y / (variance + s**2)
+        return (s * (eps + k * eps / eps.square().flatten(1).sum(1).view(-1, 1, 1, 1))).flatten().numpy()
+
+    y0 = noise * start / coordinates.alpha(start)
+    exact = solve_ivp(rate, (math.log(s_start), math.log(s_stop)), y0.flatten().numpy(), method="DOP853",
+                      rtol=1e-12, atol=1e-14).y[:, -1]
+    errors, steps = [], [500, 1000, 2000]
+    for n in steps:
+        s = np.geomspace(s_start, s_stop, n + 1)
+        sigmas = (s if coordinates is VE else s / (1 + s)).tolist()
+        y = run(variance, coordinates, sigmas, z, noise) / coordinates.alpha(sigmas[-1])
+        errors.append(np.abs(y.flatten().numpy() - exact).max())
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    print(f"order {slope:.2f}, errors {errors}")
+    assert slope == pytest.approx(solver.ORDER, abs=0.2)
+
+
+def test_parameterisations_agree(noise):
+    """The same flow as VE and as flow matching: x only rescales."""
+    s = geometric(8.0, 0.1, 12)
+    ve = run(POINT7, VE, s, -0.8, noise)
+    sigmas = [v / (1 + v) for v in s]
+    flow = run(POINT7, FLOW, sigmas, -0.8, noise) / FLOW.alpha(sigmas[-1])
+    assert flow.numpy() == pytest.approx(ve.numpy(), rel=1e-10)
+
+
+def test_flow_from_pure_noise(noise):
+    """The unguided call at sigma = 1 is exact for data at a point, and finite for any."""
+    x = run(torch.tensor(0.0, dtype=torch.float64), FLOW, [1.0, 0.7, 0.3, 0.1], 0.0, noise)
+    assert x.numpy() == pytest.approx(0.1 * noise.numpy(), rel=1e-12)
+    assert run(torch.tensor(2.0, dtype=torch.float64), FLOW, [1.0, 0.7, 0.3, 0.1], -1.0, noise).isfinite().all()
+
+
+def test_last_step_to_zero_is_the_denoised_prediction(noise):
+    model, _ = gaussian(torch.tensor(0.5, dtype=torch.float64), VE)
+    guided = guidance.guided_range([2.0, 0.0], VE)
+    assert guided.log_range == 0
+    assert torch.equal(solver.solve(model, noise, [2.0, 0.0], VE, guided, -1.0, DIM), model(noise, 2.0))
+
+
+def test_repeated_sigma_does_no_harm(noise):
+    """The second call at a sigma sees the corrected state, so it may only come closer."""
+    s = geometric(5.0, 0.2, 6)
+    once = run(POINT7, VE, s, -0.8, noise)
+    twice = run(POINT7, VE, s[:3] + s[2:], -0.8, noise)
+    fine = run(POINT7, VE, geometric(5.0, 0.2, 400), -0.8, noise)
+    assert (twice - fine).norm() <= (once - fine).norm()
+
+
+def test_schedule_of_one_sigma_makes_no_call(noise):
+    assert torch.equal(run(POINT7, VE, [1.0], 0.0, noise), noise)
+
+
+def test_mask_guides_the_region_only(noise):
+    """Half of the latent guided: the rest follows the plain flow, and the half does what a smaller latent would do."""
+    s = geometric(8.0, 0.1, 16)
+    mask = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    mask[..., :2] = 1
+    model, _ = gaussian(POINT7, VE)
+    guided = guidance.guided_range(s, VE)
+    x = solver.solve(model, noise * s[0], s, VE, guided, -1.0, torch.full((2,), DIM / 2, dtype=torch.float64), mask)
+    plain = run(POINT7, VE, s, 0.0, noise)
+    half = run(POINT7, VE, s, -1.0, noise[..., :2].contiguous())
+    assert x[..., 2:].numpy() == pytest.approx(plain[..., 2:].numpy(), rel=1e-12)
+    assert x[..., :2].numpy() == pytest.approx(half.numpy(), rel=1e-12)
