@@ -5,14 +5,14 @@
     python3 run.py test [pytest arguments...]
     python3 run.py bench NAME
 
-Needs only Python 3.11 or newer and a network connection to the package index on the first run.
+Needs only Python 3.11 to 3.13 and a network connection to the package index on the first run.
 """
 
 import sys
 from pathlib import Path
 
-if sys.version_info < (3, 10):
-    sys.exit(f"run.py needs Python 3.11 or newer, and this is Python {sys.version.split()[0]}.")
+if sys.version_info < (3, 11):
+    sys.exit(f"run.py needs Python 3.11 to 3.13, and this is Python {sys.version.split()[0]}.")
 
 # Some Pythons (python -P, the portable ComfyUI's) do not look beside the script for its modules.
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -1,44 +1,42 @@
-#!/usr/bin/env python3
 """Makes, from each template in workflows/ (the web page's format), its API copy and its picture.
 
-    .host/venv/bin/python benchmarks/make_templates.py [NAME ...]
+    python3 run.py bench make_templates
 
 Each template is opened in ComfyUI's own web page, which makes the API copy (workflows/api/NAME.json); that is queued,
-and what it saves becomes workflows/NAME.jpg. Edit a template in the web page, save it there, then run this.
+and what it saves becomes workflows/NAME.jpg. Edit a template in the web page, save it there, then run this. One of the
+pictures is also shown by the nodes' documentation, which can only show what lies beside it.
 
-Needs `.host/` (made by `python3 run.py demo`) and the program chromium on PATH. Takes about a minute.
+Needs the program chromium on PATH. Takes half a minute.
 """
 
 import json
-import sys
+import shutil
 import tempfile
 from pathlib import Path
 
-PACK = Path(__file__).resolve().parent.parent
-sys.path[0] = str(PACK)  # for launcher and benchmarks; nothing of ComfyUI is imported here
-
 from PIL import Image
 
-from benchmarks.web_page import with_page
-from launcher.environment import environment
-from launcher.host import running_host
+from ..launcher.environment import environment
+from ..launcher.host import running_host
+from ._web_page import with_page
 
+PACK = Path(__file__).resolve().parent.parent
 WORKFLOWS = PACK / "workflows"
+IN_DOCUMENTATION = "detail_sweep"
 PICTURE = (512, 656)  # at most, in pixels
 MARGIN = 8
 
 
-def main(names):
-    paths = [path for path in sorted(WORKFLOWS.glob("*.json")) if not names or path.stem in names]
-    if not paths:
-        sys.exit(f"There is no template named {' or '.join(names)} in {WORKFLOWS}.")
+def main():
+    paths = sorted(WORKFLOWS.glob("*.json"))
     with tempfile.TemporaryDirectory() as output, running_host(environment(), Path(output)) as host:
         for path, api in zip(paths, with_page(host.client.url, lambda page: convert(page, paths)), strict=True):
             text = json.dumps(api, indent=2, ensure_ascii=False) + "\n"
             (WORKFLOWS / "api" / path.name).write_text(text, encoding="utf-8")
             saved = host.saved_files(host.client.run(api))
             picture(saved).save(path.with_suffix(".jpg"), quality=88, optimize=True)
-            print(f"{path.stem}: {len(api)} nodes, {len(saved)} saved")
+            print(f"{path.stem}: {len(api)} nodes, {len(saved)} saved", flush=True)
+    shutil.copy(WORKFLOWS / f"{IN_DOCUMENTATION}.jpg", PACK / "web" / "docs")
 
 
 async def convert(page, paths):
@@ -52,7 +50,7 @@ async def convert(page, paths):
 
 
 def picture(files):
-    """The saved contact sheet, or several pictures in a row of two columns, small."""
+    """The saved contact sheet, or several pictures in two columns, small."""
     images = [Image.open(file).convert("RGB") for file in files]
     if len(images) == 1:
         small = images[0]
@@ -66,7 +64,3 @@ def picture(files):
         method = Image.NEAREST if image.width < side else Image.LANCZOS
         sheet.paste(image.resize((side, side), method), (i % 2 * (side + MARGIN), i // 2 * (side + MARGIN)))
     return sheet
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -29,14 +29,15 @@ CHANNELS = 3
 
 
 @lru_cache
-def _dct_matrix(n):
-    return torch.from_numpy(scipy.fft.dct(torch.eye(n, dtype=torch.float64).numpy(), axis=0, norm="ortho"))
+def _dct_matrix(n, dtype, device):
+    matrix = scipy.fft.dct(torch.eye(n, dtype=torch.float64).numpy(), axis=0, norm="ortho")
+    return torch.from_numpy(matrix).to(device, dtype)
 
 
 def dct(x):
     """Orthonormal DCT-II over channels, rows and columns: (..., C, H, W) -> (..., C, H, W)."""
     for dim in (-3, -2, -1):
-        matrix = _dct_matrix(x.shape[dim]).to(x)
+        matrix = _dct_matrix(x.shape[dim], x.dtype, x.device)
         x = torch.movedim(torch.movedim(x, dim, -1) @ matrix.T, -1, dim)
     return x
 
@@ -44,7 +45,7 @@ def dct(x):
 def idct(c):
     """Inverse of `dct`."""
     for dim in (-3, -2, -1):
-        matrix = _dct_matrix(c.shape[dim]).to(c)
+        matrix = _dct_matrix(c.shape[dim], c.dtype, c.device)
         c = torch.movedim(torch.movedim(c, dim, -1) @ matrix, -1, dim)
     return c
 
@@ -72,7 +73,7 @@ class ExactDensity:
     """Exact log p_s and its derivatives for pictures of `size` x `size` x 3, flattened DCT inside.
 
     Every method takes y (B, 3, size, size) in VE coordinates, s (B,) or a float, and optional `weights` (B, K)
-    that replace the mixture weights (rows need not be normalised; zeros remove components). Results are in y's dtype;
+    that replace the mixture weights (rows need not be normalised; a zero removes a component, a row of zeros leaves the mixture as it is). Results are in y's dtype;
     the arithmetic runs in the dtype of the tables (float64 unless `to` changed it).
 
     Raises ValueError where y is not (B, 3, size, size), or s or weights do not fit it.
@@ -192,12 +193,13 @@ class ExactDensity:
         return self._picture(within + between - score * (score * vc).sum(1, keepdim=True), v)
 
     def sample(self, count, s, generator, weights=None):
-        """`count` exact draws from p_s, (count, 3, size, size), float64."""
+        """`count` exact draws from p_s, (count, 3, size, size), in the tables' dtype; `generator` is on the CPU."""
         w = (self.log_weights.exp() if weights is None else weights[0]).cpu()
         k = torch.multinomial(w, count, replacement=True, generator=generator)
-        normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
-        c = self.means[k] + (self.band_variance[self.index] + s**2).sqrt() * normal(count, self.dim)
-        c[:, self.low_slots] += torch.einsum("brd,br->bd", self.factors[k], normal(count, self.factors.shape[1]))
+        texture = torch.randn(count, self.dim, dtype=torch.float64, generator=generator).to(self.means)
+        variation = torch.randn(count, self.factors.shape[1], dtype=torch.float64, generator=generator).to(self.means)
+        c = self.means[k] + (self.band_variance[self.index] + s**2).sqrt() * texture
+        c[:, self.low_slots] += torch.einsum("brd,br->bd", self.factors[k], variation)
         return idct(c.view(count, CHANNELS, self.size, self.size))
 
     # --- inside -----------------------------------------------------------------------------------------------
@@ -221,6 +223,8 @@ class ExactDensity:
             weights = weights.to(self.means)
             if weights.ndim != 2 or weights.shape[1] != self.components or len(weights) not in (1, len(y)):
                 raise ValueError(f"weights has shape {tuple(weights.shape)}; expected ({len(y)}, {self.components})")
+            # A row of zeros, as from ConditioningZeroOut, asks for nothing in particular.
+            weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, self.log_weights.exp())
             log_w = weights.log() - weights.sum(1, keepdim=True).log()
         c = dct(y.to(self.means)).flatten(1)
         pc = level.precision * c
@@ -232,7 +236,7 @@ class ExactDensity:
         return self._Evaluation(c, level, a, joint.softmax(1), joint.logsumexp(1))
 
     def _levels(self, y, s):
-        s = torch.as_tensor(s, device=y.device).to(self.means)
+        s = torch.as_tensor(s, dtype=self.means.dtype, device=self.means.device)
         if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(y))):
             raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} images")
         return s.expand(len(y)) if s.ndim == 0 or len(s) == 1 else s

@@ -75,9 +75,15 @@ def z_value(quantile, detail_shift, dim, log_range):
     """z of a quantile plus a wanted shift in bits per dimension over the guided range.
 
     detail_shift > 0 means more detail, a lower log-density and so a smaller z. `dim` is D, an int or (B,).
+    Raises ValueError where the shift would take more than the whole of eps: |eta - 1| > 1 at the typical ||eps||^2 = D.
     """
     z = quantile_to_z(quantile)
     if detail_shift and log_range:
+        limit = log_range / math.log(2)
+        if abs(detail_shift) > limit:
+            raise ValueError(
+                f"detail_shift is {detail_shift}, but the guided part of the schedule is too short for it (ln(s_start / "
+                f"s_end) = {log_range:.3g}); it can shift by {limit:.3g} at most: guide a wider range, or ask for less")
         z = z + bits_per_dim_to_nats(detail_shift, dim) / ((2 * dim) ** 0.5 * log_range)
     return z
 
@@ -92,24 +98,23 @@ def eta_minus_one(eps_norm2, z, dim):
     return torch.where(eps_norm2 > 0, (2 * dim) ** 0.5 * z / eps_norm2, 0.0)
 
 
-def guide_denoised(x, denoised, sigma, coordinates, z, dim, guided, mask=None):
+def guide_denoised(x, denoised, sigma, coordinates, z, dim, guided, region=None):
     """The denoised prediction whose Euler step follows the guided ODE.
 
         denoised~ = denoised - (eta - 1) (y - denoised)
 
-    x, denoised: (B, ...); sigma: (B,); z, dim: float or (B,); mask: None or weights broadcastable to x.
+    x, denoised: (B, ...); sigma: (B,); z, dim: float or (B,). region: None, or ones and zeros broadcastable to x: the
+    elements that count in ||eps||^2; the prediction is guided everywhere, since the host blends the rest away.
     Outside `guided` (a `GuidedRange`) the prediction comes back unchanged. Everything stays on x's device.
     """
     wide = compute_dtype(x.dtype)
+    # The margins allow for samplers that recompute sigma from its logarithm, and for the rounding of narrow dtypes.
+    margin = 1 + max(1e-4, torch.finfo(sigma.dtype).eps)
     sigma = sigma.to(wide)
-    # The margins allow for samplers that recompute sigma from its logarithm.
-    inside = (sigma > guided.sigma_end * (1 + 1e-4)) & (sigma <= guided.sigma_start * (1 + 1e-4))
     alpha = coordinates.alpha(sigma)
+    inside = (sigma > guided.sigma_end * margin) & (sigma <= guided.sigma_start * margin) & (alpha > 0)
     # sigma * eps
     noise = x - denoised if coordinates.slope == 0 else torch.addcmul(x, denoised, -per_image(alpha, x.ndim).to(x.dtype))
-    norm2 = squared_norm(noise, mask) / sigma.square()
+    norm2 = squared_norm(noise, region) / sigma.square()
     strength = torch.where(inside, eta_minus_one(norm2, z, dim) / alpha, 0.0)
-    strength = per_image(strength, x.ndim)
-    if mask is not None:
-        strength = strength * mask
-    return torch.addcmul(denoised.to(wide), noise.to(wide), strength, value=-1).to(denoised.dtype)
+    return torch.addcmul(denoised.to(wide), noise.to(wide), per_image(strength, x.ndim), value=-1).to(denoised.dtype)

@@ -8,16 +8,16 @@ smoother picture. Source: arXiv 2502.05807, section 3.
 import scipy.stats
 import torch
 
-from .statistics import dimension, scale_images, squared_norm
-from .units import require_number
+from .statistics import dimension, region_of, scale_images, squared_norm
+from .units import require_quantile
 
 
 def prior_norm(quantile, dim):
     """Norm ||n|| at the log-density quantile `quantile` in (0, 1) of D = `dim` standard normal numbers.
 
-    `dim` may be an array; the result has its shape.
+    `dim` may be an array; the result has its shape. Raises ValueError unless 0 < quantile < 1.
     """
-    return scipy.stats.chi.isf(require_number("quantile", quantile, 0, 1), dim)
+    return scipy.stats.chi.isf(require_quantile(quantile), dim)
 
 
 def scale_noise(noise, quantile=None, scale=1.0, mask=None):
@@ -27,7 +27,7 @@ def scale_noise(noise, quantile=None, scale=1.0, mask=None):
     is left alone. Returns a new tensor of the same dtype; norms are float64.
     """
     wide = noise.double()
-    region = None if mask is None else (mask > 0).double()
+    region = None if mask is None else region_of(mask).double()
     if quantile is None:
         factor = torch.full((len(noise),), float(scale), dtype=torch.float64, device=noise.device)
     else:

@@ -19,13 +19,14 @@ import math
 import numpy as np
 import torch
 
-from .coordinates import per_image
+from .coordinates import eps_from_denoised, per_image
 from .guidance import eta_minus_one
-from .statistics import squared_norm
+from .statistics import region_of, squared_norm
 
 ORDER = 3
 _FLOW_NODES = 3
 _GUIDANCE_NODES = 2
+_MIN_SPACING = 0.02  # of the coming step; no scheduler of the host comes near it
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
@@ -66,8 +67,9 @@ class _History:
         self._predictor_nodes = predictor_nodes
         self._theta, self._values = [], []
 
-    def add(self, theta, value):
-        if self._theta and self._theta[0] == theta:  # a repeated sigma
+    def add(self, theta, value, next_theta):
+        # Extrapolating far through two nodes that almost coincide amplifies their difference.
+        if self._theta and self._theta[0] - theta <= _MIN_SPACING * (theta - next_theta):
             del self._theta[0], self._values[0]
         self._theta = [theta, *self._theta[:self._predictor_nodes]]
         self._values = [value, *self._values[:self._predictor_nodes]]
@@ -86,12 +88,14 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
 
     model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step.
     sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow. guided: the
-    `GuidedRange` of these sigmas. mask: None, or weights in [0, 1] broadcastable to x for the guidance.
+    `GuidedRange` of these sigmas. mask: None, or the weight in [0, 1] of the guidance at each element, broadcastable to
+    x; elements of weight 0 do not count in ||eps||^2.
     callback(i, x, denoised): after each model call; x is the corrected state, denoised the unguided prediction.
 
     Returns x at the last sigma. A last step to sigma = 0 returns the denoised prediction, unguided.
     """
     steering = torch.is_tensor(z) or z != 0
+    region = None if mask is None else region_of(mask)
     alphas = [coordinates.alpha(v) for v in sigmas]
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
@@ -112,12 +116,12 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     start = None  # the corrected state at the previous node
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i])
-        eps = (x - alphas[i] * denoised) / sigmas[i]
-        noise.add(thetas[i], eps)
-        picture.add(thetas[i], denoised)
+        eps = eps_from_denoised(x, denoised, sigmas[i], alphas[i])
+        noise.add(thetas[i], eps, thetas[i + 1])
+        picture.add(thetas[i], denoised, thetas[i + 1])
         if steering and guided.first <= i <= guided.last and alphas[i] > 0:
-            strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, mask), z, dim), x.ndim)
-            guidance.add(thetas[i], eps * (strength if mask is None else strength * mask))
+            strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), z, dim), x.ndim)
+            guidance.add(thetas[i], eps * (strength if mask is None else strength * mask), thetas[i + 1])
         drift = 0.0
         if start is None:
             u = x / scales[i]
@@ -129,7 +133,7 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
             callback(i, x, denoised)
         if sigmas[i + 1] == 0:
             # The prediction was made before the correction: keep its eps and move with the state.
-            return denoised + (drift if mask is None else drift * mask) / alphas[i] if alphas[i] > 0 else denoised
+            return denoised + (drift if mask is None else drift * region) / alphas[i] if alphas[i] > 0 else denoised
         start = u
         x = advance(u, i, correct=False) * scales[i + 1]
     return x

@@ -10,6 +10,11 @@ def compute_dtype(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def region_of(mask):
+    """1 where a soft mask is positive, else 0: the elements that count in norms and D."""
+    return (mask > 0).to(compute_dtype(mask.dtype))
+
+
 def dimension(x, mask=None):
     """D: the number of elements of one image of x (B, ...).
 
@@ -26,12 +31,6 @@ def squared_norm(x, mask=None):
     if mask is None:
         return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype).square()
     return (x.to(dtype).square() * mask).flatten(1).sum(1)
-
-
-def inner(a, b):
-    """<a, b> of every image, (B,)."""
-    dtype = compute_dtype(a.dtype)
-    return (a.to(dtype) * b.to(dtype)).flatten(1).sum(1)
 
 
 def scale_images(x, factor):

@@ -19,15 +19,17 @@ def require_number(name, value, low, high):
     return number
 
 
-def quantile_to_z(quantile):
-    """Standard normal quantile Phi^-1(q); exactly 0 at q = 0.5.
-
-    Raises ValueError unless 0 < quantile < 1.
-    """
-    require_number("quantile", quantile, 0, 1)
-    if quantile in (0, 1):
+def require_quantile(quantile):
+    """Return `quantile` as a float; raise ValueError unless 0 < quantile < 1."""
+    number = require_number("quantile", quantile, 0, 1)
+    if number in (0, 1):
         raise ValueError(f"quantile is {quantile!r}; it must lie strictly between 0 and 1")
-    return float(scipy.stats.norm.ppf(quantile))
+    return number
+
+
+def quantile_to_z(quantile):
+    """Standard normal quantile Phi^-1(q); exactly 0 at q = 0.5. Raises ValueError unless 0 < quantile < 1."""
+    return float(scipy.stats.norm.ppf(require_quantile(quantile)))
 
 
 def nats_to_bits_per_dim(log_density, dim):

@@ -111,7 +111,7 @@ def _test(_: argparse.Namespace, arguments: list[str]) -> int:
 
 def _bench(options: argparse.Namespace, _: list[str]) -> int:
     """Run one of benchmarks/*.py inside the ComfyUI of .host/; it writes its tables and figures to docs/."""
-    names = sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py"))
+    names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
     if options.name not in names:
         raise LauncherError(f"there is no benchmark {options.name!r}; there are: {', '.join(names)}")
     where = environment.prepare()

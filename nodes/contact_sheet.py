@@ -80,6 +80,13 @@ class DensityContactSheet(io.ComfyNode):
         for name, values in (("bits_per_dim", bits_per_dim), ("levels", levels)):
             if values is not None and len(values) != len(images):
                 raise ValueError(f"{name} has {len(values)} rows and images has {len(images)}; connect the same sweep")
+        for i, batch in enumerate(images):
+            if batch.shape[1:] != images[0].shape[1:]:
+                raise ValueError(f"images of row {i} are {tuple(batch.shape[1:])} and those of row 0 "
+                                 f"{tuple(images[0].shape[1:])}; a sheet takes pictures of one size")
+            if bits_per_dim is not None and len(bits_per_dim[i]) != len(batch):
+                raise ValueError(f"bits_per_dim has {len(bits_per_dim[i])} numbers in row {i} and images has {len(batch)} "
+                                 "pictures; connect the log-density of the same latents")
         labels = [f"{label[0]} {v:g}" for v in levels] if levels else [f"row {i}" for i in range(len(images))]
         columns = [f"seed {i}" for i in range(max(map(len, images)))]
         table = {

@@ -4,7 +4,7 @@ import comfy.patcher_extension
 from comfy_api.latest import io
 
 from .guided_run import GuidanceSettings, GuidedSampler, run_guided, solver_sampler
-from .schema import CATEGORY, guidance_inputs
+from .schema import CATEGORY, guidance_inputs, require
 
 
 class DensityGuidanceSampler(io.ComfyNode):
@@ -34,8 +34,7 @@ class DensityGuidanceSampler(io.ComfyNode):
         settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent)
         if sampler is None:
             return io.NodeOutput(solver_sampler(settings))
-        if not callable(getattr(sampler, "sample", None)):
-            raise ValueError(f"sampler is a {type(sampler).__name__}; connect a SAMPLER, for instance of KSamplerSelect")
+        require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
         return io.NodeOutput(GuidedSampler(sampler, settings))
 
 
@@ -60,6 +59,7 @@ class DensityGuidanceModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, quantile, detail_shift, start_percent, end_percent):
         settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent)
+        require("model", model, "add_wrapper", "a MODEL")
         if settings.neutral:
             return io.NodeOutput(model)
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from ..dg_core.coordinates import coordinates_of
 from ..dg_core.exact_density import CHANNELS, ExactDensity
+from .schema import require
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "exact_density.safetensors"
 
@@ -128,11 +129,19 @@ class ExactDensityModel(comfy.model_base.BaseModel):
     def extra_conds(self, **kwargs):
         expected = (CHANNELS, self.density.size, self.density.size)
         shape = tuple(kwargs["noise"].shape[1:])
-        if shape != expected:
+        _require_shape(shape, expected)
+        if type(self.model_sampling) not in (_EPS, _V) and not isinstance(self.model_sampling, comfy.model_sampling.CONST):
             raise ValueError(
-                f"the latent has {' x '.join(map(str, shape))} elements per image; this exact-density model takes "
-                f"{' x '.join(map(str, expected))}: use the latent output of its loader, or load the model at that size")
+                f"model has its sampling patched to {type(self.model_sampling).__name__}; the built-in model takes no other "
+                "than its own: choose eps, v or flow in its loader")
         return super().extra_conds(**kwargs)
+
+
+def _require_shape(shape, expected):
+    if shape != expected:
+        raise ValueError(
+            f"the latent has {' x '.join(map(str, shape))} elements per image; this exact-density model takes "
+            f"{' x '.join(map(str, expected))}: use the latent output of its loader, or load the model at that size")
 
 
 def load(prediction, size):
@@ -150,7 +159,7 @@ def read(model, samples, sigmas, weights=None):
 
     The host divides what a flow model returns by alpha, so `samples` are VE coordinates for every prediction type.
     """
-    base = model.model
+    base = require("model", model, "model", "LoadExactDensityModel").model
     if not isinstance(base, ExactDensityModel):
         raise ValueError(
             f"model is a {type(base).__name__}; its density is not known exactly: connect LoadExactDensityModel")
@@ -159,5 +168,6 @@ def read(model, samples, sigmas, weights=None):
         raise ValueError(
             f"sigmas end at {sigma}; the log-density is read at a noise level above 0: "
             "cut the last step off with SplitSigmas and sample with high_sigmas")
+    _require_shape(tuple(samples.shape[1:]), (CHANNELS, base.density.size, base.density.size))
     s = coordinates_of(model.get_model_object("model_sampling")).s(sigma)
     return base.density.bits_per_dim(base.process_latent_in(samples.cpu().double()), s, weights).tolist()

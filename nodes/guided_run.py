@@ -8,8 +8,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..dg_core import guidance, solver
-from ..dg_core.coordinates import coordinates_of
-from ..dg_core.statistics import compute_dtype, dimension
+from ..dg_core.coordinates import Coordinates, coordinates_of
+from ..dg_core.statistics import compute_dtype, dimension, region_of
 from ..dg_core.units import quantile_to_z, require_number
 
 
@@ -39,13 +39,13 @@ class GuidanceSettings:
 
 @dataclass(frozen=True)
 class Steering:
-    """The settings resolved for one run: see `dg_core.guidance` for the names."""
+    """The settings resolved for one run."""
 
-    coordinates: object
+    coordinates: Coordinates
     guided: guidance.GuidedRange
-    z: object
-    dim: object
-    mask: object
+    z: float | torch.Tensor  # (B,) where there is a mask
+    dim: int | torch.Tensor  # D, likewise
+    mask: torch.Tensor | None  # of the inpainting, broadcastable to the latent
 
     @classmethod
     def of_run(cls, settings, guider, sigmas, latent, denoise_mask):
@@ -59,8 +59,12 @@ class Steering:
             model_sampling.percent_to_sigma(settings.start_percent), model_sampling.percent_to_sigma(settings.end_percent))
         if guided.log_range == 0:
             return None
+        if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
+            raise ValueError(
+                "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
+                "without it, or with quantile 0.5 and detail_shift 0")
         mask = None if denoise_mask is None else denoise_mask.to(latent.device)
-        dim = dimension(latent, mask)
+        dim = dimension(latent, None if mask is None else region_of(mask))
         z = guidance.z_value(settings.quantile, settings.detail_shift, dim, guided.log_range)
         return cls(coordinates, guided, z, dim, mask)
 
@@ -70,25 +74,28 @@ class _GuidePrediction:
 
     def __init__(self, steering):
         self.steering = steering
+        self.region = None if steering.mask is None else region_of(steering.mask)
         self.unguided = self.guided = None
 
     def __call__(self, args):
         s = self.steering
         self.unguided = args["denoised"]
         self.guided = guidance.guide_denoised(
-            args["input"], self.unguided, args["sigma"], s.coordinates, s.z, s.dim, s.guided, s.mask)
+            args["input"], self.unguided, args["sigma"], s.coordinates, s.z, s.dim, s.guided, self.region)
         return self.guided
 
     def preview(self, denoised):
         """The unguided counterpart of the prediction that a sampler reports."""
-        if denoised is self.guided or self.guided is None:
-            return self.unguided if self.guided is not None else denoised
+        if self.guided is None:
+            return denoised
+        if denoised is self.guided:
+            return self.unguided
         # An inpainting run reports the blend of the prediction with the original.
         return denoised + (self.unguided - self.guided)
 
 
 def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-               disable_pbar=False):
+               *args, **kwargs):
     """Call `sample`, a `Sampler.sample` or an executor of it, with the guidance as the last post-CFG function.
 
     Neutral settings, or a range without a step, call `sample` with what came in. Arguments and result as in the
@@ -96,7 +103,7 @@ def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, la
     """
     steering = Steering.of_run(settings, guider, sigmas, noise, denoise_mask)
     if steering is None:
-        return sample(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        return sample(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
     guide = _GuidePrediction(steering)
     options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
     extra_args = {
@@ -104,7 +111,7 @@ def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, la
         "model_options": comfy.model_patcher.set_model_options_post_cfg_function(options, guide),
     }
     show = callback and (lambda step, denoised, x, total: callback(step, guide.preview(denoised), x, total))
-    return sample(guider, sigmas, extra_args, show, noise, latent_image, denoise_mask, disable_pbar)
+    return sample(guider, sigmas, extra_args, show, noise, latent_image, denoise_mask, *args, **kwargs)
 
 
 class GuidedSampler(comfy.samplers.Sampler):

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..dg_core.prior import scale_noise
 from ..dg_core.units import require_number
-from .schema import CATEGORY
+from .schema import CATEGORY, require
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class ScaledNoise:
     def generate_noise(self, input_latent):
         noise = self._noise.generate_noise(input_latent)
         if getattr(noise, "is_nested", False):
-            packed, shapes = comfy.utils.pack_latents(noise.unbind())
-            return comfy.nested_tensor.NestedTensor(comfy.utils.unpack_latents(self._settings.apply(packed), shapes))
+            return comfy.nested_tensor.NestedTensor([self._settings.apply(part) for part in noise.unbind()])
         return self._settings.apply(noise, input_latent.get("noise_mask"))
 
 
@@ -85,8 +84,7 @@ class PriorGuidanceScale(io.ComfyNode):
     @classmethod
     def execute(cls, noise, quantile, scale, match_quantile):
         settings = PriorSettings(quantile, scale, match_quantile)
-        if not callable(getattr(noise, "generate_noise", None)):
-            raise ValueError(f"noise is a {type(noise).__name__}; connect a NOISE, for instance of RandomNoise")
+        require("noise", noise, "generate_noise", "a NOISE, for instance of RandomNoise")
         return io.NodeOutput(ScaledNoise(noise, settings))
 
 
@@ -108,9 +106,15 @@ class PriorGuidanceModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, quantile, scale, match_quantile):
         settings = PriorSettings(quantile, scale, match_quantile)
+        require("model", model, "add_wrapper", "a MODEL")
 
         def scale_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
-            noise = settings.apply(noise, denoise_mask)
+            shapes = kwargs.get("latent_shapes") or [noise.shape]
+            if len(shapes) > 1:  # video and audio, packed into one
+                parts = comfy.utils.unpack_latents(noise, shapes)
+                noise, _ = comfy.utils.pack_latents([settings.apply(part) for part in parts])
+            else:
+                noise = settings.apply(noise, denoise_mask)
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
         patched = model.clone()

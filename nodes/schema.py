@@ -6,6 +6,13 @@ CATEGORY = "sampling/density guidance"
 Floats = io.Custom("FLOATS")
 
 
+def require(name, value, attribute, hint):
+    """Return `value`; raise ValueError, naming the input, unless it has `attribute`."""
+    if not hasattr(value, attribute):
+        raise ValueError(f"{name} is a {type(value).__name__}; connect {hint}")
+    return value
+
+
 def guidance_inputs():
     """quantile, detail_shift, start_percent, end_percent."""
     return [
@@ -16,7 +23,8 @@ def guidance_inputs():
         io.Float.Input(
             "detail_shift", default=0.0, min=-2.0, max=2.0, step=0.05, round=0.001,
             tooltip="Extra detail in bits per dimension (-log2 p / D), added to what the quantile gives. 0 is neutral; "
-                    "positive gives more detail. Means the same amount at every resolution."),
+                    "positive gives more detail. Means the same amount at every resolution. A short guided range allows "
+                    "only a small shift."),
         io.Float.Input(
             "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
             tooltip="Share of the sampling at which guidance begins. 0 (neutral) is pure noise. Guidance late in the "

@@ -37,6 +37,14 @@ def _host_folders(tmp_path_factory):
     folder_paths.set_input_directory(str(tmp_path_factory.mktemp("in-process-input")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tensors this small gain nothing from threads, and lose much when something else runs on the other cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def host_nodes():
     """The host's module `nodes` in this process, its NODE_CLASS_MAPPINGS filled with all of core's nodes."""

@@ -3,14 +3,16 @@
 Everything goes through the host's own node classes, in inference mode as the host runs them.
 """
 
-import inspect
+from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models_base
+import latent_preview
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
@@ -19,6 +21,15 @@ from density_guidance.nodes import DensityGuidanceModel, DensityGuidanceSampler,
 PREDICTIONS = ["eps", "v", "flow"]
 SIZE = 32
 SEED = 7
+
+# The host collects garbage, at length, whenever the model that it ran last is gone.
+_recent = deque(maxlen=16)
+
+
+def kept(model):
+    """The model, alive for a while."""
+    _recent.append(model)
+    return model
 
 
 def outputs(node, *args, **kwargs):
@@ -34,7 +45,7 @@ def _loaded(prediction, size):
 
 def exact_model(prediction, size=SIZE):
     """A fresh clone of the built-in model."""
-    return _loaded(prediction, size)[0].clone()
+    return kept(_loaded(prediction, size)[0].clone())
 
 
 def exact_vae():
@@ -68,7 +79,7 @@ def guided_sampler(quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, sampler=N
 
 
 def guided_model(model, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0):
-    return outputs(DensityGuidanceModel, model, quantile, detail_shift, start, end)[0]
+    return kept(outputs(DensityGuidanceModel, model, quantile, detail_shift, start, end)[0])
 
 
 def random_noise(seed=SEED):
@@ -94,13 +105,13 @@ def picture(*args, **kwargs):
     return sample(*args, **kwargs)[0]["samples"]
 
 
-def ksampler(host_nodes, model, sampler_name, steps=6, scheduler="simple", latent=None, seed=SEED, denoise=1.0, **options):
-    """The samples of the host's KSampler node."""
+def ksampler(host_nodes, model, sampler_name, steps=6, scheduler="simple", latent=None, denoise=1.0, positive=None):
+    """The samples of the host's KSampler node, at CFG 1."""
     latent = empty_latent() if latent is None else latent
+    positive = conditioning() if positive is None else positive
     with torch.inference_mode():
         return host_nodes.KSampler().sample(
-            model, seed, steps, options.pop("cfg", 1.0), sampler_name, scheduler, options.pop("positive", conditioning()),
-            options.pop("negative", conditioning()), latent, denoise)[0]["samples"]
+            model, SEED, steps, 1.0, sampler_name, scheduler, positive, conditioning(), latent, denoise)[0]["samples"]
 
 
 @dataclass
@@ -117,7 +128,7 @@ class Recorder:
 
 def recording(model):
     """(clone of the model, its `Recorder`)."""
-    model, seen = model.clone(), Recorder()
+    model, seen = kept(model.clone()), Recorder()
 
     def apply_model(executor, *args, **kwargs):
         seen.calls += 1
@@ -152,21 +163,21 @@ class _Network(torch.nn.Module):
         return self.function(x, timesteps)
 
 
-def free_model(model_type="FLOW", function=lambda x, t: x, latent_format=None, dtype=torch.float32, sampling=None):
+def free_model(model_type="FLOW", function=lambda x, t: x):
     """A `ModelPatcher` around a real `BaseModel` of the host whose network is a function of (x, timestep)."""
     config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
-    config.latent_format = latent_format or comfy.latent_formats.LatentFormat()
+    config.latent_format = comfy.latent_formats.LatentFormat()
     config.memory_usage_factor = 0.01
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType[model_type])
     model.diffusion_model = _Network(function)
-    model.diffusion_model.dtype = dtype
-    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    return kept(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
 
 
-def free_run(model, sampler, sigmas, noise, latent=None, mask=None, callback=None, seed=SEED):
-    """`guider.sample` of the host for a model without conditioning, with the noise given as a tensor."""
+def free_run(model, sampler, sigmas, noise, cfg=1.0):
+    """`guider.sample` of the host, as its nodes call it, for a model without conditioning and noise given as a tensor."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds([[None, {}]], [[None, {}]])
-    latent = torch.zeros_like(noise) if latent is None else latent
+    guider.set_cfg(cfg)
+    callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     with torch.inference_mode():
-        return guider.sample(noise, latent, sampler, sigmas, mask, callback, True, seed)
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, None, callback, True, SEED)

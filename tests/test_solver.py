@@ -131,3 +131,13 @@ def test_mask_guides_the_region_only(noise):
     half = run(POINT7, VE, s, -1.0, noise[..., :2].contiguous())
     assert x[..., 2:].numpy() == pytest.approx(plain[..., 2:].numpy(), rel=1e-12)
     assert x[..., :2].numpy() == pytest.approx(half.numpy(), rel=1e-12)
+
+
+def test_almost_repeated_sigma_does_no_harm(noise):
+    s = geometric(5.0, 0.2, 6)
+    near = run(POINT7, VE, s[:3] + [s[2] * (1 - 1e-6)] + s[3:], -0.8, noise)
+    assert near.numpy() == pytest.approx(run(POINT7, VE, s, -0.8, noise).numpy(), rel=1e-3)
+
+
+def test_flow_from_next_to_pure_noise(noise):
+    assert run(POINT7, FLOW, [1.0, 0.99992, 0.5, 0.1], -1.0, noise).isfinite().all()

@@ -12,6 +12,7 @@ resolves: the exact model is there to measure, and a measurement needs a truth t
 """
 
 import argparse
+import importlib.util
 import io
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from fontTools.ttLib import TTFont
 from PIL import Image
 from safetensors.torch import save_file
 
-import importlib.util
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("exact_density", ROOT / "dg_core" / "exact_density.py")
 exact_density = importlib.util.module_from_spec(spec)

@@ -12,14 +12,16 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
+
+from ..launcher import guardian
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # A fresh profile asks its maker's servers for this and that: nothing of it is wanted here.
@@ -29,6 +31,7 @@ QUIET = (
     "--hide-scrollbars", "--remote-debugging-port=0",
 )
 START_S = 60.0
+STOP_S = 15.0
 ANSWER_S = 60.0
 
 # The page is usable once it knows the nodes and has loaded its first graph.
@@ -110,7 +113,11 @@ async def _chromium(size: tuple[int, int]) -> AsyncIterator[str]:
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--no-sandbox")  # it does not start for root with one
         process = subprocess.Popen(
-            [*command, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            [sys.executable, guardian.__file__, profile, *command, "about:blank"],
+            stdin=subprocess.PIPE,  # held open: the guardian ends Chromium when it closes, also when this is killed
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         try:
             port_file = Path(profile, "DevToolsActivePort")  # written when it listens
@@ -119,26 +126,28 @@ async def _chromium(size: tuple[int, int]) -> AsyncIterator[str]:
                 if process.poll() is not None or time.monotonic() > give_up:
                     raise RuntimeError(f"{program} did not start (exit code {process.poll()}).")
                 await asyncio.sleep(0.1)
-            async with aiohttp.ClientSession() as session:
-                async with session.get(f"http://127.0.0.1:{port_file.read_text().splitlines()[0]}/json") as answer:
-                    tabs = await answer.json()
+            address = f"http://127.0.0.1:{port_file.read_text().splitlines()[0]}/json"
+            async with aiohttp.ClientSession() as session, session.get(address) as answer:
+                tabs = await answer.json()
             yield next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # it has children
-            process.wait()
+            process.stdin.close()
+            process.wait(STOP_S)
 
 
 @contextlib.asynccontextmanager
 async def open_page(url: str, size: tuple[int, int] = (1600, 1000)) -> AsyncIterator[Page]:
     """ComfyUI's web page at `url`, open and ready, in a Chromium that ends with the `with` block."""
-    async with _chromium(size) as address, aiohttp.ClientSession() as session:
-        async with session.ws_connect(address, max_msg_size=0) as socket:
-            page = Page(socket)
-            await page.command("Page.enable")
-            await page.command("Page.navigate", url=url)
-            await page.wait_for(READY)
-            yield page
+    async with (
+        _chromium(size) as address,
+        aiohttp.ClientSession() as session,
+        session.ws_connect(address, max_msg_size=0) as socket,
+    ):
+        page = Page(socket)
+        await page.command("Page.enable")
+        await page.command("Page.navigate", url=url)
+        await page.wait_for(READY)
+        yield page
 
 
 def with_page(url: str, use: Callable[[Page], Awaitable], size: tuple[int, int] = (1600, 1000)):

@@ -1,0 +1,181 @@
+"""Bad input: an error that names the input, its value and what is right, before any model call."""
+
+import math
+
+import comfy.model_sampling
+import pytest
+import torch
+from density_guidance import nodes
+from density_guidance.tests import host_runs as h
+
+NAN = math.nan
+GUIDANCE = [
+    ((NAN, 0.0, 0.0, 1.0), ["quantile", "nan", "0.001", "0.999"]),
+    ((0.0, 0.0, 0.0, 1.0), ["quantile", "0.0", "0.001", "0.999"]),
+    ((1.0, 0.0, 0.0, 1.0), ["quantile", "1.0", "0.001", "0.999"]),
+    (("high", 0.0, 0.0, 1.0), ["quantile", "'high'", "0.001", "0.999"]),
+    ((None, 0.0, 0.0, 1.0), ["quantile", "None", "0.001", "0.999"]),
+    ((0.5, 2.5, 0.0, 1.0), ["detail_shift", "2.5", "-2", "2"]),
+    ((0.5, NAN, 0.0, 1.0), ["detail_shift", "nan", "-2", "2"]),
+    ((0.5, 0.0, -0.1, 1.0), ["start_percent", "-0.1", "0.0", "1.0"]),
+    ((0.5, 0.0, 0.0, math.inf), ["end_percent", "inf", "0.0", "1.0"]),
+    ((0.5, 0.0, 0.6, 0.4), ["start_percent", "0.6", "end_percent", "0.4", "smaller"]),
+    ((0.3, 0.0, 0.5, 0.5), ["start_percent", "end_percent", "0.5", "smaller"]),
+]
+PRIOR = [
+    ((NAN, 1.0, True), ["quantile", "nan", "0.001", "0.999"]),
+    ((0.9999, 1.0, True), ["quantile", "0.9999", "0.999"]),
+    ((0.5, -1.0, True), ["scale", "-1.0", "0.0", "10.0"]),
+    ((0.5, math.inf, False), ["scale", "inf", "0.0", "10.0"]),
+]
+
+
+class Bridge(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.IMG_TO_IMG):
+    """A model that goes from picture to picture: no Gaussian noise path."""
+
+
+class Strange(comfy.model_sampling.ModelSamplingDiscrete):
+    """A kind of sampling that is not known."""
+
+    calculate_input = comfy.model_sampling.EPS.calculate_input
+    calculate_denoised = comfy.model_sampling.EPS.calculate_denoised
+    noise_scaling = comfy.model_sampling.EPS.noise_scaling
+    inverse_noise_scaling = comfy.model_sampling.EPS.inverse_noise_scaling
+
+
+def fails(words, call, *args, **kwargs):
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{error.value!s} does not say {missing}"
+
+
+@pytest.mark.parametrize("values, words", GUIDANCE, ids=lambda v: str(v)[:30])
+def test_guidance_settings(values, words):
+    fails(words, h.outputs, nodes.DensityGuidanceSampler, *values, h.core_sampler("euler"))
+    fails(words, h.outputs, nodes.DensityGuidanceSampler, *values)
+    fails(words, h.outputs, nodes.DensityGuidanceModel, h.exact_model("flow"), *values)
+
+
+@pytest.mark.parametrize("values, words", PRIOR, ids=lambda v: str(v)[:30])
+def test_prior_settings(values, words):
+    fails(words, h.outputs, nodes.PriorGuidanceScale, h.random_noise(), *values)
+    fails(words, h.outputs, nodes.PriorGuidanceModel, h.exact_model("flow"), *values)
+
+
+@pytest.mark.parametrize("wrong", [object(), "euler", 3.0], ids=str)
+def test_wrong_sockets(wrong):
+    kind = type(wrong).__name__
+    fails(["sampler", kind, "KSamplerSelect"], h.outputs, nodes.DensityGuidanceSampler, 0.5, 0.0, 0.0, 1.0, wrong)
+    fails(["noise", kind, "RandomNoise"], h.outputs, nodes.PriorGuidanceScale, wrong, 0.5, 1.0, True)
+
+
+def test_no_sampler_means_the_own_solver():
+    assert h.guided_sampler(0.3).sample.__func__ is type(h.core_sampler("euler")).sample
+
+
+def guided_runs(model, sampler):
+    """A model and a sampler that guide: by a wrapped sampler, the own solver, or a patch of the model."""
+    if sampler == "patch":
+        return h.guided_model(model, 0.3), "euler"
+    return model, h.guided_sampler(0.3, sampler=None if sampler == "own" else sampler)
+
+
+EVERY_WAY = pytest.mark.parametrize("way", ["euler", "own", "patch"])
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("sampling, words", [
+    (Bridge, ["IMG_TO_IMG", "Gaussian", "EPS", "V_PREDICTION", "CONST"]),
+    (Strange, ["Strange", "not known", "EPS", "V_PREDICTION", "CONST"]),
+])
+def test_model_samplings_without_a_log_density(way, sampling, words):
+    model, seen = h.recording(h.exact_model("eps"))
+    model.add_object_patch("model_sampling", sampling())
+    schedule = torch.tensor([10.0, 3.0, 1.0, 0.0])
+    fails(words, h.sample, *guided_runs(model, way), schedule)
+    assert seen.calls == 0
+
+
+def test_neutral_settings_refuse_no_model():
+    model = h.free_model("EPS", lambda x, t: x / 2)
+    model.add_object_patch("model_sampling", Bridge())
+    noise, schedule = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([10.0, 3.0, 1.0, 0.0])
+    plain, neutral = (h.free_run(model, sampler, schedule, noise)
+                      for sampler in (h.core_sampler("euler"), h.guided_sampler(0.5, sampler="euler")))
+    assert torch.isfinite(plain).all() and torch.equal(plain, neutral)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("prediction", h.PREDICTIONS)
+@pytest.mark.parametrize("sigmas, words", [
+    ([0.0, 0.1, 0.5, 0.9], ["sigmas", "0.1", "0.9", "descend"]),
+    ([0.9, 0.3, 0.5, 0.0], ["sigmas", "0.3", "0.5", "descend"]),
+    ([0.9, NAN, 0.1, 0.0], ["sigmas", "nan", "finite"]),
+    ([math.inf, 0.5, 0.1, 0.0], ["sigmas", "inf", "finite"]),
+    ([0.9, 0.5, -0.1], ["sigmas", "-0.1", "not negative"]),
+], ids=["ascending", "up and down", "nan", "infinite", "negative"])
+def test_schedules(way, prediction, sigmas, words):
+    model, seen = h.recording(h.exact_model(prediction))
+    fails(words, h.sample, *guided_runs(model, way), torch.tensor(sigmas))
+    assert seen.calls == 0
+
+
+@pytest.mark.parametrize("values, words", [
+    ("0.1, many", ["values", "'many'", "commas"]),
+    ("0.1, nan", ["values", "'nan'", "commas"]),
+    ("1e999", ["values", "'1e999'", "commas"]),
+    ("0.1; 0.2", ["values", "'0.1; 0.2'", "commas"]),
+    ("", ["values", "empty", "commas"]),
+    (" ,\n, ", ["values", "empty", "commas"]),
+])
+def test_density_levels(values, words):
+    fails(words, h.outputs, nodes.DensityLevels, values)
+
+
+def test_density_levels_reads_numbers():
+    assert h.outputs(nodes.DensityLevels, " .05, 3e-1,\n-2,, ")[0] == [0.05, 0.3, -2.0]
+
+
+@pytest.mark.parametrize("sigmas, words", [
+    ([1.0, 0.5, 0.0], ["sigmas", "0.0", "above 0", "SplitSigmas"]),
+    ([], ["sigmas", "above 0", "SplitSigmas"]),
+    ([0.5, NAN], ["sigmas", "nan", "above 0"]),
+])
+def test_log_density_needs_a_noise_level(sigmas, words):
+    fails(words, h.outputs, nodes.ExactLogDensity, h.exact_model("eps"), h.empty_latent(), torch.tensor(sigmas))
+
+
+def test_log_density_needs_the_built_in_model():
+    words = ["model", "BaseModel", "LoadExactDensityModel"]
+    fails(words, h.outputs, nodes.ExactLogDensity, h.free_model(), h.empty_latent(), torch.tensor([1.0, 0.5]))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 4, 32, 32), (1, 3, 2, 32, 32)], ids=str)
+def test_log_density_of_another_latent(shape):
+    fails(["latent", str(shape), "32"], h.outputs, nodes.ExactLogDensity, h.exact_model("eps"),
+          {"samples": torch.zeros(shape)}, torch.tensor([1.0, 0.5]))
+
+
+def test_log_density_at_a_sigma_beyond_the_flow():
+    """A flow model has no sigma of 1 or more."""
+    fails(["sigmas", "1.0"], h.outputs, nodes.ExactLogDensity, h.exact_model("flow"), h.empty_latent(), torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("lists, words", [
+    ({"bits_per_dim": [[1.0]]}, ["bits_per_dim", "1", "images", "2"]),
+    ({"levels": [0.1, 0.2, 0.3]}, ["levels", "3", "images", "2"]),
+    ({"bits_per_dim": [[1.0], []]}, ["bits_per_dim"]),
+    ({"bits_per_dim": [[1.0], [1.0, 2.0]]}, ["bits_per_dim"]),
+], ids=["rows of numbers", "levels", "too few numbers", "too many numbers"])
+def test_contact_sheet_of_unequal_lists(lists, words):
+    images = [torch.zeros(1, 8, 8, 3)] * 2
+    fails(words, h.outputs, nodes.DensityContactSheet, images, ["q"], [32], **lists)
+
+
+@pytest.mark.parametrize("component", [-2, 128])
+def test_loader_component(component):
+    if component < 0:
+        assert nodes.LoadExactDensityModel.define_schema().inputs[2].min == -1
+        return
+    fails(["component", str(component), "127"], h.outputs, nodes.LoadExactDensityModel, "flow", "32", component, 1)

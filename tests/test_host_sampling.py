@@ -1,0 +1,539 @@
+"""Density guidance inside the real host, on the model whose density is known."""
+
+import math
+from functools import lru_cache
+
+import comfy.samplers
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from comfy_extras.nodes_model_advanced import RescaleCFG
+from density_guidance.nodes import PriorGuidanceScale, exact_model
+from density_guidance.tests import host_runs as h
+
+SAMPLERS = comfy.samplers.SAMPLER_NAMES
+SINGLE_CALL = ["euler", "dpmpp_2m", "res_multistep", "er_sde"]  # one model call per step
+EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
+OWN_AND_EULER = pytest.mark.parametrize("sampler", [None, "euler"], ids=["own", "euler"])
+DIM = 3 * h.SIZE**2
+
+
+@lru_cache
+def run(prediction, name, quantile=None, detail_shift=0.0, window=(0.0, 1.0)):
+    """(samples, model calls) at 6 steps; quantile None: the host's sampler by itself."""
+    model, seen = h.recording(h.exact_model(prediction))
+    sampler = name if quantile is None else h.guided_sampler(quantile, detail_shift, *window, sampler=name)
+    return h.picture(model, sampler, h.schedule(model, 6)), seen.calls
+
+
+# --- the scheme, written again from its definition ---------------------------------------------------------------
+
+
+def alpha_of(prediction, sigma):
+    return 1 - sigma if prediction == "flow" else 1.0
+
+
+def percent_to_sigma(prediction, percent):
+    if prediction == "flow":
+        t = 1 - percent
+        return 3 * t / (1 + 2 * t)
+    return {0.0: 999999999.9, 1.0: 0.0}.get(percent, exact_model.SIGMA_MAX * (
+        exact_model.SIGMA_MIN / exact_model.SIGMA_MAX) ** percent)
+
+
+def guided_steps(prediction, sigmas, start=0.0, end=1.0):
+    """Numbers of the steps that guidance acts on."""
+    high, low = percent_to_sigma(prediction, start), percent_to_sigma(prediction, end)
+    return [i for i in range(len(sigmas) - 1)
+            if low < sigmas[i] <= high and sigmas[i + 1] > 0 and alpha_of(prediction, sigmas[i]) > 0]
+
+
+def z_of(prediction, sigmas, quantile, detail_shift, start=0.0, end=1.0, dim=DIM):
+    steps = guided_steps(prediction, sigmas, start, end)
+    s = [sigmas[i] / alpha_of(prediction, sigmas[i]) for i in (steps[0], steps[-1] + 1)]
+    return scipy.stats.norm.ppf(quantile) - detail_shift * math.log(2) * dim / (np.sqrt(2 * dim) * math.log(s[0] / s[1]))
+
+
+def steered(prediction, x, denoised, sigma, z, mask=1.0):
+    """x0~ = x0 - (sigma / alpha) (eta - 1) eps, in float64, for one sigma."""
+    x, denoised = x.double(), denoised.double()
+    alpha = alpha_of(prediction, sigma)
+    eps = (x - alpha * denoised) / sigma
+    weights = (torch.as_tensor(mask).double() * torch.ones_like(x)).flatten(1)
+    strength = (2 * weights.sum(1)).sqrt() * z / (weights * eps.flatten(1) ** 2).sum(1)
+    return denoised - sigma / alpha * strength.view(-1, *[1] * (x.ndim - 1)) * eps * mask
+
+
+def assert_close(a, b, relative):
+    """Largest difference, relative to the largest number of each image."""
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    error = ((a - b).abs().amax(1) / b.abs().amax(1)).max().item()
+    assert error <= relative, f"relative error {error:.2e}, allowed {relative:.1e}"
+
+
+# --- neutral settings --------------------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_neutral_is_the_wrapped_sampler_bit_for_bit(prediction, name):
+    plain, calls = run(prediction, name)
+    assert torch.isfinite(plain).all()
+    # The window lies between two of the schedule's sigmas: no step starts in it.
+    for settings in ((0.5, 0.0), (0.2, 1.0, (0.001, 0.002))):
+        neutral, neutral_calls = run(prediction, name, *settings)
+        assert torch.equal(neutral, plain)
+        assert neutral_calls == calls
+
+
+@pytest.mark.parametrize("settings", [(0.5, 0.0), (0.2, 1.0, 0.001, 0.002)], ids=["neutral", "empty range"])
+def test_neutral_hangs_nothing_into_the_host(settings):
+    """Without guidance the host sees the model options that it would see anyway, and no tensor of ours."""
+
+    def hooks(model, sampler):
+        model, seen = h.recording(model)
+        h.sample(model, sampler, h.schedule(model, 3))
+        wrappers = seen.options[0]["transformer_options"]["wrappers"]
+        per_point = {point: sum(map(len, keys.values())) for point, keys in wrappers.items()}
+        return len(seen.options[0]["sampler_post_cfg_function"]), {k: n for k, n in per_point.items() if k != "sampler_sample"}
+
+    model = h.exact_model("flow")
+    plain = hooks(model, "euler")
+    assert plain[0] == 1
+    assert hooks(model, h.guided_sampler(*settings, sampler="euler")) == plain
+    assert hooks(h.guided_model(model, *settings), "euler") == plain
+    assert hooks(model, h.guided_sampler(0.2, sampler="euler"))[0] == 2  # the comparison can tell
+
+
+def test_neutral_model_patch_returns_the_model():
+    model = h.exact_model("eps")
+    assert h.guided_model(model) is model
+
+
+# --- guided ------------------------------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guided_runs_of_every_core_sampler(prediction, name):
+    """Finite, different from unguided, no extra model call."""
+    plain, calls = run(prediction, name)
+    for settings in ((0.3, 0.0), (0.5, 0.5)):
+        guided, guided_calls = run(prediction, name, *settings)
+        assert torch.isfinite(guided).all()
+        assert not torch.equal(guided, plain)
+        if name != "dpm_adaptive":  # chooses its own steps from the error that it sees
+            assert guided_calls == calls
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, None])
+def test_same_seed_gives_the_same_guided_picture(name):
+    again = h.picture(h.exact_model("flow"), h.guided_sampler(0.3, sampler=name), h.schedule(h.exact_model("flow"), 6))
+    assert torch.equal(run("flow", name, 0.3)[0], again)
+
+
+@EVERY_KIND
+def test_own_solver_calls_the_model_once_per_step(prediction):
+    for quantile in (0.5, 0.3):
+        assert run(prediction, None, quantile)[1] == 6
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("settings", [
+    (0.3, 0.0), (0.5, 0.5), (0.7, -0.3, 0.2, 0.7), (0.05, 0.2, 0.0, 0.5)], ids=str)
+def test_euler_is_the_closed_form_scheme(prediction, settings):
+    """Each step of the host's Euler: VE y' = y + (s' - s) eta eps; flow x' = x + (sigma' - sigma) (x - x0~) / sigma."""
+    model, seen = h.recording(h.exact_model(prediction))
+    schedule = h.schedule(model, 12)
+    result = h.picture(model, h.guided_sampler(*settings, sampler="euler"), schedule)
+    sigmas = schedule.double().tolist()
+    z = z_of(prediction, sigmas, *settings)
+    guided = guided_steps(prediction, sigmas, *settings[2:])
+    assert guided and sigmas[-1] == 0 and len(seen.x) == 12
+    for i, (x, denoised) in enumerate(zip(seen.x, seen.denoised)):
+        x, denoised, sigma = x.double(), denoised.double(), sigmas[i]
+        if prediction == "flow":
+            target = steered(prediction, x, denoised, sigma, z) if i in guided else denoised
+            expected = x + (sigmas[i + 1] - sigma) * (x - target) / sigma
+        else:
+            eps = (x - denoised) / sigma
+            eta = 1 + math.sqrt(2 * DIM) * z / eps.flatten(1).square().sum(1) if i in guided else torch.ones(len(x))
+            expected = x + (sigmas[i + 1] - sigma) * eta.view(-1, 1, 1, 1) * eps
+        if i < 11:
+            assert_close(seen.x[i + 1], expected, 1e-6)
+        else:
+            assert_close(result, model.model.process_latent_out(expected), 1e-6)
+    # The last step to zero is unguided, and so is the call at sigma = 1 of a flow model.
+    assert 11 not in guided and (0 not in guided or prediction != "flow")
+
+
+@EVERY_KIND
+def test_every_seed_of_a_run_starts_from_its_own_noise(prediction):
+    model = h.exact_model(prediction)
+    a, b = (h.picture(model, h.guided_sampler(0.3), h.schedule(model, 4), seed=s) for s in (1, 2))
+    assert not torch.equal(a, b) and not torch.equal(a[0], a[1])
+
+
+# --- the model patch ---------------------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m_sde", "lms"])
+def test_model_patch_in_ksampler_equals_the_wrapped_sampler(host_nodes, prediction, name):
+    patched = h.guided_model(h.exact_model(prediction), 0.3, 0.2, 0.1, 0.9)
+    expected, _ = run(prediction, name, 0.3, 0.2, (0.1, 0.9))
+    assert torch.equal(h.ksampler(host_nodes, patched, name), expected)
+
+
+def test_model_patch_leaves_the_model_it_was_made_from_alone(host_nodes):
+    model = h.exact_model("flow")
+    h.ksampler(host_nodes, h.guided_model(model, 0.1), "euler")
+    assert torch.equal(h.ksampler(host_nodes, model, "euler"), run("flow", "euler")[0])
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("as_patch", [True, False], ids=["model", "sampler"])
+def test_guidance_is_last_and_sees_the_combined_prediction(prediction, as_patch):
+    """CFG between two components, a rescaling and a later post-CFG patch: guidance acts on what they left."""
+    model = h.exact_model(prediction)
+    if as_patch:
+        model = h.guided_model(model, 0.2)
+    model = RescaleCFG().patch(model, 0.7)[0]
+    model.set_model_sampler_post_cfg_function(lambda args: 0.9 * args["denoised"])
+    model, seen = h.recording(model)
+    sampler = "euler" if as_patch else h.guided_sampler(0.2, sampler="euler")
+    schedule = h.schedule(model, 6)
+    h.sample(model, sampler, schedule, positive=h.conditioning(component=3), negative=h.conditioning(component=40), cfg=3.0)
+    sigmas = schedule.double().tolist()
+    assert_steered(prediction, seen, sigmas, z_of(prediction, sigmas, 0.2, 0.0))
+
+
+def assert_steered(prediction, seen, sigmas, z, mask=1.0):
+    """Of every prediction: what came out is the guided form of what went in, in the guided steps only."""
+    guided = guided_steps(prediction, sigmas)
+    assert guided and len(seen.final) == len(sigmas) - 1
+    for i, (x, denoised, final) in enumerate(zip(seen.x, seen.denoised, seen.final)):
+        if i in guided:
+            expected = steered(prediction, x, denoised, sigmas[i], z, mask)
+            assert_close(final, expected, 3e-7)
+            # The whole correction, its rounding averaged out over the picture.
+            change, wanted = ((v - denoised.double()).flatten(1) for v in (final, expected))
+            slope = (change * wanted).sum(1) / wanted.square().sum(1)
+            assert torch.allclose(slope, torch.ones_like(slope), atol=1e-3)
+        else:
+            assert torch.equal(final, denoised)
+
+
+@EVERY_KIND
+def test_cfg_prediction_is_guided_as_a_whole(prediction):
+    model, seen = h.recording(h.exact_model(prediction))
+    schedule = h.schedule(model, 4)
+    conds = [h.conditioning(component=k) for k in (3, 40)]
+    h.sample(model, h.guided_sampler(0.2, sampler="euler"), schedule, positive=conds[0], negative=conds[1], cfg=3.0)
+    sigmas = schedule.double().tolist()
+    assert_steered(prediction, seen, sigmas, z_of(prediction, sigmas, 0.2, 0.0))
+    density = model.model.density
+    for x, sigma, combined in list(zip(seen.x, sigmas, seen.denoised))[1:]:
+        alpha = alpha_of(prediction, sigma)
+        cond, uncond = (density.denoised(x.double() / alpha, sigma / alpha, density.one_hot(k)) for k in (3, 40))
+        assert_close(combined, uncond + 3 * (cond - uncond), 1e-5)
+
+
+# --- previews ----------------------------------------------------------------------------------------------------
+
+
+def previews(model, sampler, schedule, latent=None, mask=None):
+    """(result, what the callback got at each step) of a run through the guider."""
+    shown = []
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(h.conditioning(), h.conditioning())
+    latent = h.empty_latent()["samples"] if latent is None else latent
+    noise = h.random_noise().generate_noise({"samples": latent})
+    with torch.inference_mode():
+        result = guider.sample(noise, latent, sampler, schedule, mask, lambda i, x0, x, n: shown.append((i, x0.clone(), n)),
+                               True, h.SEED)
+    return result, shown
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+@pytest.mark.parametrize("name", [None, *SAMPLERS])
+def test_previews_show_the_unguided_prediction(prediction, name):
+    """Everything that the callback shows is a prediction of the model from before the guidance."""
+    model, seen = h.recording(h.exact_model(prediction))
+    _, shown = previews(model, h.guided_sampler(0.05, sampler=name), h.schedule(model, 6))
+    _, plain = previews(h.exact_model(prediction), h.guided_sampler(0.5, sampler=name), h.schedule(model, 6))
+    assert name == "dpm_adaptive" or [(i, n) for i, _, n in shown] == [(i, n) for i, _, n in plain]
+    reports_a_prediction = all(
+        any(torch.equal(x0, d) for d in unguided_predictions(prediction, name)) for _, x0, _ in plain)
+    for _, x0, _ in shown:
+        assert torch.isfinite(x0).all()
+        if reports_a_prediction:
+            nearest = min(seen.denoised, key=lambda d: (d - x0).abs().max())
+            assert_close(x0, nearest, 1e-6)
+
+
+@lru_cache
+def unguided_predictions(prediction, name):
+    model, seen = h.recording(h.exact_model(prediction))
+    previews(model, h.guided_sampler(0.5, sampler=name), h.schedule(model, 6))
+    return seen.denoised
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", [None, *SINGLE_CALL])
+def test_preview_of_each_step_is_its_own_prediction(prediction, name):
+    model, seen = h.recording(h.exact_model(prediction))
+    result, shown = previews(model, h.guided_sampler(0.05, sampler=name), h.schedule(model, 6))
+    assert [i for i, _, _ in shown] == list(range(6))
+    for (_, x0, _), denoised in zip(shown, seen.denoised):
+        assert torch.equal(x0, denoised)
+    if name is not None:
+        assert_close(result, model.model.process_latent_out(shown[-1][1]), 1e-6)
+
+
+@EVERY_KIND
+@OWN_AND_EULER
+def test_denoised_output_is_unguided(prediction, sampler):
+    model, seen = h.recording(h.exact_model(prediction))
+    schedule = h.schedule(model, 6)[:-1]
+    out, denoised = h.sample(model, h.guided_sampler(0.05, sampler=sampler), schedule)
+    assert torch.equal(denoised["samples"], model.model.process_latent_out(seen.denoised[-1]))
+    assert not torch.equal(seen.final[-1], seen.denoised[-1]) or sampler is None
+    out, denoised = h.sample(model, h.guided_sampler(0.05, sampler=sampler), h.schedule(model, 20))
+    assert_close(out["samples"], denoised["samples"], 1e-6 if sampler else 1e-2)
+
+
+# --- inpainting --------------------------------------------------------------------------------------------------
+
+
+def inpaint_latent(soft=False):
+    """Two pictures, each with a mask of its own."""
+    samples = run("flow", "euler")[0]
+    mask = torch.zeros(2, 1, h.SIZE, h.SIZE)
+    mask[0, :, 4:20, 8:30] = 1
+    mask[1, :, 16:, :] = 1
+    if soft:
+        mask = torch.nn.functional.avg_pool2d(mask, 5, 1, 2)
+    return {"samples": samples, "noise_mask": mask}
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun", "ddim"])
+def test_inpainting_keeps_what_is_outside_the_mask(prediction, name):
+    model, latent = h.exact_model(prediction), inpaint_latent()
+    schedule = h.schedule(model, 6)
+    plain = h.picture(model, name, schedule, latent)
+    guided = h.picture(model, h.guided_sampler(0.1, sampler=name), schedule, latent)
+    outside = (latent["noise_mask"] == 0).expand_as(plain)
+    assert torch.equal(guided[outside], plain[outside])
+    assert not torch.equal(guided[~outside], plain[~outside])
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("quantile", [0.5, 0.1])
+def test_own_solver_returns_the_original_outside_the_mask(prediction, quantile):
+    model, latent = h.exact_model(prediction), inpaint_latent()
+    result = h.picture(model, h.guided_sampler(quantile), h.schedule(model, 6), latent)
+    outside = (latent["noise_mask"] == 0).expand_as(result)
+    through_the_host = model.model.process_latent_out(model.model.process_latent_in(latent["samples"]))
+    assert torch.equal(result[outside], through_the_host[outside])
+    assert not torch.allclose(result[~outside], latent["samples"][~outside], atol=1e-3)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("detail_shift", [0.0, 0.4])
+def test_inpainting_takes_its_statistics_from_the_masked_region(prediction, detail_shift):
+    model, seen = h.recording(h.exact_model(prediction))
+    latent, schedule = inpaint_latent(), h.schedule(model, 6)
+    h.sample(model, h.guided_sampler(0.2, detail_shift, sampler="euler"), schedule, latent)
+    sigmas, mask = schedule.double().tolist(), latent["noise_mask"]
+    dim = 3 * mask.double().flatten(1).sum(1)
+    assert_steered(prediction, seen, sigmas, z_of(prediction, sigmas, 0.2, detail_shift, dim=dim), mask)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_inpainting_previews_are_unguided(prediction, soft):
+    """The preview is the host's blend of the unguided prediction with the original."""
+    latent = inpaint_latent(soft)
+    model, seen = h.recording(h.exact_model(prediction))
+    _, shown = previews(
+        model, h.guided_sampler(0.05, sampler="euler"), h.schedule(model, 6), latent["samples"], latent["noise_mask"])
+    original, mask = model.model.process_latent_in(latent["samples"]), latent["noise_mask"]
+    for (_, x0, _), denoised in zip(shown, seen.denoised):
+        assert_close(x0, denoised * mask + original * (1 - mask), 1e-6)
+
+
+# --- batches, schedules, shapes, dtypes --------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", [None, "euler", "dpmpp_2m"])
+def test_a_picture_does_not_depend_on_its_batch(prediction, name):
+    model = h.exact_model(prediction)
+    sampler, schedule = h.guided_sampler(0.2, 0.3, sampler=name), h.schedule(model, 8)[:-1]
+
+    def batch(indices):
+        return h.picture(model, sampler, schedule, {**h.empty_latent(len(indices)), "batch_index": indices})
+
+    together = batch([0, 1, 2, 3])
+    for i in range(4):
+        assert_close(batch([i]), together[i:i + 1], 5e-6)
+
+
+@EVERY_KIND
+@OWN_AND_EULER
+def test_repeated_sigmas_change_nothing(prediction, sampler):
+    model = h.exact_model(prediction)
+    schedule = h.schedule(model, 6)
+    repeated = schedule.repeat_interleave(torch.tensor([1, 2, 1, 3, 1, 2, 1]))
+    guided = h.guided_sampler(0.2, 0.3, sampler=sampler)
+    assert_close(h.picture(model, guided, repeated), h.picture(model, guided, schedule), 2e-6)
+
+
+@EVERY_KIND
+@OWN_AND_EULER
+def test_a_single_step_to_zero_is_the_prediction(prediction, sampler):
+    """Nothing is left to steer, so it equals the host's Euler; the own solver returns the prediction itself."""
+    model, seen = h.recording(h.exact_model(prediction))
+    schedule = h.schedule(model, 1)
+    result = h.picture(model, h.guided_sampler(0.1, 0.5, sampler=sampler), schedule)
+    plain = h.picture(model, "euler", schedule)
+    assert torch.equal(result, plain) if sampler else torch.equal(result, model.model.process_latent_out(seen.denoised[0]))
+    assert_close(result, plain, 1e-5)
+
+
+@EVERY_KIND
+@OWN_AND_EULER
+def test_schedule_of_one_sigma_calls_no_model(prediction, sampler):
+    model, seen = h.recording(h.exact_model(prediction))
+    result = h.picture(model, h.guided_sampler(0.1, 0.5, sampler=sampler), torch.tensor([0.7]))
+    assert torch.equal(result, h.picture(model, "euler", torch.tensor([0.7]))) and seen.calls == 0
+
+
+@EVERY_KIND
+@OWN_AND_EULER
+def test_empty_schedule_returns_the_latent(prediction, sampler):
+    model, latent = h.exact_model(prediction), {"samples": run("flow", "euler")[0]}
+    assert torch.equal(h.picture(model, h.guided_sampler(0.1, sampler=sampler), torch.tensor([]), latent), latent["samples"])
+
+
+@EVERY_KIND
+@OWN_AND_EULER
+@pytest.mark.parametrize("stretch", [slice(0, 4), slice(3, None), slice(2, 5)], ids=["end above 0", "img2img", "middle"])
+def test_part_of_a_schedule(prediction, sampler, stretch):
+    """Below the first sigma and above zero: guidance acts, and neutral equals unguided."""
+    model, latent = h.exact_model(prediction), {"samples": run("flow", "euler")[0]}
+    schedule = h.schedule(model, 8)[stretch]
+    neutral, more, less = (h.picture(model, h.guided_sampler(q, sampler=sampler), schedule, latent) for q in (0.5, 0.1, 0.9))
+    assert torch.isfinite(more).all() and torch.isfinite(less).all()
+    s = float(schedule[-1])
+    if s == 0:
+        s = float(schedule[-2])
+    density, inside = model.model.density, model.model.process_latent_in
+    bits = torch.stack([density.bits_per_dim(inside(x.double()), s / alpha_of(prediction, s)) for x in (more, neutral, less)])
+    if schedule[-1] > 0:
+        assert (bits.diff(dim=0) < 0).all()
+    assert not torch.equal(more, neutral)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_ksampler_img2img(host_nodes, prediction, name):
+    """KSampler at denoise 0.5 equals the wrapped sampler on the second half of the schedule."""
+    model, latent = h.exact_model(prediction), {"samples": run("flow", "euler")[0]}
+    patched = h.ksampler(host_nodes, h.guided_model(model, 0.2), name, 4, latent=latent, denoise=0.5)
+    wrapped = h.picture(model, h.guided_sampler(0.2, sampler=name), h.schedule(model, 8)[-5:], latent)
+    assert torch.equal(patched, wrapped)
+    assert not torch.equal(patched, h.ksampler(host_nodes, model, name, 4, latent=latent, denoise=0.5))
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_own_solver_on_every_scheduler(prediction, scheduler, steps):
+    if scheduler in ("kl_optimal", "linear_quadratic") and steps < 3:
+        pytest.skip("the host's scheduler divides by zero there")
+    model = h.exact_model(prediction)
+    schedule = h.schedule(model, steps, scheduler)
+    guided = h.picture(model, h.guided_sampler(0.3), schedule)
+    assert torch.isfinite(guided).all()
+    moved = not torch.equal(guided, h.picture(model, h.guided_sampler(0.5), schedule))
+    assert moved == bool(guided_steps(prediction, schedule.tolist()))
+
+
+def half(x, t):
+    """Output of a flow network whose denoised prediction is x / 2; t is 1000 sigma."""
+    return x / (0.002 * t.view(-1, *[1] * (x.ndim - 1)))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 3, 8, 8), (1, 8, 40), (2, 4, 8, 8)], ids=["5-D", "3-D", "4-D"])
+def test_latents_of_any_dimension(shape):
+    """Video, audio and image latents: Euler meets the recursion written out, for D of one image."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    model = h.free_model("FLOW", half)
+    schedule = h.schedule(model, 8)
+    sigmas, dim = schedule.double().tolist(), noise[0].numel()
+    z = z_of("flow", sigmas, 0.2, 0.3, dim=dim)
+    x = noise.double()
+    for i in range(8):
+        target = steered("flow", x, x / 2, sigmas[i], z) if i in guided_steps("flow", sigmas) else x / 2
+        x = x + (sigmas[i + 1] - sigmas[i]) * (x - target) / sigmas[i]
+    result = h.free_run(model, h.guided_sampler(0.2, 0.3, sampler="euler"), schedule, noise)
+    assert_close(result, x, 1e-5)
+    own = h.free_run(model, h.guided_sampler(0.2, 0.3), schedule, noise)
+    assert own.shape == noise.shape and torch.isfinite(own).all()
+    assert not torch.equal(own, h.free_run(model, h.guided_sampler(0.5), schedule, noise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("quantile", [0.3, 0.7])
+def test_narrow_latents_are_guided_in_float32(dtype, quantile):
+    """eta - 1 is 0.0014 here: in bfloat16 eta would round to 1, and the squared norm overflows float16."""
+    # At CFG 1 the host divides zero by 1e-37 for the missing negative, which float16 cannot hold: so CFG 2.
+    noise = torch.randn(1, 16, 128, 128, generator=torch.Generator().manual_seed(3)).to(dtype)
+    model, seen = h.recording(h.free_model("FLOW", half))
+    sigmas = [0.9375, 0.75, 0.5, 0.25, 0.125, 0.0]  # exact in every dtype
+    result = h.free_run(model, h.guided_sampler(quantile, sampler="euler"), torch.tensor(sigmas), noise, cfg=2.0)
+    assert torch.isfinite(result).all() and seen.x[0].dtype == dtype
+    z = z_of("flow", sigmas, quantile, 0.0, dim=noise.numel())
+    for i in guided_steps("flow", sigmas):
+        expected = steered("flow", seen.x[i], seen.denoised[i], sigmas[i], z)
+        change, wanted = ((v - seen.denoised[i].double()).flatten() for v in (seen.final[i], expected))
+        error = (seen.final[i].double() - expected).abs()
+        assert (error <= 1.01 * torch.finfo(dtype).eps * expected.abs() + 1e-6).all()
+        slope = float(change @ wanted / wanted.square().sum())
+        assert abs(slope - 1) < (0.001 if dtype == torch.float32 else 0.02), (i, slope)
+    own = h.free_run(model, h.guided_sampler(quantile), torch.tensor(sigmas), noise, cfg=2.0)
+    assert torch.isfinite(own).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("steps", range(4, 24, 3))
+def test_rounded_sigmas_leave_the_guided_steps_alone(dtype, steps):
+    """A sampler on narrow latents reports rounded sigmas; the same steps are guided as in float32."""
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3)).to(dtype)
+    model, seen = h.recording(h.free_model("FLOW", half))
+    schedule = h.schedule(model, steps)
+    h.free_run(model, h.guided_sampler(0.05, sampler="euler"), schedule, noise, cfg=2.0)
+    acted = [i for i, (a, b) in enumerate(zip(seen.denoised, seen.final)) if not torch.equal(a, b)]
+    assert acted == guided_steps("flow", schedule.tolist())
+
+
+# --- what it is for ----------------------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("steps", [20, 50])
+def test_mixture_follows_the_quantile(prediction, steps):
+    """More detail at lower quantiles, in exact bits per dimension, for at least 90% of 64 seeds."""
+    model = h.exact_model(prediction)
+    noise = h.outputs(PriorGuidanceScale, h.random_noise(100), 0.5, 1.0, True)[0]
+    schedule = h.schedule(model, steps)[:-1]
+    bits = []
+    for quantile in (0.05, 0.3, 0.5, 0.7, 0.95):
+        samples = h.picture(model, h.guided_sampler(quantile), schedule, h.empty_latent(64), noise=noise)
+        bits.append(exact_model.read(model, samples, schedule))
+    falling = (np.diff(bits, axis=0) < 0).all(axis=0)
+    assert falling.mean() >= 0.9, f"{falling.sum()} of 64 seeds"

@@ -1,0 +1,75 @@
+"""The templates and the nodes' documentation in ComfyUI's own web page, in a headless Chromium."""
+
+import json
+from pathlib import Path
+
+import pytest
+from density_guidance.benchmarks._web_page import find_chromium, with_page
+
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs the program chromium on PATH")
+
+WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
+TEMPLATES = sorted(WORKFLOWS.glob("*.json"))
+HELP = ".node-help-content"
+PICTURE = '[data-testid="template-workflow-{}"] img'
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def seen(server):
+    """What the page makes of each template, and shows of the documentation: one start of Chromium for all tests."""
+
+    async def look(page):
+        found = {"pictures": {}, "templates": {}, "help": {}}
+        for path in TEMPLATES:  # an empty profile is greeted with the templates
+            found["pictures"][path.stem] = await page.wait_for(
+                f"document.querySelector('{PICTURE.format(path.stem)}')?.naturalWidth")
+        for path in TEMPLATES:
+            missing = await page.load(read(path))
+            found["templates"][path.stem] = {"missing": missing, "api": await page.to_api()}
+        for name in ("DensityGuidanceSampler", "ExactLogDensity"):
+            found["help"][name] = await show_help(page, name)
+        return found
+
+    return with_page(server.client.url, look)
+
+
+async def show_help(page, name):
+    """Select a new node of the class, click its info button, and return the text that comes up."""
+    await page.evaluate(f"""(() => {{
+        const node = LiteGraph.createNode("{name}")
+        app.graph.add(node)
+        app.canvas.selectNode(node)
+    }})()""")
+    button = "document.querySelector('[data-testid=info-button]')"
+    await page.wait_for(f"Boolean({button})")
+    await page.evaluate(f"{button}.click()")
+    heading = f"LiteGraph.registered_node_types['{name}'].title"
+    await page.wait_for(f"document.querySelector('{HELP} h1')?.innerText === {heading}")
+    await page.wait_for(f"[...document.querySelectorAll('{HELP} img')].every(img => img.naturalWidth > 0)")
+    text = await page.evaluate(f"document.querySelector('{HELP}').innerText")
+    await page.evaluate("app.canvas.deselectAll()")
+    await page.evaluate(f"{button}?.click()")
+    return text
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_page_opens_the_template_and_makes_its_api_copy(path, seen):
+    assert seen["templates"][path.stem]["missing"] == []
+    assert seen["templates"][path.stem]["api"] == read(WORKFLOWS / "api" / path.name)
+
+
+def test_page_shows_the_pictures_of_the_templates(seen):
+    assert set(seen["pictures"]) == {path.stem for path in TEMPLATES}
+    assert all(width > 200 for width in seen["pictures"].values())
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("DensityGuidanceSampler", "in bits per dimension = -nats / (D * ln 2)"),
+    ("ExactLogDensity", "Why the sigmas must end above 0"),
+])
+def test_page_shows_the_documentation(name, words, seen):
+    assert words in seen["help"][name]

@@ -1,0 +1,334 @@
+"""The templates and every node, in a real server: that they run, and that the numbers they show are true."""
+
+import json
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from density_guidance.dg_core.exact_density import ExactDensity
+from density_guidance.launcher.client import WorkflowInterrupted, node_outputs
+from density_guidance.nodes import NODES, exact_model
+from PIL import Image
+from safetensors.torch import load_file
+
+PACK = Path(__file__).resolve().parent.parent
+WORKFLOWS = PACK / "workflows"
+TEMPLATES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+NODE_IDS = [node.define_schema().node_id for node in NODES]
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+NOTES = {"Note", "MarkdownNote"}
+
+
+def read(name, folder=WORKFLOWS):
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def api_workflow(name):
+    return read(name, WORKFLOWS / "api")
+
+
+def node_of(workflow, class_type):
+    """The id of the one node of a class."""
+    (found,) = [node_id for node_id, node in workflow.items() if node["class_type"] == class_type]
+    return found
+
+
+def inputs_of(workflow, class_type):
+    return workflow[node_of(workflow, class_type)]["inputs"]
+
+
+def specs_in(info):
+    """{input: [type, options]} of a node of /object_info, without those that the host fills in itself."""
+    return {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+
+
+def inputs_in(info):
+    """{input: options}."""
+    return {name: dict(*options) for name, (_, *options) in specs_in(info).items()}
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.client.object_info()
+
+
+# --- templates and their API copies ---------------------------------------------------------------------------
+
+
+def to_api(graph, object_info):
+    """API format of a workflow in the web page's format without subgraphs, bypassed or muted nodes."""
+    links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    api = {}
+    for node in graph["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        assert node["mode"] == 0
+        specs = specs_in(object_info[node["type"]])
+        values = list(node.get("widgets_values", []))
+        inputs = {}
+        for name, (kind, *options) in specs.items():
+            options = options[0] if options else {}
+            if (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput"):
+                inputs[name] = values.pop(0)
+                if options.get("control_after_generate"):
+                    assert values.pop(0) == "fixed"  # else every run of the template would differ
+        assert not values, f"{node['type']} has more widget values than inputs"
+        for slot in node["inputs"]:
+            if slot["link"] is not None:
+                inputs[slot["name"]] = links[slot["link"]]
+        api[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return api
+
+
+def without_titles(api):
+    return {node_id: {k: v for k, v in node.items() if k != "_meta"} for node_id, node in api.items()}
+
+
+def test_there_are_the_templates_that_the_readme_names():
+    assert {"detail_sweep", "quantile_sweep", "prior_guidance", "ksampler", "guide_any_sampler"} <= set(TEMPLATES)
+
+
+def test_every_api_copy_has_its_template():
+    assert sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json")) == TEMPLATES
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_api_copy_is_that_of_the_template(name, object_info):
+    assert without_titles(api_workflow(name)) == to_api(read(name), object_info)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_has_a_picture_and_a_note(name):
+    path = WORKFLOWS / f"{name}.jpg"
+    assert path.stat().st_size < 150_000
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG" and min(picture.size) > 200
+    assert any(node["type"] in NOTES for node in read(name)["nodes"])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_nodes_of_a_template_do_not_overlap(name):
+    title = 30
+    boxes = [(n["pos"][0], n["pos"][1] - title, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1])
+             for n in read(name)["nodes"]]
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
+
+
+def test_server_offers_the_templates(server):
+    offered = get_json(server, "/workflow_templates")
+    assert sorted(offered["density-guidance"]) == TEMPLATES
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "detail_sweep"])
+def test_template_runs(name, server):
+    entry = server.client.run(api_workflow(name))
+    assert entry["status"]["status_str"] == "success"
+    saved = server.saved_files(entry)
+    assert saved and all(path.stat().st_size > 0 for path in saved)
+
+
+@pytest.mark.parametrize("prediction", exact_model.PREDICTIONS)
+def test_measured_change_of_detail_sweep_is_the_asked_for_one(prediction, server):
+    """From the node's table, and again from the latents with nothing but dg_core."""
+    workflow = api_workflow("detail_sweep")
+    inputs_of(workflow, "LoadExactDensityModel").update(prediction=prediction)
+    workflow["latent"] = {
+        "class_type": "SaveLatent",
+        "inputs": {"samples": [node_of(workflow, "SamplerCustomAdvanced"), 0], "filename_prefix": "sweep"},
+    }
+    shifts = [float(word) for word in inputs_of(workflow, "DensityLevels")["values"].split(",")]
+    entry = server.client.run(workflow)
+    assert entry["status"]["status_str"] == "success"
+
+    (shown,) = node_outputs(entry, "DensityContactSheet")
+    table = np.array([row["bits_per_dim"] for row in json.loads(shown["table"][0])["rows"]])
+    assert table.shape == (len(shifts), inputs_of(workflow, "LoadExactDensityModel")["batch_size"])
+    np.testing.assert_allclose(table - table[shifts.index(0)], np.array(shifts)[:, None] * np.ones(table.shape[1]), atol=0.01)
+
+    latents = [path for path in server.saved_files(entry) if path.suffix == ".latent"]
+    assert len(latents) == len(shifts)
+    s = last_noise_level(prediction, inputs_of(workflow, "BasicScheduler")["steps"])
+    recomputed = np.array([exact_bits(load_file(path)["latent_tensor"], s) for path in latents])
+    np.testing.assert_allclose(recomputed, table, atol=1e-6)
+
+
+def last_noise_level(prediction, steps):
+    """s where the sweep ends: the last sigma above 0 of the host's `simple` schedule, in VE coordinates."""
+    import comfy.samplers
+
+    sampling = exact_model.PREDICTIONS[prediction][1]()
+    sigma = float(comfy.samplers.calculate_sigmas(sampling, "simple", steps)[-2])
+    return sigma / (1 - sigma) if prediction == "flow" else sigma
+
+
+def exact_bits(samples, s):
+    """Bits per dimension of pictures in [-1, 1] plus noise; a linear scaling of them is undone as the file says."""
+    from safetensors import safe_open
+
+    density = ExactDensity.load(exact_model.WEIGHTS, samples.shape[-1])
+    with safe_open(exact_model.WEIGHTS, "pt") as file:
+        shift, scale = file.get_tensor("shift").double(), float(file.get_tensor("scale"))
+    return density.bits_per_dim((samples.double() - shift.view(1, -1, 1, 1)) * scale, s).numpy()
+
+
+# --- nodes ----------------------------------------------------------------------------------------------------
+
+
+def get(server, path):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(server.client.url + path, timeout=30) as answer:
+        return answer.read().decode("utf-8")
+
+
+def get_json(server, path):
+    return json.loads(get(server, path))
+
+
+def test_every_node_is_known_to_the_server(object_info):
+    ours = {node_id for node_id, info in object_info.items() if "density-guidance" in info["python_module"]}
+    assert ours == set(NODE_IDS) and len(NODE_IDS) == 8
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_node_describes_itself(node_id, object_info):
+    info = object_info[node_id]
+    assert info["category"] == "sampling/density guidance"
+    assert len(info["description"]) > 30
+    assert info["display_name"] not in ("", node_id)
+    for name, options in inputs_in(info).items():
+        assert len(options.get("tooltip", "")) > 10, f"input {name} has no tooltip"
+    assert info["output"] and len(info["output_tooltips"]) == len(info["output"])
+    assert all(len(tooltip or "") > 10 for tooltip in info["output_tooltips"])
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_node_has_a_page_of_documentation(node_id, server, object_info):
+    """Under the address where the web page looks for it; it names every input and output."""
+    text = get(server, f"/extensions/density-guidance/docs/{node_id}.md")
+    assert text == (PACK / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    info = object_info[node_id]
+    names = [*inputs_in(info), *info["output_name"]]
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def english(object_info):
+    """What locales/en/nodeDefs.json has to say: the schemas' own words."""
+    definitions = {}
+    for node_id in NODE_IDS:
+        info = object_info[node_id]
+        definitions[node_id] = {
+            "display_name": info["display_name"],
+            "description": info["description"],
+            "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, options in inputs_in(info).items()},
+            "outputs": {
+                str(i): {"name": name, "tooltip": tooltip}
+                for i, (name, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))
+            },
+        }
+    return definitions
+
+
+def test_english_texts_are_those_of_the_schemas(server, object_info):
+    """To renew the file: python3 run.py bench make_locales."""
+    assert json.loads((PACK / "locales/en/nodeDefs.json").read_text(encoding="utf-8")) == english(object_info)
+    served = get_json(server, "/i18n")["en"]["nodeDefs"]
+    assert {node_id: served[node_id] for node_id in NODE_IDS} == english(object_info)
+
+
+def shape_of(texts):
+    return {key: shape_of(value) for key, value in texts.items()} if isinstance(texts, dict) else ""
+
+
+@pytest.mark.parametrize("language", sorted(path.name for path in (PACK / "locales").iterdir()))
+def test_language_is_complete(language, server):
+    """Every text is there, none is empty, and none has a character that the web page's translation gives a meaning."""
+    served = get_json(server, "/i18n")[language]
+    ours = {node_id: served["nodeDefs"][node_id] for node_id in NODE_IDS}
+    assert shape_of(ours) == shape_of(json.loads((PACK / "locales/en/nodeDefs.json").read_text(encoding="utf-8")))
+    assert '""' not in json.dumps(ours)
+    assert not set("{}@|") & set("".join(texts_of(ours)))
+    assert {"nodeCategories", "dataTypes"} <= set(served)
+
+
+def texts_of(value):
+    return [text for part in value.values() for text in texts_of(part)] if isinstance(value, dict) else [value]
+
+
+# --- many prompts, and interrupts -----------------------------------------------------------------------------
+
+
+def small_run(quantile, prefix, steps=4, batch_size=2, size="32"):
+    """One guided run that saves its latent and its pictures."""
+    workflow = api_workflow("ksampler")
+    inputs_of(workflow, "LoadExactDensityModel").update(size=size, batch_size=batch_size)
+    inputs_of(workflow, "DensityGuidanceModel").update(quantile=quantile, detail_shift=0.0)
+    inputs_of(workflow, "KSampler").update(steps=steps)
+    inputs_of(workflow, "SaveImage").update(filename_prefix=prefix)
+    workflow["latent"] = {
+        "class_type": "SaveLatent", "inputs": {"samples": [node_of(workflow, "KSampler"), 0], "filename_prefix": prefix}}
+    return workflow
+
+
+def results_of(server, entry):
+    """(latent, pictures) of a finished `small_run` that really sampled."""
+    cached = [data["nodes"] for event, data in entry["status"]["messages"] if event == "execution_cached"]
+    assert node_of(entry["prompt"][2], "KSampler") not in set().union(*cached)
+    files = server.saved_files(entry)
+    (latent,) = [load_file(path)["latent_tensor"] for path in files if path.suffix == ".latent"]
+    pictures = [np.asarray(Image.open(path)) for path in files if path.suffix == ".png"]
+    assert len(pictures) == len(latent)
+    return latent, np.stack(pictures)
+
+
+def test_queued_prompts_do_not_touch_each_other(server):
+    quantiles = [round(0.01 + 0.02 * (i * 7 % 50), 3) for i in range(50)]  # neighbours far apart
+    entries = server.client.queue_many(small_run(q, f"many_{i}") for i, q in enumerate(quantiles))
+    assert [entry["status"]["status_str"] for entry in entries] == ["success"] * 50
+    together = [results_of(server, entry) for entry in entries]
+    assert len({latent.numpy().tobytes() for latent, _ in together}) == 50  # the quantile did something
+
+    for i in (41, 3, 28, 0, 49):
+        forget_everything(server)
+        latent, pictures = results_of(server, server.client.run(small_run(quantiles[i], f"alone_{i}")))
+        assert torch.equal(latent, together[i][0]), f"quantile {quantiles[i]}"
+        assert (pictures == together[i][1]).all()
+
+
+def forget_everything(server):
+    """Empty the server's cache of node outputs and unload its models."""
+    request = urllib.request.Request(
+        server.client.url + "/free", json.dumps({"unload_models": True, "free_memory": True}).encode(),
+        {"Content-Type": "application/json"})
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
+
+
+def long_run(kind):
+    """400 steps of 64 pictures: with the pack's own solver, or as a patched model in KSampler."""
+    if kind == "model":
+        return small_run(0.3, "long", steps=400, batch_size=64, size="64")
+    workflow = api_workflow("detail_sweep")
+    inputs_of(workflow, "LoadExactDensityModel").update(size="64", batch_size=64)
+    inputs_of(workflow, "BasicScheduler").update(steps=400)
+    inputs_of(workflow, "SplitSigmas").update(step=399)
+    return workflow
+
+
+@pytest.mark.parametrize("kind", ["model", "solver"])
+def test_interrupt_stops_within_one_step_and_the_server_goes_on(kind, server):
+    steps = []
+
+    def watch(progress):
+        if progress.steps > 100:
+            steps.append(progress.step)
+            if len(steps) == 3:
+                server.client.interrupt()
+
+    with pytest.raises(WorkflowInterrupted):
+        server.client.run(long_run(kind), watch)
+    assert steps[2] <= steps[-1] <= steps[2] + 1, steps
+    entry = server.client.run(small_run(0.4, f"after_{kind}"))
+    assert entry["status"]["status_str"] == "success"
