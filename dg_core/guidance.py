@@ -88,6 +88,21 @@ def z_value(quantile, detail_shift, dim, log_range):
     return z
 
 
+# The peak of a Gaussian lies 1 / (2 ln 2) = 0.72 bits per dimension below its typical samples. Guidance that asks for
+# more meets a score of zero, and overshoots.
+SMOOTHEST = -0.65
+
+
+def limit_smoothing(z, dim, log_range):
+    """z, but at most the one whose predicted shift is `SMOOTHEST` bits per dimension; float or (B,) like z and dim."""
+    if not log_range:
+        return z
+    limit = bits_per_dim_to_nats(SMOOTHEST, dim) / ((2 * dim) ** 0.5 * log_range)
+    if torch.is_tensor(z) or torch.is_tensor(limit):
+        return torch.minimum(torch.as_tensor(z, dtype=torch.float32).to(limit), limit)
+    return min(z, limit)
+
+
 def predicted_shift(z, dim, log_range):
     """Log-density that guidance adds over the guided range, in nats."""
     return (2 * dim) ** 0.5 * z * log_range

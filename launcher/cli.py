@@ -150,6 +150,8 @@ def _is_test_path(argument: str) -> bool:
 
 def _go_on_with(command: list[str], variables: dict[str, str]) -> int:
     """Go on as another program, with its exit code as this one's."""
+    # Threads that spin while they wait make everything crawl on a machine that does something else too.
+    variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.stdout.flush()
     if os.name == "nt":  # exec does not wait there
         return subprocess.run(command, env=variables).returncode

@@ -1,5 +1,6 @@
 """One sampling run under density guidance: the settings, and what is hung into the host for their sake."""
 
+import logging
 from dataclasses import dataclass
 
 import comfy.model_patcher
@@ -65,7 +66,13 @@ class Steering:
                 "without it, or with quantile 0.5 and detail_shift 0")
         mask = None if denoise_mask is None else denoise_mask.to(latent.device)
         dim = dimension(latent, None if mask is None else region_of(mask))
-        z = guidance.z_value(settings.quantile, settings.detail_shift, dim, guided.log_range)
+        wanted = guidance.z_value(settings.quantile, settings.detail_shift, dim, guided.log_range)
+        z = guidance.limit_smoothing(wanted, dim, guided.log_range)
+        if bool(torch.as_tensor(z < wanted).any()):
+            logging.warning(
+                "Density guidance: quantile %g with detail_shift %g asks for an image smoother than the peak of a density; "
+                "guided to %g bits per dimension, the most that can be reached.",
+                settings.quantile, settings.detail_shift, guidance.SMOOTHEST)
         return cls(coordinates, guided, z, dim, mask)
 
 

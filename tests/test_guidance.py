@@ -167,3 +167,14 @@ def test_pure_noise_of_a_flow_next_to_a_close_sigma():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(9)).unbind()
     r = guidance.guided_range([1.0, 0.99992, 0.5, 0.0], FLOW)
     assert torch.equal(guidance.guide_denoised(x, denoised, torch.tensor([1.0]), FLOW, -1.0, 256, r), denoised)
+
+
+def test_smoothing_stops_short_of_the_peak():
+    """A typical Gaussian sample is D / 2 nats below the peak."""
+    assert -guidance.SMOOTHEST * math.log(2) < 0.5
+    for dim, as_tensor in ((3072, False), (12288, True)):
+        d = torch.tensor([float(dim)]) if as_tensor else dim
+        z = guidance.limit_smoothing(50.0, d, 6.0)
+        assert float(units.nats_to_bits_per_dim(guidance.predicted_shift(z, d, 6.0), d)) == pytest.approx(guidance.SMOOTHEST)
+        assert float(guidance.limit_smoothing(-50.0, d, 6.0)) == -50.0
+        assert float(guidance.limit_smoothing(0.5, d, 6.0)) == 0.5

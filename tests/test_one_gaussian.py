@@ -9,7 +9,7 @@ from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
 from density_guidance.dg_core import guidance
 from density_guidance.dg_core.coordinates import coordinates_of
 from density_guidance.dg_core.units import quantile_to_z
-from density_guidance.nodes import DensityGuidanceSampler, LoadExactDensityModel
+from density_guidance.nodes import DensityGuidanceSampler, LoadExactDensityModel, exact_model
 
 COMPONENT = 5
 SCHEDULERS = ["karras", "exponential", "normal", "simple"]
@@ -115,3 +115,22 @@ def test_detail_shift_means_the_same_at_32_and_64(prediction, detail_shift):
         changes.append(bits[1] - bits[0])
     assert changes[0] == pytest.approx(detail_shift, rel=0.02)
     assert changes[1] == pytest.approx(detail_shift, rel=0.02)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+@pytest.mark.parametrize("detail_shift", [-0.8, -2.0])
+@pytest.mark.parametrize("sampler", [None, "euler"])
+def test_unreachable_smoothing_ends_at_the_limit(prediction, detail_shift, sampler, caplog):
+    model, _, conditioning, latent = LoadExactDensityModel.execute(prediction, "32", COMPONENT, 2).args
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 32)[:-1]
+    bits = []
+    for shift in (0.0, detail_shift):
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(conditioning, conditioning)
+        inner = sampler and comfy.samplers.sampler_object(sampler)
+        guided = DensityGuidanceSampler.execute(0.5, shift, 0.0, 1.0, inner)[0]
+        y = guider.sample(noise(latent), latent["samples"], guided, sigmas, seed=1, disable_pbar=True)
+        bits.append(torch.tensor(exact_model.read(model, y, sigmas, model.model.density.one_hot(COMPONENT))))
+    assert "the most that can be reached" in caplog.text
+    assert (bits[1] - bits[0]).tolist() == pytest.approx([guidance.SMOOTHEST] * 2, abs=0.06 if sampler else 0.03)
