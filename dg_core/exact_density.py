@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import scipy.fft
 import torch
 from safetensors import safe_open
@@ -30,8 +31,9 @@ CHANNELS = 3
 
 @lru_cache
 def _dct_matrix(n, dtype, device):
-    matrix = scipy.fft.dct(torch.eye(n, dtype=torch.float64).numpy(), axis=0, norm="ortho")
-    return torch.from_numpy(matrix).to(device, dtype)
+    matrix = scipy.fft.dct(np.eye(n), axis=0, norm="ortho")
+    with torch.inference_mode(False):  # the host's nodes run in it, and a cached inference tensor fails in autograd
+        return torch.from_numpy(matrix).to(device, dtype, copy=True)
 
 
 def dct(x):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from .coordinates import per_image
-from .statistics import compute_dtype, dimension, squared_norm
+from .statistics import compute_dtype
 from .units import bits_per_dim_to_nats, quantile_to_z
 
 
@@ -113,23 +113,55 @@ def eta_minus_one(eps_norm2, z, dim):
     return torch.where(eps_norm2 > 0, (2 * dim) ** 0.5 * z / eps_norm2, 0.0)
 
 
-def guide_denoised(x, denoised, sigma, coordinates, z, dim, guided, region=None):
-    """The denoised prediction whose Euler step follows the guided ODE.
+class PredictionGuide:
+    """Turns a denoised prediction into the one whose Euler step follows the guided ODE.
 
         denoised~ = denoised - (eta - 1) (y - denoised)
 
-    x, denoised: (B, ...); sigma: (B,); z, dim: float or (B,). region: None, or ones and zeros broadcastable to x: the
-    elements that count in ||eps||^2; the prediction is guided everywhere, since the host blends the rest away.
-    Outside `guided` (a `GuidedRange`) the prediction comes back unchanged. Everything stays on x's device.
+    One guide serves one run. The cost of a step is its three passes over the latent and its small operations: one
+    temporary serves as sigma * eps and as the result, and what does not change is kept from call to call.
     """
-    wide = compute_dtype(x.dtype)
-    # The margins allow for samplers that recompute sigma from its logarithm, and for the rounding of narrow dtypes.
-    margin = 1 + max(1e-4, torch.finfo(sigma.dtype).eps)
-    sigma = sigma.to(wide)
-    alpha = coordinates.alpha(sigma)
-    inside = (sigma > guided.sigma_end * margin) & (sigma <= guided.sigma_start * margin) & (alpha > 0)
-    # sigma * eps
-    noise = x - denoised if coordinates.slope == 0 else torch.addcmul(x, denoised, -per_image(alpha, x.ndim).to(x.dtype))
-    norm2 = squared_norm(noise, region) / sigma.square()
-    strength = torch.where(inside, eta_minus_one(norm2, z, dim) / alpha, 0.0)
-    return torch.addcmul(denoised.to(wide), noise.to(wide), per_image(strength, x.ndim), value=-1).to(denoised.dtype)
+
+    def __init__(self, coordinates, z, dim, guided, region=None):
+        """z, dim: float or (B,). guided: the `GuidedRange`. region: None, or ones and zeros broadcastable to x: the
+        elements that count in ||eps||^2; the prediction is guided everywhere, since the host blends the rest away."""
+        self._coordinates = coordinates
+        self._guided = guided
+        self._gain = -((2 * dim) ** 0.5) * z
+        self._region = region
+        self._dtype = None
+
+    def __call__(self, x, denoised, sigma):
+        """The guided prediction: x, denoised (B, ...), sigma (B,) -> shape and dtype of denoised.
+
+        Outside the guided range the prediction keeps its values. Everything stays on x's device, in float32 or wider.
+        """
+        if self._dtype is None:
+            self._prepare(x, sigma)
+        prediction = denoised
+        if x.dtype != self._dtype or denoised.dtype != self._dtype or sigma.dtype != self._dtype:
+            x, prediction, sigma = x.to(self._dtype), denoised.to(self._dtype), sigma.to(self._dtype)
+        # sigma eps = x - alpha denoised
+        if self._coordinates.slope == 0:
+            noise = x - prediction
+        else:
+            alpha = self._coordinates.alpha(sigma)
+            noise = torch.addcmul(x, prediction, alpha.view(self._column), value=-1)
+        counted = noise if self._region is None else noise * self._region
+        norm = torch.linalg.vector_norm(counted.flatten(1), dim=1)
+        # -(eta - 1) where sigma is in the range; the clamp keeps an image without noise from dividing by zero
+        strength = sigma.div(norm.clamp_min_(1e-12)).square_().mul_(self._gain)
+        if self._coordinates.slope != 0:
+            strength.div_(alpha.clamp_min_(1e-6))
+        strength.mul_((sigma > self._low).logical_and_(sigma <= self._high))
+        guided = torch.addcmul(prediction, noise, strength.view(self._column), out=noise)
+        return guided if denoised.dtype == self._dtype else guided.to(denoised.dtype)
+
+    def _prepare(self, x, sigma):
+        self._dtype = compute_dtype(x.dtype)
+        self._column = (-1, *[1] * (x.ndim - 1))
+        # The margins allow for samplers that recompute sigma from its logarithm, and for the rounding of narrow dtypes.
+        margin = 1 + max(1e-4, torch.finfo(sigma.dtype).eps)
+        self._low, self._high = self._guided.sigma_end * margin, self._guided.sigma_start * margin
+        if self._coordinates.slope:  # alpha = 0 is never guided, however close to it the range begins
+            self._high = min(self._high, (1 - 1e-6) / self._coordinates.slope)

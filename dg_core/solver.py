@@ -86,7 +86,8 @@ class _History:
 def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None):
     """Integrate the guided flow down `sigmas`.
 
-    model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step.
+    model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step,
+    none where a sigma repeats the one before.
     sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow. guided: the
     `GuidedRange` of these sigmas. mask: None, or the weight in [0, 1] of the guidance at each element, broadcastable to
     x; elements of weight 0 do not count in ||eps||^2.
@@ -99,14 +100,13 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     alphas = [coordinates.alpha(v) for v in sigmas]
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
+    ahead = [next((t for t in thetas[i + 1:] if t < thetas[i]), thetas[i]) for i in range(len(thetas))]
     noise = _History(eps_weights, _FLOW_NODES)
     picture = _History(denoised_weights, _FLOW_NODES)
     guidance = _History(guidance_weights, _GUIDANCE_NODES)
 
     def advance(u, step, correct):
         """From node `step` to the next one."""
-        if thetas[step] == thetas[step + 1]:
-            return u
         u = noise.integrate(u, thetas[step], thetas[step + 1], correct)
         u = picture.integrate(u, thetas[step], thetas[step + 1], correct)
         if steering and guided.first <= step < guided.last:
@@ -115,25 +115,30 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
 
     start = None  # the corrected state at the previous node
     for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i])
-        eps = eps_from_denoised(x, denoised, sigmas[i], alphas[i])
-        noise.add(thetas[i], eps, thetas[i + 1])
-        picture.add(thetas[i], denoised, thetas[i + 1])
-        if steering and guided.first <= i <= guided.last and alphas[i] > 0:
-            strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), z, dim), x.ndim)
-            guidance.add(thetas[i], eps * (strength if mask is None else strength * mask), thetas[i + 1])
-        drift = 0.0
-        if start is None:
-            u = x / scales[i]
+        if i and sigmas[i] == sigmas[i - 1]:  # the state is still the same, and so is what the model says of it
+            if callback is not None:
+                callback(i, x, denoised)
         else:
-            u = advance(start, i - 1, correct=True)
-            drift = u * scales[i] - x
-            x = x + drift
-        if callback is not None:
-            callback(i, x, denoised)
+            denoised = model(x, sigmas[i])
+            eps = eps_from_denoised(x, denoised, sigmas[i], alphas[i])
+            noise.add(thetas[i], eps, ahead[i])
+            picture.add(thetas[i], denoised, ahead[i])
+            if steering and guided.first <= i <= guided.last and alphas[i] > 0:
+                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), z, dim), x.ndim)
+                guidance.add(thetas[i], eps * (strength if mask is None else strength * mask), ahead[i])
+            drift = 0.0
+            if start is None:
+                u = x / scales[i]
+            else:
+                u = advance(start, i - 1, correct=True)
+                drift = u * scales[i] - x
+                x = x + drift
+            if callback is not None:
+                callback(i, x, denoised)
+            start = u
         if sigmas[i + 1] == 0:
             # The prediction was made before the correction: keep its eps and move with the state.
             return denoised + (drift if mask is None else drift * region) / alphas[i] if alphas[i] > 0 else denoised
-        start = u
-        x = advance(u, i, correct=False) * scales[i + 1]
+        if sigmas[i + 1] < sigmas[i]:
+            x = advance(start, i, correct=False) * scales[i + 1]
     return x

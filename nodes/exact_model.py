@@ -1,5 +1,6 @@
 """The exact density as a model of the host: `BaseModel`, latent format and VAE, in three parameterisations."""
 
+import math
 from pathlib import Path
 
 import comfy.latent_formats
@@ -69,6 +70,11 @@ class ExactDensityLatent(comfy.latent_formats.LatentFormat):
         self.latent_rgb_factors_bias = list(shift)
 
     def process_in(self, latent):
+        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
+            shape = " x ".join(map(str, latent.shape[1:]))
+            raise ValueError(
+                f"the latent has {shape} elements per image; this exact-density model takes {CHANNELS} channels: use the "
+                "latent output of its loader, or encode with its vae")
         return (latent - self._shift.to(latent)) * self.scale_factor
 
     def process_out(self, latent):
@@ -99,7 +105,7 @@ class ExactDensityNetwork(torch.nn.Module):
         sigma = t / 1000 if self.prediction == "flow" else (4 * t).exp()
         shape = (-1, 1, 1, 1)
         # At alpha = 0 the data is invisible: the limit, to rounding.
-        alpha = (1 - sigma).clamp(min=1e-6) if self.prediction == "flow" else torch.ones_like(sigma)
+        alpha = (1 - sigma).clamp(min=1e-8) if self.prediction == "flow" else torch.ones_like(sigma)
         sigma_x = sigma.view(shape)
         x = x.to(wide)
         if self.prediction != "flow":
@@ -168,6 +174,8 @@ def read(model, samples, sigmas, weights=None):
         raise ValueError(
             f"sigmas end at {sigma}; the log-density is read at a noise level above 0: "
             "cut the last step off with SplitSigmas and sample with high_sigmas")
-    _require_shape(tuple(samples.shape[1:]), (CHANNELS, base.density.size, base.density.size))
     s = coordinates_of(model.get_model_object("model_sampling")).s(sigma)
+    if not math.isfinite(s):
+        raise ValueError(f"sigmas end at {sigma}, pure noise of a flow model, which has no log-density; sample further down")
+    _require_shape(tuple(samples.shape[1:]), (CHANNELS, base.density.size, base.density.size))
     return base.density.bits_per_dim(base.process_latent_in(samples.cpu().double()), s, weights).tolist()

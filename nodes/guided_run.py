@@ -80,15 +80,14 @@ class _GuidePrediction:
     """Post-CFG function: guides the final prediction, and remembers the unguided one for previews."""
 
     def __init__(self, steering):
-        self.steering = steering
-        self.region = None if steering.mask is None else region_of(steering.mask)
+        region = None if steering.mask is None else region_of(steering.mask)
+        self._guide = guidance.PredictionGuide(steering.coordinates, steering.z, steering.dim, steering.guided, region)
+        self._mask = steering.mask
         self.unguided = self.guided = None
 
     def __call__(self, args):
-        s = self.steering
         self.unguided = args["denoised"]
-        self.guided = guidance.guide_denoised(
-            args["input"], self.unguided, args["sigma"], s.coordinates, s.z, s.dim, s.guided, self.region)
+        self.guided = self._guide(args["input"], self.unguided, args["sigma"])
         return self.guided
 
     def preview(self, denoised):
@@ -96,9 +95,11 @@ class _GuidePrediction:
         if self.guided is None:
             return denoised
         if denoised is self.guided:
-            return self.unguided
+            unguided, self.unguided, self.guided = self.unguided, None, None  # memory for the next step
+            return unguided
         # An inpainting run reports the blend of the prediction with the original.
-        return denoised + (self.unguided - self.guided)
+        change = self.unguided - self.guided
+        return denoised + (change if self._mask is None else change * self._mask)
 
 
 def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,

@@ -77,7 +77,7 @@ def test_no_sampler_means_the_own_solver():
 def guided_runs(model, sampler):
     """A model and a sampler that guide: by a wrapped sampler, the own solver, or a patch of the model."""
     if sampler == "patch":
-        return h.guided_model(model, 0.3), "euler"
+        return h.guided_model(model, 0.3), h.core_sampler("euler")
     return model, h.guided_sampler(0.3, sampler=None if sampler == "own" else sampler)
 
 
@@ -90,10 +90,9 @@ EVERY_WAY = pytest.mark.parametrize("way", ["euler", "own", "patch"])
     (Strange, ["Strange", "not known", "EPS", "V_PREDICTION", "CONST"]),
 ])
 def test_model_samplings_without_a_log_density(way, sampling, words):
-    model, seen = h.recording(h.exact_model("eps"))
+    model, seen = h.recording(h.free_model("EPS"))
     model.add_object_patch("model_sampling", sampling())
-    schedule = torch.tensor([10.0, 3.0, 1.0, 0.0])
-    fails(words, h.sample, *guided_runs(model, way), schedule)
+    fails(words, h.free_run, *guided_runs(model, way), torch.tensor([10.0, 3.0, 1.0, 0.0]), torch.ones(1, 4, 8, 8))
     assert seen.calls == 0
 
 
@@ -153,7 +152,7 @@ def test_log_density_needs_the_built_in_model():
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 4, 32, 32), (1, 3, 2, 32, 32)], ids=str)
 def test_log_density_of_another_latent(shape):
-    fails(["latent", str(shape), "32"], h.outputs, nodes.ExactLogDensity, h.exact_model("eps"),
+    fails(["latent", " x ".join(map(str, shape[1:])), "3 x 32 x 32"], h.outputs, nodes.ExactLogDensity, h.exact_model("eps"),
           {"samples": torch.zeros(shape)}, torch.tensor([1.0, 0.5]))
 
 

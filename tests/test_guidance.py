@@ -118,8 +118,8 @@ def test_guided_prediction_moves_euler_along_eta_eps(coordinates, sigma):
     x, denoised = (torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=g) for _ in range(2))
     schedule = [sigma, 0.5 * sigma, 0.25 * sigma]
     z, dim, next_sigma = -1.3, x[0].numel(), schedule[1]
-    guided = guidance.guide_denoised(x, denoised, torch.full((2,), sigma, dtype=torch.float64), coordinates, z, dim,
-                                     guidance.guided_range(schedule, coordinates))
+    guide = guidance.PredictionGuide(coordinates, z, dim, guidance.guided_range(schedule, coordinates))
+    guided = guide(x, denoised, torch.full((2,), sigma, dtype=torch.float64))
     stepped = x + (x - guided) / sigma * (next_sigma - sigma)
     alpha, s = 1 - coordinates.slope * sigma, sigma / (1 - coordinates.slope * sigma)
     y, s_next = x / alpha, next_sigma / (1 - coordinates.slope * next_sigma)
@@ -133,14 +133,14 @@ def test_prediction_outside_the_range_is_unchanged():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
     r = guidance.guided_range([4.0, 2.0, 1.0, 0.0], VE)
     for sigma, changed in ((5.0, False), (4.0, True), (1.5, True), (1.0, False)):
-        out = guidance.guide_denoised(x, denoised, torch.tensor([sigma]), VE, -1.0, 256, r)
+        out = guidance.PredictionGuide(VE, -1.0, 256, r)(x, denoised, torch.tensor([sigma]))
         assert torch.equal(out, denoised) != changed
 
 
 def test_pure_noise_of_a_flow_is_unguided():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(6)).unbind()
     r = guidance.guided_range([1.0, 0.8, 0.5, 0.0], FLOW)
-    assert torch.equal(guidance.guide_denoised(x, denoised, torch.tensor([1.0]), FLOW, -1.0, 256, r), denoised)
+    assert torch.equal(guidance.PredictionGuide(FLOW, -1.0, 256, r)(x, denoised, torch.tensor([1.0])), denoised)
 
 
 def test_typical_noise_shift_is_the_quantile():
@@ -158,7 +158,8 @@ def test_range_holds_for_narrow_sigmas(dtype):
     schedule = [14.6146, 8.33, 4.7, 2.117, 0.5029, 0.0]
     r = guidance.guided_range(schedule, VE)
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(8)).to(dtype).unbind()
-    guided = [not torch.equal(guidance.guide_denoised(x, denoised, torch.tensor([v], dtype=dtype), VE, -3.0, 256, r), denoised)
+    guide = guidance.PredictionGuide(VE, -3.0, 256, r)
+    guided = [not torch.equal(guide(x, denoised, torch.tensor([v], dtype=dtype)), denoised)
               for v in schedule[:-1]]
     assert guided == [True, True, True, True, False]
 
@@ -166,7 +167,7 @@ def test_range_holds_for_narrow_sigmas(dtype):
 def test_pure_noise_of_a_flow_next_to_a_close_sigma():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(9)).unbind()
     r = guidance.guided_range([1.0, 0.99992, 0.5, 0.0], FLOW)
-    assert torch.equal(guidance.guide_denoised(x, denoised, torch.tensor([1.0]), FLOW, -1.0, 256, r), denoised)
+    assert torch.equal(guidance.PredictionGuide(FLOW, -1.0, 256, r)(x, denoised, torch.tensor([1.0])), denoised)
 
 
 def test_smoothing_stops_short_of_the_peak():

@@ -29,7 +29,7 @@ def run(variance, coordinates, sigmas, z, noise):
     model, calls = gaussian(variance, coordinates)
     guided = guidance.guided_range(sigmas, coordinates)
     x = solver.solve(model, noise * sigmas[0], sigmas, coordinates, guided, z, noise[0].numel())
-    assert calls == list(sigmas[:-1])
+    assert calls == list(dict.fromkeys(sigmas[:-1]))
     return x
 
 
@@ -106,13 +106,11 @@ def test_last_step_to_zero_is_the_denoised_prediction(noise):
     assert torch.equal(solver.solve(model, noise, [2.0, 0.0], VE, guided, -1.0, DIM), model(noise, 2.0))
 
 
-def test_repeated_sigma_does_no_harm(noise):
-    """The second call at a sigma sees the corrected state, so it may only come closer."""
+def test_repeated_sigma_changes_nothing(noise):
     s = geometric(5.0, 0.2, 6)
     once = run(POINT7, VE, s, -0.8, noise)
     twice = run(POINT7, VE, s[:3] + s[2:], -0.8, noise)
-    fine = run(POINT7, VE, geometric(5.0, 0.2, 400), -0.8, noise)
-    assert (twice - fine).norm() <= (once - fine).norm()
+    assert torch.equal(twice, once)
 
 
 def test_schedule_of_one_sigma_makes_no_call(noise):
