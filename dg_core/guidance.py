@@ -119,13 +119,13 @@ class PredictionGuide:
         denoised~ = denoised - (eta - 1) (y - denoised)
 
     One guide serves one run. The cost of a step is its three passes over the latent and its small operations: one
-    temporary serves as sigma * eps and as the result, and what does not change is kept from call to call.
+    temporary serves as sigma * eps and as the result, and thresholds stand for comparisons, which cost twice as much.
     """
 
     def __init__(self, coordinates, z, dim, guided, region=None):
         """z, dim: float or (B,). guided: the `GuidedRange`. region: None, or ones and zeros broadcastable to x: the
         elements that count in ||eps||^2; the prediction is guided everywhere, since the host blends the rest away."""
-        self._coordinates = coordinates
+        self._flow = coordinates.slope != 0
         self._guided = guided
         self._gain = -((2 * dim) ** 0.5) * z
         self._region = region
@@ -141,27 +141,37 @@ class PredictionGuide:
         prediction = denoised
         if x.dtype != self._dtype or denoised.dtype != self._dtype or sigma.dtype != self._dtype:
             x, prediction, sigma = x.to(self._dtype), denoised.to(self._dtype), sigma.to(self._dtype)
+        sigma = sigma.view(self._column)
         # sigma eps = x - alpha denoised
-        if self._coordinates.slope == 0:
-            noise = x - prediction
+        if self._flow:
+            alpha = self._one - sigma
+            noise = torch.addcmul(x, prediction, alpha, value=-1)
         else:
-            alpha = self._coordinates.alpha(sigma)
-            noise = torch.addcmul(x, prediction, alpha.view(self._column), value=-1)
+            noise = x - prediction
         counted = noise if self._region is None else noise * self._region
-        norm = torch.linalg.vector_norm(counted.flatten(1), dim=1)
-        # -(eta - 1) where sigma is in the range; the clamp keeps an image without noise from dividing by zero
-        strength = sigma.div(norm.clamp_min_(1e-12)).square_().mul_(self._gain)
-        if self._coordinates.slope != 0:
-            strength.div_(alpha.clamp_min_(1e-6))
-        strength.mul_((sigma > self._low).logical_and_(sigma <= self._high))
-        guided = torch.addcmul(prediction, noise, strength.view(self._column), out=noise)
+        norm = torch.linalg.vector_norm(counted, dim=self._dims, keepdim=True)
+        # 1 / ||eps||^2, 0 below the range; the clamp keeps an image without noise from dividing by zero
+        strength = torch.threshold(sigma, self._low, 0.0).div_(norm.clamp_min_(1e-12)).square_()
+        if self._flow:
+            strength.div_(torch.threshold(alpha, self._least_alpha, torch.inf))
+        elif self._high is not None:
+            strength.mul_(sigma <= self._high)
+        if torch.is_tensor(self._gain):
+            guided = torch.addcmul(prediction, noise, strength.mul_(self._gain.view(self._column)), out=noise)
+        else:
+            guided = torch.addcmul(prediction, noise, strength, value=self._gain, out=noise)
         return guided if denoised.dtype == self._dtype else guided.to(denoised.dtype)
 
     def _prepare(self, x, sigma):
         self._dtype = compute_dtype(x.dtype)
         self._column = (-1, *[1] * (x.ndim - 1))
+        self._dims = tuple(range(1, x.ndim))
         # The margins allow for samplers that recompute sigma from its logarithm, and for the rounding of narrow dtypes.
         margin = 1 + max(1e-4, torch.finfo(sigma.dtype).eps)
-        self._low, self._high = self._guided.sigma_end * margin, self._guided.sigma_start * margin
-        if self._coordinates.slope:  # alpha = 0 is never guided, however close to it the range begins
-            self._high = min(self._high, (1 - 1e-6) / self._coordinates.slope)
+        self._low = self._guided.sigma_end * margin
+        high = self._guided.sigma_start * margin
+        if self._flow:  # alpha = 0 is never guided, however close to it the range begins
+            self._one = torch.ones((), dtype=self._dtype, device=x.device)
+            self._least_alpha = max(1 - high, 1e-6)
+        else:  # a sampler that churns goes above the first sigma of its schedule
+            self._high = None if self._guided.first == 0 else high

@@ -5,7 +5,7 @@ Bits per dimension are -log2 p(y) / D, the field's convention: larger means more
 
 import math
 
-import scipy.stats
+import scipy.special
 
 
 def require_number(name, value, low, high):
@@ -29,7 +29,7 @@ def require_quantile(quantile):
 
 def quantile_to_z(quantile):
     """Standard normal quantile Phi^-1(q); exactly 0 at q = 0.5. Raises ValueError unless 0 < quantile < 1."""
-    return float(scipy.stats.norm.ppf(require_quantile(quantile)))
+    return float(scipy.special.ndtri(require_quantile(quantile)))
 
 
 def nats_to_bits_per_dim(log_density, dim):

@@ -131,10 +131,16 @@ def test_guided_prediction_moves_euler_along_eta_eps(coordinates, sigma):
 
 def test_prediction_outside_the_range_is_unchanged():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
-    r = guidance.guided_range([4.0, 2.0, 1.0, 0.0], VE)
+    r = guidance.guided_range([8.0, 4.0, 2.0, 1.0, 0.0], VE, sigma_high=4.0)
     for sigma, changed in ((5.0, False), (4.0, True), (1.5, True), (1.0, False)):
         out = guidance.PredictionGuide(VE, -1.0, 256, r)(x, denoised, torch.tensor([sigma]))
         assert torch.equal(out, denoised) != changed
+
+
+def test_a_range_from_the_first_step_covers_what_a_churning_sampler_asks_above_it():
+    x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
+    r = guidance.guided_range([4.0, 2.0, 1.0, 0.0], VE)
+    assert not torch.equal(guidance.PredictionGuide(VE, -1.0, 256, r)(x, denoised, torch.tensor([4.2])), denoised)
 
 
 def test_pure_noise_of_a_flow_is_unguided():
