@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.samplers
 import torch
 from tqdm.auto import tqdm
@@ -12,6 +13,8 @@ from ..dg_core import guidance, solver
 from ..dg_core.coordinates import Coordinates, coordinates_of
 from ..dg_core.statistics import compute_dtype, dimension, region_of
 from ..dg_core.units import quantile_to_z, require_number
+
+WRAPPER_KEY = "density_guidance"
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,18 @@ class Steering:
         return cls(coordinates, guided, z, dim, mask)
 
 
+def outermost(model_options, kind, wrapper):
+    """Copy of `model_options` in which `wrapper` surrounds all the others of its kind (a `WrappersMP`)."""
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+    present = wrappers.get(kind, {})
+    wrappers[kind] = {WRAPPER_KEY: [wrapper, *present.get(WRAPPER_KEY, [])],
+                      **{key: value for key, value in present.items() if key != WRAPPER_KEY}}
+    return options
+
+
 class _GuidePrediction:
-    """Post-CFG function: guides the final prediction, and remembers the unguided one for previews."""
+    """PREDICT_NOISE wrapper: guides what the guider returns, and remembers the unguided prediction for previews."""
 
     def __init__(self, steering):
         region = None if steering.mask is None else region_of(steering.mask)
@@ -85,9 +98,9 @@ class _GuidePrediction:
         self._mask = steering.mask
         self.unguided = self.guided = None
 
-    def __call__(self, args):
-        self.unguided = args["denoised"]
-        self.guided = self._guide(args["input"], self.unguided, args["sigma"])
+    def __call__(self, executor, x, sigma, *args, **kwargs):
+        self.unguided = executor(x, sigma, *args, **kwargs)
+        self.guided = self._guide(x, self.unguided, sigma)
         return self.guided
 
     def preview(self, denoised):
@@ -104,22 +117,22 @@ class _GuidePrediction:
 
 def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                *args, **kwargs):
-    """Call `sample`, a `Sampler.sample` or an executor of it, with the guidance as the last post-CFG function.
+    """Call `sample`, a `Sampler.sample` or an executor of it, with guidance of all that the guider predicts.
 
-    Neutral settings, or a range without a step, call `sample` with what came in. Arguments and result as in the
-    host's `Sampler.sample`.
+    Post-CFG functions would come too early: some guiders combine predictions after those. Neutral settings, or a range
+    without a step, call `sample` with what came in. Arguments and result as in the host's `Sampler.sample`.
     """
     steering = Steering.of_run(settings, guider, sigmas, noise, denoise_mask)
     if steering is None:
         return sample(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
     guide = _GuidePrediction(steering)
-    options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-    extra_args = {
-        **extra_args,
-        "model_options": comfy.model_patcher.set_model_options_post_cfg_function(options, guide),
-    }
     show = callback and (lambda step, denoised, x, total: callback(step, guide.preview(denoised), x, total))
-    return sample(guider, sigmas, extra_args, show, noise, latent_image, denoise_mask, *args, **kwargs)
+    options = guider.model_options
+    guider.model_options = outermost(options, comfy.patcher_extension.WrappersMP.PREDICT_NOISE, guide)
+    try:
+        return sample(guider, sigmas, extra_args, show, noise, latent_image, denoise_mask, *args, **kwargs)
+    finally:
+        guider.model_options = options
 
 
 class GuidedSampler(comfy.samplers.Sampler):

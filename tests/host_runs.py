@@ -17,6 +17,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.nodes import DensityGuidanceModel, DensityGuidanceSampler, LoadExactDensityModel
+from density_guidance.nodes.guided_run import outermost
 
 PREDICTIONS = ["eps", "v", "flow"]
 SIZE = 32
@@ -121,9 +122,9 @@ class Recorder:
     calls: int = 0  # of the network
     x: list = field(default_factory=list)  # (B, ...) of every prediction
     sigma: list = field(default_factory=list)
-    denoised: list = field(default_factory=list)  # combined by CFG, before any post-CFG function
-    final: list = field(default_factory=list)  # after all of them
-    options: list = field(default_factory=list)  # the model options of the run
+    denoised: list = field(default_factory=list)  # combined, after every function and wrapper of the model
+    final: list = field(default_factory=list)  # what the sampler gets
+    options: list = field(default_factory=list)  # the model options of the guider
 
 
 def recording(model):
@@ -134,21 +135,32 @@ def recording(model):
         seen.calls += 1
         return executor(*args, **kwargs)
 
-    def predict(executor, x, sigma, model_options={}, *args, **kwargs):
-        seen.x.append(x.clone())
-        seen.sigma.append(sigma.clone())
-        seen.options.append(model_options)
-        result = executor(x, sigma, model_options, *args, **kwargs)
-        seen.final.append(result.clone())
+    def combined(executor, *args, **kwargs):
+        result = executor(*args, **kwargs)
+        seen.denoised.append(result.clone())
         return result
 
-    def post_cfg(args):
-        seen.denoised.append(args["denoised"].clone())
-        return args["denoised"]
+    def run(executor, *args, **kwargs):
+        guider = executor.class_obj
+        predict = guider.outer_predict_noise
+
+        def final(x, sigma, *rest, **named):
+            seen.x.append(x.clone())
+            seen.sigma.append(sigma.clone())
+            seen.options.append(guider.model_options)
+            result = predict(x, sigma, *rest, **named)
+            seen.final.append(result.clone())
+            return result
+
+        guider.model_options = outermost(guider.model_options, WrappersMP.PREDICT_NOISE, combined)
+        guider.outer_predict_noise = final
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            del guider.outer_predict_noise
 
     model.add_wrapper(WrappersMP.APPLY_MODEL, apply_model)
-    model.add_wrapper(WrappersMP.PREDICT_NOISE, predict)
-    model.set_model_sampler_post_cfg_function(post_cfg)
+    model.add_wrapper(WrappersMP.OUTER_SAMPLE, run)
     return model, seen
 
 
