@@ -26,6 +26,11 @@ from .statistics import compute_dtype
 from .units import bits_per_dim_to_nats, quantile_to_z
 
 
+# A flow model's state at a smaller alpha is noise alone: float32 schedules may begin at sigma = 1 less a rounding, where
+# s = 1.7e7 would stretch the guided range by a step that changes nothing.
+LEAST_ALPHA = 1e-6
+
+
 @dataclass(frozen=True)
 class GuidedRange:
     """The guided steps of a schedule: steps `first` to `last - 1`, from s_start down to s_end.
@@ -60,7 +65,7 @@ def guided_range(sigmas, coordinates, sigma_high=math.inf, sigma_low=0.0):
             "(for adding noise to an image, use the sampler without it)")
     # Schedules are float32: a window edge that should meet one of them may miss it by a rounding.
     steps = [i for i, (a, b) in enumerate(zip(sigmas, sigmas[1:]))
-             if sigma_low * (1 + 1e-6) < a <= sigma_high * (1 + 1e-6) and b > 0 and coordinates.alpha(a) > 0]
+             if sigma_low * (1 + 1e-6) < a <= sigma_high * (1 + 1e-6) and b > 0 and coordinates.alpha(a) > LEAST_ALPHA]
     if not steps:
         return GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
     first, last = steps[0], steps[-1] + 1
@@ -172,6 +177,6 @@ class PredictionGuide:
         high = self._guided.sigma_start * margin
         if self._flow:  # alpha = 0 is never guided, however close to it the range begins
             self._one = torch.ones((), dtype=self._dtype, device=x.device)
-            self._least_alpha = max(1 - high, 1e-6)
+            self._least_alpha = max(1 - high, LEAST_ALPHA)
         else:  # a sampler that churns goes above the first sigma of its schedule
             self._high = None if self._guided.first == 0 else high

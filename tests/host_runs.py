@@ -157,7 +157,7 @@ def recording(model):
         try:
             return executor(*args, **kwargs)
         finally:
-            del guider.outer_predict_noise
+            guider.outer_predict_noise = predict
 
     model.add_wrapper(WrappersMP.APPLY_MODEL, apply_model)
     model.add_wrapper(WrappersMP.OUTER_SAMPLE, run)

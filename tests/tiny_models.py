@@ -164,8 +164,7 @@ def build(name, dtype=torch.float32):
 def _fill(model):
     """Random weights of a trained network's scale: unit gain for matrices, near 1 for norms, near 0 for biases."""
     generator = torch.Generator().manual_seed(1)
-    positions = [(name, b) for name, b in model.named_buffers() if name.endswith("pos_embed")]  # part of a checkpoint
-    for name, weight in [*model.named_parameters(), *positions]:
+    for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim > 1:
             noise /= weight[0].numel() ** 0.5
@@ -174,6 +173,11 @@ def _fill(model):
         else:
             noise = 1 + 0.05 * noise
         weight.copy_(noise)
+    for name, buffer in model.diffusion_model.named_buffers():  # those that a checkpoint brings along
+        if name.endswith("pos_embed"):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+        elif name.endswith("rotary_pos_emb.inv_freq"):
+            buffer.copy_(10000 ** -torch.linspace(0, 1, len(buffer)))
 
 
 def latent(name, batch=2):
@@ -189,3 +193,7 @@ def conditioning(name, seed):
     if family.pooled:
         entries["pooled_output"] = torch.randn(1, family.pooled, generator=generator)
     return [[torch.randn(1, 8, family.text, generator=generator), entries]]
+
+
+# No Gaussian path from noise to picture: guidance of the prediction is refused by name.
+REFUSED = {"lotus": "IMG_TO_IMG"}
