@@ -3,6 +3,7 @@
 Everything goes through the host's own node classes, in inference mode as the host runs them.
 """
 
+import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -37,6 +38,26 @@ def outputs(node, *args, **kwargs):
     """What a node returns, as a tuple."""
     with torch.inference_mode():
         return tuple(node.execute(*args, **kwargs).result)
+
+
+@lru_cache
+def _node_classes():
+    import nodes
+
+    asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+def core_node(name, **inputs):
+    """The outputs of one of the host's own nodes, by its id; a single output as itself."""
+    node = _node_classes()[name]
+    with torch.inference_mode():
+        if hasattr(node, "define_schema"):
+            result = node.execute(**inputs)
+            result = tuple(getattr(result, "result", result))
+        else:
+            result = getattr(node(), node.FUNCTION)(**inputs)
+    return result[0] if len(result) == 1 else result
 
 
 @lru_cache

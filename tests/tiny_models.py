@@ -7,7 +7,8 @@ nothing but their shape and order.
 
 from dataclasses import dataclass, field
 
-import comfy.latent_formats
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_patcher
 import comfy.supported_models as supported
 import torch
@@ -149,22 +150,42 @@ FAMILIES = {
 }
 
 
-def build(name, dtype=torch.float32):
-    """A `ModelPatcher` of the host around the tiny model of family `name`, its weights in `dtype`."""
+def build(name, dtype=torch.float32, seed=1):
+    """A `ModelPatcher` of the host around the tiny model of family `name`, its weights in `dtype`, chosen by `seed`."""
     family = FAMILIES[name]
     config = family.config(family.sizes)
     config.unet_config.update(family.sizes)
     config.set_inference_dtype(dtype, None)
     model = config.get_model(dict(family.checkpoint), "", CPU)
-    _fill(model)
+    _fill(model, seed)
     return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
 
 
+def control_net(name):
+    """A `ControlNet` of the host, tiny, for a family that is a `UNetModel`."""
+    sizes = {k: v for k, v in FAMILIES[name].sizes.items() if k not in ("out_channels", "use_temporal_attention",
+                                                                        "use_temporal_resblock", "transformer_depth_output")}
+    network = comfy.cldm.cldm.ControlNet(**sizes, hint_channels=3, device=CPU)
+    _fill(network, 1)
+    return comfy.controlnet.ControlNet(network, load_device=CPU)
+
+
+def lora(name, rank=2):
+    """{key: weight} of a LoRA that changes every attention projection of the family's network."""
+    generator, weights = torch.Generator().manual_seed(2), {}
+    for key, weight in build(name).model.diffusion_model.state_dict().items():
+        if ".to_" in key and weight.ndim == 2:
+            key = "diffusion_model." + key.removesuffix(".weight")
+            weights[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], rank, generator=generator)
+            weights[f"{key}.lora_down.weight"] = torch.randn(rank, weight.shape[1], generator=generator) / 8
+    return weights
+
+
 @torch.no_grad()
-def _fill(model):
+def _fill(module, seed):
     """Random weights of a trained network's scale: unit gain for matrices, near 1 for norms, near 0 for biases."""
-    generator = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in module.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim > 1:
             noise /= weight[0].numel() ** 0.5
@@ -173,7 +194,7 @@ def _fill(model):
         else:
             noise = 1 + 0.05 * noise
         weight.copy_(noise)
-    for name, buffer in model.diffusion_model.named_buffers():  # those that a checkpoint brings along
+    for name, buffer in module.named_buffers():  # those that a checkpoint brings along
         if name.endswith("pos_embed"):
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
         elif name.endswith("rotary_pos_emb.inv_freq"):
