@@ -297,8 +297,8 @@ def page(results):
     return f"""# Together with ComfyUI's own methods
 
 Made by `python3 run.py bench composability` from [composability.json](composability.json), inside ComfyUI, with tiny models of
-random weights, {results["steps"]} steps, CFG {results["cfg"]:g} and quantile {results["quantile"]:g}, with {" and ".join(results["nodes"])}; where both
-the method and the node patch the model, in both orders.
+random weights, {results["steps"]} steps, CFG {results["cfg"]:g} and quantile {results["quantile"]:g}, with
+{" and ".join(results["nodes"])}; where both the method and the node patch the model, in both orders.
 
 For each method: neutral settings leave every bit of its result; guidance needs no further model call; the prediction that
 guidance starts from is the method's own, to the bit; and what the sampler gets is that prediction, guided. The number is the
@@ -318,6 +318,7 @@ def main():
     for name in METHODS:
         methods[name] = {node: measure(name, node) for node in STEERING}
         print(name, methods[name], flush=True)
-    results = {"steps": STEPS, "quantile": QUANTILE, "cfg": CFG, "nodes": STEERING, "methods": methods, "two_stages": two_stages()}
+    results = {"steps": STEPS, "quantile": QUANTILE, "cfg": CFG, "nodes": STEERING, "methods": methods,
+               "two_stages": two_stages()}
     (DOCS / "composability.json").write_text(json.dumps(results, indent=1) + "\n")
     (DOCS / "composability.md").write_text(page(results))

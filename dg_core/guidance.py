@@ -79,7 +79,7 @@ def _brief(sigmas):
 def z_value(quantile, detail_shift, dim, log_range):
     """z of a quantile plus a wanted shift in bits per dimension over the guided range.
 
-    detail_shift > 0 means more detail, a lower log-density and so a smaller z. `dim` is D, an int or (B,).
+    detail_shift > 0 means more detail, a lower log-density and so a smaller z. `dim` is D.
     Raises ValueError where the shift would take more than the whole of eps: |eta - 1| > 1 at the typical ||eps||^2 = D.
     """
     z = quantile_to_z(quantile)
@@ -99,13 +99,10 @@ SMOOTHEST = -0.65
 
 
 def limit_smoothing(z, dim, log_range):
-    """z, but at most the one whose predicted shift is `SMOOTHEST` bits per dimension; float or (B,) like z and dim."""
+    """z, but at most the one whose predicted shift is `SMOOTHEST` bits per dimension; floats."""
     if not log_range:
         return z
-    limit = bits_per_dim_to_nats(SMOOTHEST, dim) / ((2 * dim) ** 0.5 * log_range)
-    if torch.is_tensor(z) or torch.is_tensor(limit):
-        return torch.minimum(torch.as_tensor(z, dtype=torch.float32).to(limit), limit)
-    return min(z, limit)
+    return min(z, bits_per_dim_to_nats(SMOOTHEST, dim) / ((2 * dim) ** 0.5 * log_range))
 
 
 def predicted_shift(z, dim, log_range):
@@ -113,9 +110,18 @@ def predicted_shift(z, dim, log_range):
     return (2 * dim) ** 0.5 * z * log_range
 
 
-def eta_minus_one(eps_norm2, z, dim):
+def gain(z, dim, like):
+    """sqrt(2 D) z, 0-d or (B,) as z and dim are, float64 rounded once to the dtype of `like` and on its device.
+
+    An image's gain is the same number whether z is its own or that of the whole batch.
+    """
+    z, dim = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (z, dim))
+    return ((2 * dim).sqrt() * z).to(like)
+
+
+def eta_minus_one(eps_norm2, gain):
     """eta - 1 = sqrt(2 D) z / ||eps||^2 of every image, (B,). Zero where eps is zero."""
-    return torch.where(eps_norm2 > 0, (2 * dim) ** 0.5 * z / eps_norm2, 0.0)
+    return torch.where(eps_norm2 > 0, gain / eps_norm2, 0.0)
 
 
 class PredictionGuide:
@@ -132,7 +138,7 @@ class PredictionGuide:
         elements that count in ||eps||^2; the prediction is guided everywhere, since the host blends the rest away."""
         self._flow = coordinates.slope != 0
         self._guided = guided
-        self._gain = -((2 * dim) ** 0.5) * z
+        self._z, self._dim = z, dim
         self._region = region
         self._dtype = None
 
@@ -161,16 +167,14 @@ class PredictionGuide:
             strength.div_(torch.threshold(alpha, self._least_alpha, torch.inf))
         elif self._high is not None:
             strength.mul_(sigma <= self._high)
-        if torch.is_tensor(self._gain):
-            guided = torch.addcmul(prediction, noise, strength.mul_(self._gain.view(self._column)), out=noise)
-        else:
-            guided = torch.addcmul(prediction, noise, strength, value=self._gain, out=noise)
+        guided = torch.addcmul(prediction, noise, strength.mul_(self._minus_gain), out=noise)
         return guided if denoised.dtype == self._dtype else guided.to(denoised.dtype)
 
     def _prepare(self, x, sigma):
         self._dtype = compute_dtype(x.dtype)
         self._column = (-1, *[1] * (x.ndim - 1))
         self._dims = tuple(range(1, x.ndim))
+        self._minus_gain = -gain(self._z, self._dim, x.new_empty((), dtype=self._dtype)).view(self._column)
         # The margins allow for samplers that recompute sigma from its logarithm, and for the rounding of narrow dtypes.
         margin = 1 + max(1e-4, torch.finfo(sigma.dtype).eps)
         self._low = self._guided.sigma_end * margin

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .coordinates import eps_from_denoised, per_image
-from .guidance import eta_minus_one
+from .guidance import eta_minus_one, gain
 from .statistics import region_of, squared_norm
 
 ORDER = 3
@@ -96,6 +96,7 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     Returns x at the last sigma. A last step to sigma = 0 returns the denoised prediction, unguided.
     """
     steering = torch.is_tensor(z) or z != 0
+    guidance_gain = gain(z, dim, x)
     region = None if mask is None else region_of(mask)
     alphas = [coordinates.alpha(v) for v in sigmas]
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
@@ -124,7 +125,7 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
             noise.add(thetas[i], eps, ahead[i])
             picture.add(thetas[i], denoised, ahead[i])
             if steering and guided.first <= i <= guided.last and alphas[i] > 0:
-                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), z, dim), x.ndim)
+                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), guidance_gain), x.ndim)
                 guidance.add(thetas[i], eps * (strength if mask is None else strength * mask), ahead[i])
             drift = 0.0
             if start is None:

@@ -17,6 +17,10 @@ from ..dg_core.units import quantile_to_z, require_number
 WRAPPER_KEY = "density_guidance"
 
 
+QUANTILES = (0.001, 0.999)
+DETAIL_SHIFTS = (-2.0, 2.0)
+
+
 @dataclass(frozen=True)
 class GuidanceSettings:
     """The inputs that the guidance nodes share. Raises ValueError, naming the input, where one is out of range."""
@@ -25,10 +29,16 @@ class GuidanceSettings:
     detail_shift: float = 0.0
     start_percent: float = 0.0
     end_percent: float = 1.0
+    quantiles: tuple[float, ...] | None = None  # one for each image, in the place of quantile
+    detail_shifts: tuple[float, ...] | None = None  # likewise
 
     def __post_init__(self):
-        require_number("quantile", self.quantile, 0.001, 0.999)
-        require_number("detail_shift", self.detail_shift, -2.0, 2.0)
+        require_number("quantile", self.quantile, *QUANTILES)
+        require_number("detail_shift", self.detail_shift, *DETAIL_SHIFTS)
+        for i, value in enumerate(self.quantiles or ()):
+            require_number(f"quantiles, for image {i},", value, *QUANTILES)
+        for i, value in enumerate(self.detail_shifts or ()):
+            require_number(f"detail_shifts, for image {i},", value, *DETAIL_SHIFTS)
         require_number("start_percent", self.start_percent, 0.0, 1.0)
         require_number("end_percent", self.end_percent, 0.0, 1.0)
         if self.start_percent >= self.end_percent:
@@ -38,7 +48,29 @@ class GuidanceSettings:
 
     @property
     def neutral(self):
-        return quantile_to_z(self.quantile) == 0 and self.detail_shift == 0
+        quantiles, detail_shifts = self.quantiles or (self.quantile,), self.detail_shifts or (self.detail_shift,)
+        return not any(quantile_to_z(q) for q in quantiles) and not any(detail_shifts)
+
+    @property
+    def per_image(self):
+        return bool(self.quantiles or self.detail_shifts)
+
+    def require_batch(self, batch):
+        """Raise ValueError unless the lists have one number or one for each of `batch` images."""
+        for name, values in (("quantiles", self.quantiles), ("detail_shifts", self.detail_shifts)):
+            if values and len(values) not in (1, batch):
+                raise ValueError(f"{name} has {len(values)} numbers and the latent has {batch} images; "
+                                 f"give one number for all, or {batch}")
+
+    def of_images(self, batch):
+        """[(quantile, detail_shift)] of every image of a batch."""
+        quantiles, detail_shifts = self.quantiles or (self.quantile,), self.detail_shifts or (self.detail_shift,)
+        return list(zip(_repeated(quantiles, batch), _repeated(detail_shifts, batch)))
+
+
+def _repeated(values, count):
+    """A single value `count` times; more are returned as they are."""
+    return values * count if len(values) == 1 else values
 
 
 @dataclass(frozen=True)
@@ -47,13 +79,14 @@ class Steering:
 
     coordinates: Coordinates
     guided: guidance.GuidedRange
-    z: float | torch.Tensor  # (B,) where there is a mask
-    dim: int | torch.Tensor  # D, likewise
+    z: float | torch.Tensor  # (B,), float64 on the CPU, where there is a mask or settings for each image
+    dim: int | torch.Tensor  # D; (B,), likewise, where there is a mask
     mask: torch.Tensor | None  # of the inpainting, broadcastable to the latent
 
     @classmethod
     def of_run(cls, settings, guider, sigmas, latent, denoise_mask):
         """None where the run has no guided step. Reads the schedule once, before any model call."""
+        settings.require_batch(len(latent))
         if settings.neutral:
             return None
         model_sampling = guider.inner_model.model_sampling
@@ -69,14 +102,21 @@ class Steering:
                 "without it, or with quantile 0.5 and detail_shift 0")
         mask = None if denoise_mask is None else denoise_mask.to(latent.device)
         dim = dimension(latent, None if mask is None else region_of(mask))
-        wanted = guidance.z_value(settings.quantile, settings.detail_shift, dim, guided.log_range)
-        z = guidance.limit_smoothing(wanted, dim, guided.log_range)
-        if bool(torch.as_tensor(z < wanted).any()):
+        images = settings.of_images(len(latent))
+        if torch.is_tensor(dim):
+            dim = dim.cpu().double()  # the gain is rounded once, in the end
+            dims = dim.tolist()
+        else:
+            dims = [dim] * len(latent)
+        wanted = [guidance.z_value(*image, d, guided.log_range) for image, d in zip(images, dims)]
+        z = [guidance.limit_smoothing(v, d, guided.log_range) for v, d in zip(wanted, dims)]
+        for quantile, detail_shift in dict.fromkeys(image for image, a, b in zip(images, z, wanted) if a < b):
             logging.warning(
                 "Density guidance: quantile %g with detail_shift %g asks for an image smoother than the peak of a density; "
                 "guided to %g bits per dimension, the most that can be reached.",
-                settings.quantile, settings.detail_shift, guidance.SMOOTHEST)
-        return cls(coordinates, guided, z, dim, mask)
+                quantile, detail_shift, guidance.SMOOTHEST)
+        single = mask is None and not settings.per_image
+        return cls(coordinates, guided, z[0] if single else torch.tensor(z, dtype=torch.float64), dim, mask)
 
 
 def outermost(model_options, kind, wrapper):

@@ -13,6 +13,30 @@ def require(name, value, attribute, hint):
     return value
 
 
+def floats(name, values):
+    """A FLOATS input as a tuple, None as None; raises ValueError, naming the input, unless it is a list with a number."""
+    if values is None:
+        return None
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"{name} is {values!r}; connect a list with a number for each image, for instance the "
+                         "all_values of DensityLevels")
+    return tuple(values)
+
+
+def per_image_inputs():
+    """quantiles and detail_shifts, one number for each image of the batch."""
+    return [
+        Floats.Input(
+            "quantiles", optional=True,
+            tooltip="Quantiles q, one for each image of the batch, in the place of quantile; a single number goes to all. "
+                    "No unit. Not connected (neutral): quantile."),
+        Floats.Input(
+            "detail_shifts", optional=True,
+            tooltip="Shifts in bits per dimension, one for each image of the batch, in the place of detail_shift; a single "
+                    "number goes to all. Not connected (neutral): detail_shift."),
+    ]
+
+
 def guidance_inputs():
     """quantile, detail_shift, start_percent, end_percent."""
     return [

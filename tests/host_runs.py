@@ -93,15 +93,15 @@ def core_sampler(name):
     return outputs(custom.KSamplerSelect, name)[0]
 
 
-def guided_sampler(quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, sampler=None):
+def guided_sampler(quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, sampler=None, **lists):
     """DensityGuidanceSampler; `sampler`: a SAMPLER, a core sampler's name, or None for the pack's own."""
     if isinstance(sampler, str):
         sampler = core_sampler(sampler)
-    return outputs(DensityGuidanceSampler, quantile, detail_shift, start, end, sampler)[0]
+    return outputs(DensityGuidanceSampler, quantile, detail_shift, start, end, sampler, **lists)[0]
 
 
-def guided_model(model, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0):
-    return kept(outputs(DensityGuidanceModel, model, quantile, detail_shift, start, end)[0])
+def guided_model(model, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, **lists):
+    return kept(outputs(DensityGuidanceModel, model, quantile, detail_shift, start, end, **lists)[0])
 
 
 def random_noise(seed=SEED):

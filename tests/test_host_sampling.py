@@ -386,6 +386,47 @@ def test_a_picture_does_not_depend_on_its_batch(prediction, name):
         assert_close(batch([i]), together[i:i + 1], 5e-6)
 
 
+IMAGES = [(0.1, 0.0), (0.5, 0.0), (0.5, 0.4), (0.999, -0.6)]  # the last one runs into the peak of the density
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", [None, "euler", "dpmpp_2m", "patch"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_each_image_of_a_batch_has_settings_of_its_own(prediction, name, masked):
+    """To the last bit the pictures of a run in which all have those settings; a neutral one is the unguided picture."""
+    model = h.exact_model(prediction)
+    schedule = h.schedule(model, 5)
+    latent = h.empty_latent(4)
+    if masked:
+        latent["noise_mask"] = inpaint_latent(soft=True)["noise_mask"].repeat(2, 1, 1, 1)
+        latent["noise_mask"][2:, :, 3:9] = 1
+
+    def pictures(*settings, **lists):
+        if name == "patch":
+            return h.picture(h.guided_model(model, *settings, **lists), "euler", schedule, latent)
+        return h.picture(model, h.guided_sampler(*settings, sampler=name, **lists), schedule, latent)
+
+    quantiles, detail_shifts = zip(*IMAGES)
+    together = pictures(quantiles=list(quantiles), detail_shifts=list(detail_shifts))
+    singles = [pictures(*settings) for settings in IMAGES]
+    for i, single in enumerate(singles):
+        assert torch.equal(together[i], single[i])
+    plain = h.picture(model, "euler" if name == "patch" else name or h.guided_sampler(), schedule, latent)
+    assert torch.equal(together[1], plain[1]) and not torch.equal(together[0], plain[0])
+    assert torch.equal(pictures(0.9, 0.9, quantiles=[0.1], detail_shifts=[0.0]), singles[0])
+    assert torch.equal(pictures(0.5, 0.4, quantiles=[0.5] * 4), singles[2])
+
+
+@pytest.mark.parametrize("name", [None, "euler", "dpmpp_sde"])
+def test_neutral_lists_are_the_wrapped_sampler_bit_for_bit(name):
+    lists = {"quantiles": [0.5, 0.5], "detail_shifts": [0.0]}
+    plain, calls = run("flow", name) if name else run("flow", None, 0.5)
+    model, seen = h.recording(h.exact_model("flow"))
+    assert torch.equal(h.picture(model, h.guided_sampler(0.1, 1.0, sampler=name, **lists), h.schedule(model, 6)), plain)
+    assert seen.calls == calls
+    assert h.guided_model(model, 0.1, 1.0, **lists) is model
+
+
 @EVERY_KIND
 @OWN_AND_EULER
 def test_repeated_sigmas_change_nothing(prediction, sampler):
