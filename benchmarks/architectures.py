@@ -39,6 +39,7 @@ def picture(name, run):
 @lru_cache(maxsize=1)
 def plain(name, dtype):
     """The run without the pack: (`Run`, samples, what was seen)."""
+    h.forget_models()
     run = Run(h.kept(_built(name, dtype).clone()), h.core_sampler("euler"), h.random_noise())
     return run, *picture(name, run)
 

@@ -229,6 +229,7 @@ def orders(method, node, quantile):
 @lru_cache(maxsize=1)
 def plain(name):
     method = METHODS[name]
+    h.forget_models()
     model = h.kept(method.patch(_built(method.family).clone()))
     return sample(method, Run(model, h.core_sampler(method.sampler), h.random_noise()))
 

@@ -26,6 +26,8 @@ from .statistics import compute_dtype
 from .units import bits_per_dim_to_nats, quantile_to_z
 
 
+ROUNDING = 1e-6  # of float32 schedules, relative
+
 # A flow model's state at a smaller alpha is noise alone: float32 schedules may begin at sigma = 1 less a rounding, where
 # s = 1.7e7 would stretch the guided range by a step that changes nothing.
 LEAST_ALPHA = 1e-6
@@ -55,17 +57,17 @@ class GuidedRange:
 def guided_range(sigmas, coordinates, sigma_high=math.inf, sigma_low=0.0):
     """The `GuidedRange` of a schedule: steps that start at sigma_low < sigma <= sigma_high.
 
-    sigmas: floats, descending, in the units of the host. Raises ValueError if they are not finite or not descending.
+    sigmas: floats, descending, in the units of the host. Raises ValueError if they are not finite or ascend.
     """
     if not all(math.isfinite(v) and v >= 0 for v in sigmas):
         raise ValueError(f"sigmas are {_brief(sigmas)}; they must be finite and not negative")
-    if any(b > a for a, b in zip(sigmas, sigmas[1:])):
+    if any(b > a * (1 + ROUNDING) for a, b in zip(sigmas, sigmas[1:])):
         raise ValueError(
             f"sigmas are {_brief(sigmas)}; density guidance needs a schedule that only descends "
             "(for adding noise to an image, use the sampler without it)")
     # Schedules are float32: a window edge that should meet one of them may miss it by a rounding.
     steps = [i for i, (a, b) in enumerate(zip(sigmas, sigmas[1:]))
-             if sigma_low * (1 + 1e-6) < a <= sigma_high * (1 + 1e-6) and b > 0 and coordinates.alpha(a) > LEAST_ALPHA]
+             if sigma_low * (1 + ROUNDING) < a <= sigma_high * (1 + ROUNDING) and b > 0 and coordinates.alpha(a) > LEAST_ALPHA]
     if not steps:
         return GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
     first, last = steps[0], steps[-1] + 1

@@ -1,6 +1,8 @@
 """One sampling run under density guidance: the settings, and what is hung into the host for their sake."""
 
+import itertools
 import logging
+import re
 from dataclasses import dataclass
 
 import comfy.model_patcher
@@ -119,6 +121,40 @@ class Steering:
         return cls(coordinates, guided, z[0] if single else torch.tensor(z, dtype=torch.float64), dim, mask)
 
 
+STOCHASTIC = re.compile(r"ancestral|sde|^(lcm|ddpm|seeds_\d|sa_solver.*)$")
+OVERLAPPING = {"EpsilonScaling": "Epsilon Scaling", "TemporalScoreRescaling": "Temporal Score Rescaling"}
+
+
+def advice(sampler_name, model_options):
+    """What a user should know about guidance in this run: sentences for the log.
+
+    sampler_name: as in the host's list of samplers, "" for another's. How much each sampler makes of the asked-for shift is
+    in docs/detail_shift.md.
+    """
+    sentences = []
+    if "cfg_pp" in sampler_name:
+        sentences.append(
+            f"{sampler_name} renoises with a prediction that is not guided, so that the shift is not the one asked for (measured "
+            "from 0.6 to 43 times as much): use a smaller one, or the sampler without _cfg_pp")
+    elif STOCHASTIC.search(sampler_name):
+        sentences.append(
+            f"{sampler_name} adds noise at every step and so forgets part of the guidance (measured, mostly 0.3 to 0.5 of the "
+            "asked-for shift is left): deterministic samplers like euler, heun, dpmpp_2m or the pack's own keep it")
+    for function in model_options.get("sampler_post_cfg_function", ()):
+        node = OVERLAPPING.get(getattr(function, "__qualname__", "").split(".")[0])
+        if node:
+            sentences.append(f"{node} scales the predicted noise too, so that the amounts add up")
+    return sentences
+
+
+def _name_of(sample):
+    """The host's name of the sampler behind a `Sampler.sample` or an executor of it; "" where it has none."""
+    sampler = getattr(sample, "class_obj", None) or getattr(sample, "__self__", None)
+    while hasattr(sampler, "sampler"):  # of a `GuidedSampler`
+        sampler = sampler.sampler
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", "").removeprefix("sample_")
+
+
 def outermost(model_options, kind, wrapper):
     """Copy of `model_options` in which `wrapper` surrounds all the others of its kind (a `WrappersMP`)."""
     options = comfy.model_patcher.create_model_options_clone(model_options)
@@ -165,6 +201,8 @@ def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, la
     steering = Steering.of_run(settings, guider, sigmas, noise, denoise_mask)
     if steering is None:
         return sample(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
+    for sentence in advice(_name_of(sample), guider.model_options):
+        logging.warning("Density guidance: %s.", sentence)
     guide = _GuidePrediction(steering)
     show = callback and (lambda step, denoised, x, total: callback(step, guide.preview(denoised), x, total))
     options = guider.model_options
@@ -197,7 +235,7 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
     extra_args = extra_args or {}
     guider = model.inner_model
     steering = Steering.of_run(settings, guider, sigmas, x, extra_args.get("denoise_mask"))
-    schedule = sigmas.tolist()
+    schedule = list(itertools.accumulate(sigmas.tolist(), min))  # the last one may rise by a rounding
     if steering is None:
         coordinates = coordinates_of(guider.inner_model.model_sampling)
         steering = Steering(coordinates, guidance.guided_range(schedule, coordinates), 0.0, 1, extra_args.get("denoise_mask"))

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import comfy.latent_formats
 import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models_base
@@ -24,14 +25,19 @@ PREDICTIONS = ["eps", "v", "flow"]
 SIZE = 32
 SEED = 7
 
-# The host collects garbage, at length, whenever the model that it ran last is gone.
-_recent = deque(maxlen=16)
+# The host collects garbage, at length, whenever a model that it holds as loaded is gone.
+_recent = deque(maxlen=64)
 
 
 def kept(model):
     """The model, alive for a while."""
     _recent.append(model)
     return model
+
+
+def forget_models():
+    """Unload what the host holds as loaded: call it before a long series of runs of another model."""
+    comfy.model_management.unload_all_models()
 
 
 def outputs(node, *args, **kwargs):
