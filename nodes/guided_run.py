@@ -2,11 +2,13 @@
 
 import itertools
 import logging
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from tqdm.auto import tqdm
@@ -33,6 +35,8 @@ class GuidanceSettings:
     end_percent: float = 1.0
     quantiles: tuple[float, ...] | None = None  # one for each image, in the place of quantile
     detail_shifts: tuple[float, ...] | None = None  # likewise
+    mask: torch.Tensor | None = field(default=None, compare=False)  # (N, height, width), from 0 to 1: where to guide
+    curve: tuple[float, ...] | None = None  # strength from the beginning to the end of the guided range
 
     def __post_init__(self):
         require_number("quantile", self.quantile, *QUANTILES)
@@ -41,6 +45,8 @@ class GuidanceSettings:
             require_number(f"quantiles, for image {i},", value, *QUANTILES)
         for i, value in enumerate(self.detail_shifts or ()):
             require_number(f"detail_shifts, for image {i},", value, *DETAIL_SHIFTS)
+        if self.curve is not None:
+            guidance.strength_curve([require_number("curve", v, 0.0, math.inf) for v in self.curve])
         require_number("start_percent", self.start_percent, 0.0, 1.0)
         require_number("end_percent", self.end_percent, 0.0, 1.0)
         if self.start_percent >= self.end_percent:
@@ -84,6 +90,8 @@ class Steering:
     z: float | torch.Tensor  # (B,), float64 on the CPU, where there is a mask or settings for each image
     dim: int | torch.Tensor  # D; (B,), likewise, where there is a mask
     mask: torch.Tensor | None  # of the inpainting, broadcastable to the latent
+    weights: torch.Tensor | None = None  # likewise: how strongly each element is guided and counts
+    curve: tuple[float, ...] | None = None
 
     @classmethod
     def of_run(cls, settings, guider, sigmas, latent, denoise_mask):
@@ -103,22 +111,44 @@ class Steering:
                 "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
                 "without it, or with quantile 0.5 and detail_shift 0")
         mask = None if denoise_mask is None else denoise_mask.to(latent.device)
-        dim = dimension(latent, None if mask is None else region_of(mask))
+        weights = None if mask is None else region_of(mask)
+        if settings.mask is not None:
+            region = mask_for(settings.mask, latent)
+            weights = region if weights is None else weights * region
+        dim = dimension(latent, weights)
+        curve = None if settings.curve is None else guidance.strength_curve(settings.curve)
         images = settings.of_images(len(latent))
         if torch.is_tensor(dim):
             dim = dim.cpu().double()  # the gain is rounded once, in the end
             dims = dim.tolist()
         else:
             dims = [dim] * len(latent)
-        wanted = [guidance.z_value(*image, d, guided.log_range) for image, d in zip(images, dims)]
+        if not any(dims):
+            return None
+        peak = max(curve or (1.0,))
+        wanted = [guidance.z_value(*image, d, guided.log_range, peak) for image, d in zip(images, dims)]
         z = [guidance.limit_smoothing(v, d, guided.log_range) for v, d in zip(wanted, dims)]
         for quantile, detail_shift in dict.fromkeys(image for image, a, b in zip(images, z, wanted) if a < b):
             logging.warning(
                 "Density guidance: quantile %g with detail_shift %g asks for an image smoother than the peak of a density; "
                 "guided to %g bits per dimension, the most that can be reached.",
                 quantile, detail_shift, guidance.SMOOTHEST)
-        single = mask is None and not settings.per_image
-        return cls(coordinates, guided, z[0] if single else torch.tensor(z, dtype=torch.float64), dim, mask)
+        single = weights is None and not settings.per_image
+        z = z[0] if single else torch.tensor(z, dtype=torch.float64)
+        return cls(coordinates, guided, z, dim, mask, weights, curve)
+
+
+def mask_for(mask, latent):
+    """A mask (N, height, width) in the shape of a latent (B, channels, ...), resized as the host resizes noise masks.
+
+    A video takes N masks as frames; a latent of one dimension takes the mean over the height.
+    """
+    mask = mask.float()
+    if latent.ndim == 3:
+        mask = mask.mean(1, keepdim=True)
+    elif latent.ndim == 4:
+        mask = mask.unsqueeze(1)
+    return comfy.sampler_helpers.prepare_mask(mask, latent.shape, latent.device)
 
 
 STOCHASTIC = re.compile(r"ancestral|sde|^(lcm|ddpm|seeds_\d|sa_solver.*)$")
@@ -169,8 +199,8 @@ class _GuidePrediction:
     """PREDICT_NOISE wrapper: guides what the guider returns, and remembers the unguided prediction for previews."""
 
     def __init__(self, steering):
-        region = None if steering.mask is None else region_of(steering.mask)
-        self._guide = guidance.PredictionGuide(steering.coordinates, steering.z, steering.dim, steering.guided, region)
+        self._guide = guidance.PredictionGuide(
+            steering.coordinates, steering.z, steering.dim, steering.guided, steering.weights, steering.curve)
         self._mask = steering.mask
         self.unguided = self.guided = None
 
@@ -251,4 +281,4 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
 
         return solver.solve(predict, x.to(wide), schedule, steering.coordinates, steering.guided,
-                            steering.z, steering.dim, steering.mask, step_done).to(dtype)
+                            steering.z, steering.dim, steering.mask, step_done, steering.weights, steering.curve).to(dtype)
