@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import comfy.samplers
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ..launcher.environment import PACK
@@ -133,7 +133,7 @@ def explore(count, derandomize):
     seen = Counter()
 
     @settings(max_examples=count, deadline=None, derandomize=derandomize, database=None,
-              suppress_health_check=list(HealthCheck))
+              phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(runs)
     def example(run):
         check(run, seen)

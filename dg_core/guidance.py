@@ -146,7 +146,7 @@ def strength_curve(values):
 def curve_at(curve, guided, s):
     """The curve, a tensor (K,) of values evenly spaced in ln s over the guided range, at the noise levels s (...)."""
     last = len(curve) - 1
-    position = ((math.log(guided.s_start) - s.log()) * (last / guided.log_range)).clamp(0, last)
+    position = ((math.log(guided.s_start) - s.log()) / guided.log_range).clamp(0, 1) * last
     distance = (position.unsqueeze(-1) - torch.arange(last + 1, dtype=s.dtype, device=s.device)).abs()
     return ((1 - distance).clamp_min(0) * curve).sum(-1)
 

@@ -211,8 +211,10 @@ def test_the_curve_weights_the_steps(prediction, node):
 
 
 @pytest.mark.parametrize("sampler", ["euler", None], ids=["euler", "own"])
-def test_an_even_curve_changes_nothing(sampler):
-    model = h.exact_model("eps")
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_an_even_curve_changes_nothing(sampler, prediction):
+    """Also at sigma = 1 of a flow, where ln s is infinite."""
+    model = h.exact_model(prediction)
     plain, even, single = (recorded(model, h.guided_sampler(0.2, sampler=sampler, **more))[0]
                            for more in ({}, {"curve": [3.0, 3.0, 3.0]}, {"curve": [0.2]}))
     assert torch.allclose(even, plain, atol=1e-5) and torch.allclose(single, plain, atol=1e-5)
