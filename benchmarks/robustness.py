@@ -87,11 +87,6 @@ def check(run, seen=None):
     seen = Counter() if seen is None else seen
     model = h.kept(_built(run["family"], run["dtype"]).clone())
     recorded, calls = h.recording(model)
-    try:
-        sigmas = h.schedule(model, run["steps"], run["scheduler"], run["denoise"])
-    except (ZeroDivisionError, RuntimeError, IndexError):  # some of the host's schedulers need more steps
-        seen["schedule refused by the host"] += 1
-        return
     generator = torch.Generator().manual_seed(1)
     latent = {"samples": torch.randn(tiny_models.latent(run["family"], run["batch"]).shape, generator=generator)}
     if run["noise_mask"] is not None and latent["samples"].ndim == 4:
@@ -101,9 +96,14 @@ def check(run, seen=None):
 
     def sample(model, sampler, noise):
         torch.manual_seed(2)
-        return h.picture(model, sampler, sigmas.clone(), latent, noise=noise, **conds)
+        sigmas = h.schedule(model, run["steps"], run["scheduler"], run["denoise"])
+        return h.picture(model, sampler, sigmas, latent, noise=noise, **conds)
 
-    plain = sample(model, h.core_sampler(run["sampler"]), h.random_noise(run["seed"]))
+    try:
+        plain = sample(model, h.core_sampler(run["sampler"]), h.random_noise(run["seed"]))
+    except (ZeroDivisionError, RuntimeError, IndexError):  # some schedulers need more steps, some samplers more sigmas
+        seen["not run by the host either"] += 1
+        return
     before = host_state(model)
     source = latent["samples"].clone()
     try:
