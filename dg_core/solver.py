@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .coordinates import eps_from_denoised, per_image
-from .guidance import eta_minus_one
+from .guidance import curve_at, eta_minus_one, gain
 from .statistics import region_of, squared_norm
 
 ORDER = 3
@@ -83,20 +83,25 @@ class _History:
         return u
 
 
-def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None):
+def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None, weights=None,
+          curve=None):
     """Integrate the guided flow down `sigmas`.
 
     model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step,
     none where a sigma repeats the one before.
     sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow. guided: the
-    `GuidedRange` of these sigmas. mask: None, or the weight in [0, 1] of the guidance at each element, broadcastable to
-    x; elements of weight 0 do not count in ||eps||^2.
+    `GuidedRange` of these sigmas. mask: None, or in [0, 1] the share of each element that the model replaces, the rest being
+    given (inpainting). weights, curve: see `guidance.PredictionGuide`. mask and weights are broadcastable to x.
     callback(i, x, denoised): after each model call; x is the corrected state, denoised the unguided prediction.
 
     Returns x at the last sigma. A last step to sigma = 0 returns the denoised prediction, unguided.
     """
     steering = torch.is_tensor(z) or z != 0
+    guidance_gain = gain(z, dim, x)
     region = None if mask is None else region_of(mask)
+    amount = mask if weights is None else weights if mask is None else weights * mask
+    weights = region if weights is None else weights
+    curve = None if curve is None else torch.tensor(curve, dtype=torch.float64)
     alphas = [coordinates.alpha(v) for v in sigmas]
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
@@ -124,8 +129,10 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
             noise.add(thetas[i], eps, ahead[i])
             picture.add(thetas[i], denoised, ahead[i])
             if steering and guided.first <= i <= guided.last and alphas[i] > 0:
-                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), z, dim), x.ndim)
-                guidance.add(thetas[i], eps * (strength if mask is None else strength * mask), ahead[i])
+                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, weights), guidance_gain), x.ndim)
+                if curve is not None:
+                    strength = strength * curve_at(curve, guided, torch.tensor(coordinates.s(sigmas[i]), dtype=torch.float64))
+                guidance.add(thetas[i], eps * (strength if amount is None else strength * amount), ahead[i])
             drift = 0.0
             if start is None:
                 u = x / scales[i]

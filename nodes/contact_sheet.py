@@ -24,13 +24,17 @@ class DensityLevels(io.ComfyNode):
             node_id="DensityLevels",
             display_name="Density Levels",
             category=CATEGORY,
-            description="A list of numbers: what is connected to it runs once for each. Connect it to the quantile or "
-                        "detail_shift of a guidance node for a sweep.",
+            description="A list of numbers. Connect value to the quantile or detail_shift of a guidance node, and that runs "
+                        "once for each; connect all_values to its quantiles or detail_shifts for one level per image.",
             inputs=[io.String.Input(
                 "values", default="0.05, 0.3, 0.5, 0.7, 0.95",
                 tooltip="Numbers separated by commas, for instance quantiles between 0.001 and 0.999.")],
-            outputs=[io.Float.Output(
-                display_name="value", is_output_list=True, tooltip="One number after the other.")],
+            outputs=[
+                io.Float.Output(display_name="value", is_output_list=True, tooltip="One number after the other."),
+                Floats.Output(display_name="all_values",
+                              tooltip="All numbers at once, for quantiles or detail_shifts of a guidance node: one for "
+                                      "each image of a batch, in a single run."),
+            ],
         )
 
     @classmethod
@@ -48,7 +52,7 @@ class DensityLevels(io.ComfyNode):
             numbers.append(number)
         if not numbers:
             raise ValueError("values is empty; write numbers separated by commas, like 0.05, 0.5, 0.95")
-        return io.NodeOutput(numbers)
+        return io.NodeOutput(numbers, numbers)
 
 
 class DensityContactSheet(io.ComfyNode):
