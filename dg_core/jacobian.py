@@ -62,6 +62,63 @@ def _differences(predict, x, v, step):
     return value, (above - below) / (2 * h)
 
 
+def trace_derivative(predict, x, v, probes, method, steps=None):
+    """(predict(x), D v, t): t is the derivative along v of the Hutchinson trace of D, (B,), the mean over the probes of
+    <p, D^2 predict[v, p]>. See `directional_derivative` for predict, x, v and method.
+
+    probes: tensors of x's shape. "forward" takes the derivative along p by AD and differences of it along v: one dual
+    prediction, and two for each probe. "differences" takes mixed differences over x +- a v +- b p, which give D v too:
+    one prediction, and four for each probe. steps: (a, b), each (B,); None: `trace_steps` for a network in x's dtype.
+    """
+    wide = compute_dtype(x.dtype)
+    a, b = trace_steps(x, v, x.dtype, method) if steps is None else steps
+    with torch.inference_mode(False), torch.no_grad():
+        x, v = _ordinary(x.to(wide)), _ordinary(v.to(wide))
+        a, b = per_image(a.to(wide), x.ndim), per_image(b.to(wide), x.ndim)
+        if method == FORWARD:
+            value, slope = directional_derivative(predict, x, v, method)
+        else:
+            value, slope = predict(x).to(wide), torch.zeros_like(x)
+        trace = 0.0
+        for p in (_ordinary(p.to(wide)) for p in probes):
+            if method == FORWARD:
+                bend = _forward(predict, x + a * v, p)[1].sub_(_forward(predict, x - a * v, p)[1]) / (2 * a)
+            else:
+                points = torch.cat([x + a * v + b * p, x + a * v - b * p, x - a * v + b * p, x - a * v - b * p])
+                pp, pm, mp, mm = predict(points).to(wide).chunk(4)
+                bend = (pp - pm - mp + mm) / (4 * a * b)
+                slope = slope + (pp + pm - mp - mm) / (4 * a * len(probes))
+            trace = trace + probe_trace(p, bend) / len(probes)
+        return value, slope, trace
+
+
+def trace_steps(x, v, dtype, method, scale=None):
+    """The steps a along v and b along a probe of `trace_derivative`, (B,) each; dtype and scale as in `difference_step`.
+
+    Rounding contributes e ||x|| / (a ||v|| b ||p||) to a mixed second difference, and the fourth derivative about (h / L)^2
+    of it with h = a ||v|| = b ||p||: relative to a second derivative of size 1 / L the sum is least at
+    h = (e ||x|| L^3)^(1/4). With AD along the probe only the first difference is left, and `difference_step` holds.
+    """
+    if method == FORWARD:
+        a = difference_step(x, v, dtype, scale)
+        return a, a
+    e = _rounding_unit(dtype)
+    norm_x, norm_v, length = _lengths(x, v, scale)
+    h = (e * norm_x * length**3) ** (1 / 4)
+    return h / norm_v, h / x[0].numel() ** 0.5
+
+
+def _rounding_unit(dtype):
+    """Of `dtype`, or of float32 if that is coarser: hosts hand predictions around in it."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def _lengths(x, v, scale):
+    norm_x = squared_norm(x).sqrt().clamp_min(1e-12)
+    norm_v = squared_norm(v).sqrt().clamp_min(1e-12)
+    return norm_x, norm_v, norm_x if scale is None else torch.as_tensor(scale, device=x.device).to(norm_x) * x[0].numel() ** 0.5
+
+
 def _ordinary(tensor):
     """The tensor, or a copy of it where it was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
@@ -75,10 +132,8 @@ def difference_step(x, v, dtype, scale=None):
     sigma (float or (B,)) in the units of x; None: L = ||x||, right where x is mostly noise. e is the rounding unit of
     `dtype`, or of float32 if that is coarser: hosts hand predictions around in it.
     """
-    e = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    norm_x = squared_norm(x).sqrt().clamp_min(1e-12)
-    norm_v = squared_norm(v).sqrt().clamp_min(1e-12)
-    length = norm_x if scale is None else torch.as_tensor(scale, device=x.device).to(norm_x) * x[0].numel() ** 0.5
+    e = _rounding_unit(dtype)
+    norm_x, norm_v, length = _lengths(x, v, scale)
     return (e * norm_x * length.square()) ** (1 / 3) / norm_v
 
 
