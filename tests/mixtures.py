@@ -6,7 +6,10 @@ import torch
 
 
 class Mixture:
-    """sum_k weights_k N(means_k, covariances_k) in float64: weights (K,), means (K, D), covariances (K, D, D)."""
+    """sum_k weights_k N(means_k, covariances_k) in float64: one density for all images, or one for each of them.
+
+    weights (M, K), means (M, K, D), covariances (M, K, D, D), with M = 1 or the number of images B.
+    """
 
     def __init__(self, weights, means, covariances):
         self.log_weights = torch.as_tensor(weights, dtype=torch.float64).log()
@@ -14,22 +17,21 @@ class Mixture:
         self.variances, self.bases = torch.linalg.eigh(torch.as_tensor(covariances, dtype=torch.float64))
 
     @classmethod
-    def random(cls, components, dim, generator):
-        """Means two to three units apart, and variances from 0.01 to 1 whose size differs between the components."""
-        normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
-        uniform = lambda *shape: torch.rand(*shape, dtype=torch.float64, generator=generator)
-        basis = torch.linalg.qr(normal(components, dim, dim)).Q
-        spread = 10 ** (-2 * uniform(components, 1)) * (0.3 + 0.7 * uniform(components, dim))
-        covariances = basis @ torch.diag_embed(spread) @ basis.mT
-        weights = 0.2 + uniform(components)
-        return cls(weights / weights.sum(), 1.5 * normal(components, dim), covariances)
+    def random(cls, count, components, dim, generator):
+        """`count` densities. Means about 1.5 sqrt(D) from zero, variances from 0.003 to 1, of different sizes by component."""
+        normal = lambda *shape: torch.randn(count, components, *shape, dtype=torch.float64, generator=generator)
+        uniform = lambda *shape: torch.rand(count, components, *shape, dtype=torch.float64, generator=generator)
+        basis = torch.linalg.qr(normal(dim, dim)).Q
+        variances = 10 ** (-2 * uniform(1)) * (0.3 + 0.7 * uniform(dim))
+        weights = 0.2 + uniform()
+        return cls(weights / weights.sum(1, keepdim=True), 1.5 * normal(dim), basis @ torch.diag_embed(variances) @ basis.mT)
 
     def _parts(self, y, s):
         """Joint log-densities (B, K), and the scores of the components (B, K, D)."""
         variance = self.variances + s**2
-        centred = torch.einsum("bkd,kde->bke", y[:, None] - self.means, self.bases)
+        centred = ((y[:, None] - self.means)[..., None, :] @ self.bases)[..., 0, :]
         joint = self.log_weights - 0.5 * (centred.square() / variance + (2 * math.pi * variance).log()).sum(-1)
-        return joint, -torch.einsum("bke,kde->bkd", centred / variance, self.bases)
+        return joint, -(self.bases @ (centred / variance)[..., None])[..., 0]
 
     def log_prob(self, y, s):
         """log p_s(y) in nats, (B,), for y (B, D) in VE coordinates."""
@@ -40,8 +42,10 @@ class Mixture:
         joint, scores = self._parts(y, s)
         return (joint.softmax(-1)[..., None] * scores).sum(1)
 
-    def denoised(self, y, s):
-        """E[x0 | y], (B, D). Where s is infinite: the mean of the density."""
-        if math.isinf(s):
-            return (self.log_weights.exp() @ self.means).expand_as(y)
-        return y + s**2 * self.score(y, s)
+    def denoised(self, x, sigma, coordinates):
+        """E[x0 | x], (B, D), for x in the host's units: where a flow has alpha = 0, the mean of the density."""
+        alpha = coordinates.alpha(sigma)
+        if alpha == 0:
+            return (self.log_weights.exp()[..., None] * self.means).sum(1).expand_as(x)
+        s = coordinates.s(sigma)
+        return x / alpha + s**2 * self.score(x / alpha, s)
