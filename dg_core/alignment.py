@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 
+from . import jacobian
 from .coordinates import eps_from_denoised, log_snr
 from .guidance import GuidedRange
 from .solver import solve
@@ -71,11 +72,50 @@ class Profile:
         return self.alignment[0] - torch.from_numpy(integral(rising[-1]) - integral(rising[::-1]))
 
 
+class Differentiate:
+    """(x, sigma, tangent) -> (denoised, derivative along the tangent, t or None), what `trace_alignment` asks for.
+
+    predict(x, sigma) -> denoised. method, dtype: as in `jacobian`, of the network. probes: how many for each t, 0 for the
+    way with the score alone; seed and indices give their signs, see `jacobian.rademacher`.
+    """
+
+    def __init__(self, predict, method, dtype=torch.float32, probes=0, seed=0, indices=None):
+        self._predict, self._method, self._dtype = predict, method, dtype
+        self._probes, self._seed, self._indices = probes, seed, indices
+        self._drawn, self._direction = 0, None
+
+    def __call__(self, x, sigma, tangent):
+        predict = lambda x: self._predict(x, sigma)
+        if not self._probes:
+            step = jacobian.difference_step(x, tangent, self._dtype, sigma)
+            return *jacobian.directional_derivative(predict, x, tangent, self._method, step), None
+        steps = jacobian.trace_steps(x, tangent, self._dtype, self._method, sigma)
+        probes = [self._probe(x) for _ in range(self._probes)]
+        denoised, derivative, t = jacobian.trace_derivative(predict, x, tangent, probes, self._method, steps)
+        # A denoiser's Jacobian changes most where it is largest, and this is what it just stretched.
+        self._direction = derivative
+        return denoised, derivative, t
+
+    def _probe(self, x):
+        probe = jacobian.rademacher(x, self._seed, self._drawn, self._indices)
+        if self._direction is not None:
+            signs = jacobian.random_signs(self._seed, self._drawn, self._indices, x)
+            probe = jacobian.stratified(probe, self._direction, signs)
+        self._drawn += 1
+        return probe
+
+
+def calls_per_evaluation(method, probes=0):
+    """Predictions that `Differentiate` asks for at each noise level; with forward-mode AD each costs about two."""
+    forward = method == jacobian.FORWARD
+    return 1 + (2 if forward else 4) * probes if probes else 1 if forward else 3
+
+
 def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, stop, callback=None):
     """(samples, `Profile`): the flow down `sigmas`, with its tangent as far as node `stop`.
 
-    differentiate(x, sigma, tangent) -> (denoised, derivative of it along tangent, t or None), see `jacobian`; called once
-    at each of the nodes 0 to stop. predict(x, sigma) -> denoised: for the rest of the schedule, one call per step.
+    differentiate(x, sigma, tangent) -> (denoised, derivative of it along tangent, t or None), see `Differentiate`; called
+    once at each of the nodes 0 to stop. predict(x, sigma) -> denoised: for the rest of the schedule, one call per step.
     x, tangent: (B, ...) in the host's units at sigmas[0]. sigmas: strictly descending floats, of which only the last may
     be 0; stop: index of a sigma above 0. callback(i, x, denoised): after the calls at node i.
     Raises ValueError where sigmas or stop are not so.

@@ -180,6 +180,24 @@ def _signs(shape, key):
         return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
 
 
+def stratified(probe, direction, signs):
+    """The probe with exactly `signs` (B,), +1 or -1, as its component along `direction` (shape of probe, any length > 0).
+
+    E[p p^T] = I stays true for independent signs, and the variance of <p, A p> loses what A has along the direction alone:
+    all of it where A = d d^T and the direction is d, as where a mixture decides between two of its components (derived
+    here). The direction must not depend on the probe.
+    """
+    along = direction / per_image(squared_norm(direction).sqrt().clamp_min(1e-30), direction.ndim)
+    change = signs.to(along) - probe_trace(along, probe).to(along)
+    return probe + per_image(change, along.ndim) * along
+
+
+def random_signs(seed, call, indices, like):
+    """One sign for every image and call, (B,), on the device of `like` and independent of its `rademacher` probe."""
+    indices = range(len(like)) if indices is None else indices
+    return torch.cat([_signs((1,), (seed, index, call, 1)) for index in indices]).to(like.device, compute_dtype(like.dtype))
+
+
 def divergence(dim, trace, s):
     """div eps = (D - tr Dhat) / s, (B,); trace: tr Dhat or an estimate <v, Dhat v> of it."""
     return (dim - trace) / s

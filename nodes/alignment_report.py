@@ -42,7 +42,9 @@ def text(check, settings, dim, scales, response):
         "",
         f"read at sigma {check.sigmas[-1]:.4g}, log-SNR {check.log_snr[-1]:+.2f}, of {dim} numbers for each image",
         f"derivatives: {check.derivatives}",
-        f"cost: {check.calls} model calls for each image; plain sampling takes {check.plain_calls}",
+        f"cost: {check.calls} model calls for each image"
+        + (f", {check.dual_calls} of them in forward mode, at about twice the price" if check.dual_calls else "")
+        + f"; plain sampling takes {check.plain_calls}",
     ]
     if not (check.final_cosine > 0).all():
         lines += ["", "What to do: scaling the noise (Prior Guidance) does not change the detail of these images steadily. "
@@ -84,6 +86,8 @@ def plot(check):
     if len(check.cosines) == 2:
         axes.plot([], [], "-", color="grey", label="with score")
         axes.plot([], [], "--", color="grey", label="without score")
+    if len(x) == 1:
+        axes.set_xlim(x[0] - 5, x[0] + 1)
     axes.set_ylim(-1.05, 1.05)
     axes.set_xlabel("log-SNR (noise on the left, picture on the right)")
     axes.set_ylabel("cosine: above 0, scaling works")

@@ -35,6 +35,7 @@ class GuiderModel:
     model_sampling: object  # of the host, with its patches
     dtype: torch.dtype  # in which the network computes
     predict: object  # (x, sigma) -> denoised, both (n B, ...); sigma a float
+    expect: object  # (calls): tell how many there are to be in all, where that is known only now
 
 
 def run_in_guider(guider, samples, function, calls, sigmas, seed=0, noise=None):
@@ -95,10 +96,13 @@ class _Work(comfy.samplers.Sampler):
         with torch.inference_mode(False), torch.no_grad():
             x, noise = (v.to(compute_dtype(v.dtype), copy=True) for v in (latent_image, noise))
             with tqdm(total=self._calls, disable=disable_pbar) as bar:
+                def expect(calls):
+                    self._calls = bar.total = calls
+
                 predict = _Predict(guider, extra_args, len(x), self._sigmas, self._shown(callback, bar))
                 self.result = self._function(GuiderModel(
                     x, noise, coordinates_of(guider.inner_model.model_sampling), guider.inner_model.model_sampling,
-                    network_dtype(guider.inner_model), predict))
+                    network_dtype(guider.inner_model), predict, expect))
         return x
 
     def _shown(self, callback, bar):

@@ -135,9 +135,9 @@ class Check:
     log_snr: list  # (N,) floats
     cosines: dict  # way -> (N, B)
     alignment: torch.Tensor  # (B,), nats per unit of ln(1 / noise scale), at the last level
-    calls: int  # model calls for each image
+    calls: int  # model calls for each image, without those that look for the way to take derivatives
+    dual_calls: int  # those of them in forward-mode AD
     plain_calls: int  # that sampling alone takes
-    evaluations: int  # of velocity and tangent
     derivatives: str  # how they were taken
 
     @property
@@ -180,49 +180,33 @@ class _Run:
 
     def derivatives(self):
         """`Check` by directional derivatives along one run."""
-        wanted, probes = self.settings.method, self.settings.probes
-        with_trace = wanted != WITH_SCORE
+        wanted = self.settings.method
+        probes = 0 if wanted == WITH_SCORE else self.settings.probes
         evaluations, rest = self.stop + 1, sum(v > 0 for v in self.sigmas[self.stop + 1:])
-        at_most = evaluations * (1 + 4 * probes if with_trace else 3) + rest + _DETECTION_CALLS
-        counted = _Counted()
+        calls = lambda method: evaluations * alignment.calls_per_evaluation(method, probes) + rest
 
         def work(model):
-            predict = counted.around(model.predict)
-            method, why = self._derivative_method(model, predict)
-            counted.calls = 0
-            max_denoise = _is_maximum(model.model_sampling, self.sigmas[0])
-            begin = lambda noise, latent: model.model_sampling.noise_scaling(
-                torch.tensor(self.sigmas[0]).to(noise), noise.clone(), latent, max_denoise)
-            x = begin(model.noise, model.x)
-            still = begin(torch.zeros_like(model.noise), model.x)
-
-            def differentiate(x, sigma, tangent):
-                at = lambda x: predict(x, sigma)
-                if not with_trace:
-                    step = jacobian.difference_step(x, tangent, model.dtype, sigma)
-                    return *jacobian.directional_derivative(at, x, tangent, method, step), None
-                node = self.sigmas.index(sigma)
-                vectors = [jacobian.rademacher(x, self.settings.seed, node * probes + k, self.indices) for k in range(probes)]
-                steps = jacobian.trace_steps(x, tangent, model.dtype, method, sigma)
-                return jacobian.trace_derivative(at, x, tangent, vectors, method, steps)
-
+            method, why = self._derivative_method(model)
+            model.expect(_DETECTION_CALLS + calls(method))
+            differentiate = alignment.Differentiate(
+                model.predict, method, model.dtype, probes, self.settings.seed, self.indices)
             samples, profile = alignment.trace_alignment(
-                differentiate, predict, x, still - x, self.sigmas, model.coordinates, self.stop)
-            last = torch.tensor(self.sigmas[-1]).to(samples)
-            return model.model_sampling.inverse_noise_scaling(last, samples), profile, why
+                differentiate, model.predict, *self._start(model), self.sigmas, model.coordinates, self.stop)
+            end = torch.tensor(self.sigmas[-1]).to(samples)
+            return model.model_sampling.inverse_noise_scaling(end, samples), profile, method, why
 
-        samples, profile, why = run_in_guider(
-            self.guider, self.samples, work, at_most, self.sigmas, self.noise_seed, self.noise)
-        without = profile.alignment_without_score if with_trace else None
-        cosines = {}
-        if wanted != WITHOUT_SCORE:
-            cosines[WITH_SCORE] = profile.cosine
-        if with_trace:
-            cosines[WITHOUT_SCORE] = without / profile.norms
+        samples, profile, method, why = run_in_guider(
+            self.guider, self.samples, work, _DETECTION_CALLS + calls(jacobian.DIFFERENCES), self.sigmas, self.noise_seed,
+            self.noise)
+        amounts = {WITH_SCORE: profile.alignment}
+        if probes:
+            amounts[WITHOUT_SCORE] = profile.alignment_without_score
+        amounts = amounts if wanted == BOTH else {wanted: amounts[wanted]}
+        forward = evaluations * (1 + 2 * probes) if method == jacobian.FORWARD else 0
         return Check(
-            self._finished(samples), self.sigmas[:self.stop + 1], profile.log_snr, cosines,
-            without[-1] if wanted == WITHOUT_SCORE else profile.alignment[-1],
-            counted.calls, len(self.sigmas) - 1, evaluations, why)
+            self._finished(samples), self.sigmas[:self.stop + 1], profile.log_snr,
+            {way: amount / profile.norms for way, amount in amounts.items()}, next(iter(amounts.values()))[-1],
+            calls(method), forward, len(self.sigmas) - 1, why)
 
     def finite_scale(self, sampler):
         """`Check` by ordinary runs with scaled noise."""
@@ -244,13 +228,20 @@ class _Run:
         calls = 2 * self.stop + len(self.sigmas)
         return Check(
             finished, [sigma], [-2 * math.log(self.coordinates.s(sigma))], {FINITE_SCALE: cosine[None]}, amount, calls,
-            len(self.sigmas) - 1, 1, f"none: runs with the noise times {1 - h:g} and {1 + h:g}")
+            0, len(self.sigmas) - 1, f"none: runs with the noise times {1 - h:g} and {1 + h:g}")
 
-    def _derivative_method(self, model, predict):
+    def _start(self, model):
+        """(x, tangent) at the first noise level; the tangent is what less noise changes, without the latent's part."""
+        sigma, highest = torch.tensor(self.sigmas[0]).to(model.noise), _is_maximum(model.model_sampling, self.sigmas[0])
+        begin = lambda noise: model.model_sampling.noise_scaling(sigma, noise, model.x, highest)
+        x = begin(model.noise.clone())  # some of the host's samplings write into it
+        return x, begin(torch.zeros_like(x)) - x
+
+    def _derivative_method(self, model):
         """`jacobian.method_of` at the second noise level, where every model depends on x."""
         sigma = self.sigmas[1]
         x = model.model_sampling.noise_scaling(torch.tensor(sigma).to(model.noise), model.noise.clone(), model.x, False)
-        return jacobian.method_of(lambda x: predict(x, sigma), x, x.clone(), model.dtype, sigma)
+        return jacobian.method_of(lambda x: model.predict(x, sigma), x, x.clone(), model.dtype, sigma)
 
     def _sample(self, sampler, scale, steps):
         callback = latent_preview.prepare_callback(self.guider.model_patcher, steps)
@@ -260,23 +251,6 @@ class _Run:
 
     def _finished(self, samples):
         return self.guider.model_patcher.model.process_latent_out(samples.to(torch.float32)).cpu()
-
-
-class _Counted:
-    """Counts model calls for each image: a call with several copies of the batch counts as that many."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def around(self, predict):
-        batch = []
-
-        def counting(x, sigma):
-            batch.append(len(x)) if not batch else None
-            self.calls += len(x) // batch[0]
-            return predict(x, sigma)
-
-        return counting
 
 
 def _is_maximum(model_sampling, sigma):
