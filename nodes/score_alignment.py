@@ -19,7 +19,7 @@ from .schema import CATEGORY, Floats, require
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
 METHODS = (WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE)
-_DETECTION_CALLS = 5  # of `jacobian.method_of`
+_DETECTION_CALLS = 4  # of `jacobian.method_of`
 
 
 class ScoreAlignmentCheck(io.ComfyNode):
