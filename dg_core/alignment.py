@@ -82,7 +82,7 @@ class Differentiate:
     def __init__(self, predict, method, dtype=torch.float32, probes=0, seed=0, indices=None):
         self._predict, self._method, self._dtype = predict, method, dtype
         self._probes, self._seed, self._indices = probes, seed, indices
-        self._drawn, self._direction = 0, None
+        self._drawn, self._latest = 0, None
 
     def __call__(self, x, sigma, tangent):
         predict = lambda x: self._predict(x, sigma)
@@ -90,19 +90,24 @@ class Differentiate:
             step = jacobian.difference_step(x, tangent, self._dtype, sigma)
             return *jacobian.directional_derivative(predict, x, tangent, self._method, step), None
         steps = jacobian.trace_steps(x, tangent, self._dtype, self._method, sigma)
-        probes = [self._probe(x) for _ in range(self._probes)]
-        denoised, derivative, t = jacobian.trace_derivative(predict, x, tangent, probes, self._method, steps)
-        # A denoiser's Jacobian changes most where it is largest, and this is what it just stretched.
-        self._direction = derivative
+        denoised, derivative, t = jacobian.trace_derivative(
+            predict, x, tangent, lambda derivative: self._draw(x, derivative), self._method, steps)
+        self._latest = derivative
         return denoised, derivative, t
 
-    def _probe(self, x):
-        probe = jacobian.rademacher(x, self._seed, self._drawn, self._indices)
-        if self._direction is not None:
-            signs = jacobian.random_signs(self._seed, self._drawn, self._indices, x)
-            probe = jacobian.stratified(probe, self._direction, signs)
-        self._drawn += 1
-        return probe
+    def _draw(self, x, derivative):
+        """Probes stratified along what the denoiser's Jacobian just stretched, here or at the node before: it changes most
+        where it is largest."""
+        direction = self._latest if derivative is None else derivative
+        probes = []
+        for _ in range(self._probes):
+            probe = jacobian.rademacher(x, self._seed, self._drawn, self._indices)
+            if direction is not None:
+                signs = jacobian.random_signs(self._seed, self._drawn, self._indices, x)
+                probe = jacobian.stratified(probe, direction, signs)
+            probes.append(probe)
+            self._drawn += 1
+        return probes
 
 
 def calls_per_evaluation(method, probes=0):

@@ -66,30 +66,29 @@ def trace_derivative(predict, x, v, probes, method, steps=None):
     """(predict(x), D v, t): t is the derivative along v of the Hutchinson trace of D, (B,), the mean over the probes of
     <p, D^2 predict[v, p]>. See `directional_derivative` for predict, x, v and method.
 
-    probes: tensors of x's shape. "forward" takes the derivative along p by AD and differences of it along v: one dual
-    prediction, and two for each probe. "differences" takes mixed differences over x +- a v +- b p, which give D v too:
-    one prediction, and four for each probe. steps: (a, b), each (B,); None: `trace_steps` for a network in x's dtype.
+    probes(D v or None) -> tensors of x's shape. "forward" takes the derivative along p by AD and differences of it along
+    v: one dual prediction, after which it asks for the probes, and two for each of them. "differences" takes mixed
+    differences over x +- a v +- b p, which give D v too: one prediction, and four for each probe. steps: (a, b), each (B,);
+    None: `trace_steps` for a network in x's dtype.
     """
-    wide = compute_dtype(x.dtype)
     a, b = trace_steps(x, v, x.dtype, method) if steps is None else steps
+    wide = compute_dtype(x.dtype)
     with torch.inference_mode(False), torch.no_grad():
         x, v = _ordinary(x.to(wide)), _ordinary(v.to(wide))
-        a, b = per_image(a.to(wide), x.ndim), per_image(b.to(wide), x.ndim)
+        a, b = (per_image(step.to(wide), x.ndim) for step in (a, b))
         if method == FORWARD:
-            value, slope = directional_derivative(predict, x, v, method)
+            value, slope = _forward(predict, x, v)
+            bends = [(p, (_forward(predict, x + a * v, p)[1] - _forward(predict, x - a * v, p)[1]) / (2 * a))
+                     for p in map(_ordinary, probes(slope))]
         else:
-            value, slope = predict(x).to(wide), torch.zeros_like(x)
-        trace = 0.0
-        for p in (_ordinary(p.to(wide)) for p in probes):
-            if method == FORWARD:
-                bend = _forward(predict, x + a * v, p)[1].sub_(_forward(predict, x - a * v, p)[1]) / (2 * a)
-            else:
+            value, slopes, bends = predict(x).to(wide), [], []
+            for p in map(_ordinary, probes(None)):
                 points = torch.cat([x + a * v + b * p, x + a * v - b * p, x - a * v + b * p, x - a * v - b * p])
                 pp, pm, mp, mm = predict(points).to(wide).chunk(4)
-                bend = (pp - pm - mp + mm) / (4 * a * b)
-                slope = slope + (pp + pm - mp - mm) / (4 * a * len(probes))
-            trace = trace + probe_trace(p, bend) / len(probes)
-        return value, slope, trace
+                slopes.append((pp + pm - mp - mm) / (4 * a))
+                bends.append((p, (pp - pm - mp + mm) / (4 * a * b)))
+            slope = torch.stack(slopes).mean(0)
+        return value, slope, torch.stack([probe_trace(p, bend) for p, bend in bends]).mean(0)
 
 
 def trace_steps(x, v, dtype, method, scale=None):

@@ -69,9 +69,12 @@ def _images(chosen):
 
 
 def plot(check):
-    """Cosine against log-SNR as an IMAGE (1, H, W, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not of ComfyUI's own requirements: see pyproject.toml
-    from matplotlib.figure import Figure
+    """Cosine against log-SNR as an IMAGE (1, H, W, 3); a blank one where matplotlib is not installed."""
+    try:  # not of ComfyUI's own requirements
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return torch.ones(1, 8, 8, 3)
 
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()

@@ -87,11 +87,8 @@ class ScoreAlignmentCheck(io.ComfyNode):
     def execute(cls, guider, noise, latent_image, sigmas, method, end_percent, probes, seed, detail_shift=0.02,
                 scale_step=0.01, sampler=None):
         settings = CheckSettings(method, end_percent, probes, seed, detail_shift, scale_step)
-        if sampler is not None:
-            require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
-        run = _Run.prepare(guider, noise, latent_image, sigmas, settings)
-        check = run.finite_scale(sampler) if method == FINITE_SCALE else run.derivatives()
-        dim = run.samples[0].numel()
+        check = examine(guider, noise, latent_image, sigmas, settings, sampler)
+        dim = check.samples[0].numel()
         scales = alignment.scale_for_shift(detail_shift, check.alignment, dim)
         response = alignment.percent_response(check.alignment, dim)
         aligned = bool((check.final_cosine > 0).all())
@@ -110,12 +107,12 @@ class ScoreAlignmentCheck(io.ComfyNode):
 class CheckSettings:
     """The node's numbers. Raises ValueError, naming the input, where one is out of range."""
 
-    method: str
-    end_percent: float
-    probes: int
-    seed: int
-    detail_shift: float
-    scale_step: float
+    method: str = WITH_SCORE
+    end_percent: float = 0.95
+    probes: int = 1
+    seed: int = 0
+    detail_shift: float = 0.02
+    scale_step: float = 0.01
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -144,6 +141,17 @@ class Check:
     def final_cosine(self):
         """Smallest over the ways, (B,)."""
         return torch.stack([c[-1] for c in self.cosines.values()]).amin(0)
+
+
+def examine(guider, noise, latent, sigmas, settings, sampler=None):
+    """The `Check` of a GUIDER, NOISE, LATENT and SIGMAS of the host. sampler: a SAMPLER, of the finite scale method alone.
+
+    Raises ValueError, naming the input, before any model call.
+    """
+    if sampler is not None:
+        require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
+    run = _Run.prepare(guider, noise, latent, sigmas, settings)
+    return run.finite_scale(sampler) if settings.method == FINITE_SCALE else run.derivatives()
 
 
 @dataclass(frozen=True)

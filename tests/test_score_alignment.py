@@ -35,7 +35,7 @@ def check(mixture, x, sigmas, coordinates, probes=None, method=jacobian.FORWARD)
         predict = lambda x: mixture.denoised(x, sigma, coordinates)
         if probes is None:
             return *jacobian.directional_derivative(predict, x, tangent, method), None
-        return jacobian.trace_derivative(predict, x, tangent, probes(x), method)
+        return jacobian.trace_derivative(predict, x, tangent, lambda _: probes(x), method)
 
     return alignment.trace_alignment(differentiate, None, x, -x, sigmas, coordinates, len(sigmas) - 1)[1]
 
