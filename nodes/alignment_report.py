@@ -8,6 +8,7 @@ import torch
 from ..dg_core.alignment import SCALE_RANGE, lost_at
 
 ROWS = 8  # of the profile in the report
+ENOUGH_STEPS = 24
 LEGEND = 8  # images with a label of their own in the picture
 SIZE, DPI = (7.2, 4.8), 100
 
@@ -46,6 +47,8 @@ def text(check, settings, dim, scales, response):
         + (f", {check.dual_calls} of them in forward mode, at about twice the price" if check.dual_calls else "")
         + f"; plain sampling takes {check.plain_calls}",
     ]
+    if check.plain_calls < ENOUGH_STEPS:
+        lines.append(f"only {check.plain_calls} steps: an image that changes early in the run may get a wrong number; take 32 or more")
     if not (check.final_cosine > 0).all():
         lines += ["", "What to do: scaling the noise (Prior Guidance) does not change the detail of these images steadily. "
                       "Use the Density Guidance Sampler, which steers log-density along the whole run."]

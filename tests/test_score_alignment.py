@@ -219,3 +219,80 @@ def test_samples_do_not_depend_on_the_stop():
     assert torch.equal(*ends)
     assert torch.equal(ends[0], solve(lambda x, sigma: mixture.denoised(x, sigma, FLOW), x, sigmas, FLOW,
                                       GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=alignment.ORDER))
+
+
+# --- the derivative of the trace ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", jacobian.METHODS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-4), (torch.float32, 0.02)])
+def test_trace_derivative(method, dtype, tolerance):
+    """Against differences of the exact trace, in float64."""
+    generator = torch.Generator().manual_seed(9)
+    mixture = Mixture.random(16, 3, 4, generator)
+    s = 1.0
+    y = 1.5 * torch.randn(16, 4, dtype=torch.float64, generator=generator)
+    v = torch.randn(16, 4, dtype=torch.float64, generator=generator)
+    predict = lambda y: mixture.denoised(y.double(), s, VE).to(y.dtype)
+
+    def trace(y):
+        columns = [torch.func.jvp(lambda y: mixture.denoised(y, s, VE), (y,), (e.expand_as(y),))[1] for e in torch.eye(4).to(y)]
+        return sum(column[:, i] for i, column in enumerate(columns))
+
+    h = 1e-4
+    exact = (8 * (trace(y + h * v) - trace(y - h * v)) - trace(y + 2 * h * v) + trace(y - 2 * h * v)) / (12 * h)
+    steps = jacobian.trace_steps(y, v, torch.float32, method, s)
+    scale = 1e-1 if dtype is torch.float64 else 1
+    value, slope, found = jacobian.trace_derivative(
+        predict, y.to(dtype), v.to(dtype), lambda _: [p.to(dtype) for p in basis(y)], method, tuple(scale * a for a in steps))
+    torch.testing.assert_close(value.double(), predict(y), rtol=1e-5, atol=1e-5)
+    derivative = torch.func.jvp(lambda y: mixture.denoised(y, s, VE), (y,), (v,))[1]
+    assert (slope.double() - derivative).norm() < tolerance * derivative.norm()
+    assert (found.double() - exact).norm() < tolerance * exact.norm()
+
+
+def test_steps_are_near_the_best():
+    """In float32 no other step than the chosen one is better by a factor of 4."""
+    generator = torch.Generator().manual_seed(11)
+    mixture = Mixture.random(64, 3, 4, generator)
+    s = 1.0
+    y, v = (k * torch.randn(64, 4, dtype=torch.float64, generator=generator) for k in (1.5, 1.0))
+    def run(dtype, factor, method):
+        steps = tuple(factor * a.to(dtype) for a in jacobian.trace_steps(y, v, torch.float32, method, s))
+        return jacobian.trace_derivative(
+            lambda y: mixture.denoised(y.double(), s, VE).to(dtype), y.to(dtype), v.to(dtype),
+            lambda _: [p.to(dtype) for p in basis(y)], method, steps)[2].double()
+    for method in jacobian.METHODS:
+        exact = run(torch.float64, 0.02, method)
+        errors = [float((run(torch.float32, 4.0**k, method) - exact).norm()) for k in range(-3, 4)]
+        print(method, [f"{e / float(exact.norm()):.1e}" for e in errors])
+        assert errors[3] < 4 * min(errors)
+
+
+def test_stratified_probes_leave_every_trace_as_it_is():
+    """The mean over all sign patterns is the trace, whatever the direction."""
+    dim = 4
+    generator = torch.Generator().manual_seed(12)
+    matrix = torch.randn(dim, dim, dtype=torch.float64, generator=generator)
+    patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * (dim + 1))
+    direction = 3 * torch.randn(dim, dtype=torch.float64, generator=generator)
+    probes = jacobian.stratified(patterns[:, :dim], direction.expand(len(patterns), dim), patterns[:, dim])
+    values = torch.einsum("bi,ij,bj->b", probes, matrix, probes)
+    assert float(values.mean()) == pytest.approx(float(matrix.trace()), rel=1e-12)
+    # and of a matrix of rank one along the direction no value differs
+    along = direction[:, None] * direction
+    assert torch.einsum("bi,ij,bj->b", probes, along, probes).std() < 1e-12 * along.trace()
+
+
+def test_stratified_with_no_direction_is_the_probe():
+    probe = jacobian.rademacher(torch.zeros(2, 5), 0, 0)
+    assert torch.equal(jacobian.stratified(probe, torch.zeros(2, 5), torch.ones(2)), probe)
+
+
+def test_signs_belong_to_the_image():
+    x = torch.zeros(3, 4)
+    signs = jacobian.random_signs(5, 2, None, x)
+    assert torch.equal(signs[2:], jacobian.random_signs(5, 2, [2], x[:1])) and set(signs.tolist()) <= {-1.0, 1.0}
+    many = torch.cat([jacobian.random_signs(5, call, None, x) for call in range(200)])
+    first = torch.cat([jacobian.rademacher(x, 5, call)[:, 0] for call in range(200)])
+    assert abs(float(many.mean())) < 4 / 600**0.5 and abs(float((many * first).mean())) < 4 / 600**0.5
