@@ -180,6 +180,16 @@ def solver_table(results):
     return rows
 
 
+def readme_table(results):
+    """A few rows of `solver_table`, of the whole mixture."""
+    solvers = results["solvers"]["whole mixture"]
+    rows = ["| solver | model calls | RMS error | median |", "|---|---|---|---|"]
+    for solver, evaluations in ((OURS, (32, 48, 96)), (AUTHORS, (128, 1024))):
+        rows += [f"| {solver} | {CALLS * n} | {solvers[solver][str(n)][0]:.1e} | {solvers[solver][str(n)][1]:.1e} |"
+                 for n in evaluations]
+    return "\n".join(rows)
+
+
 def figure(results):
     matplotlib.use("agg")
     from matplotlib import pyplot
