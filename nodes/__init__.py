@@ -4,6 +4,7 @@ from .contact_sheet import DensityContactSheet, DensityLevels
 from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
 from .exact_density import ExactLogDensity, LoadExactDensityModel
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
+from .score_alignment import ScoreAlignmentCheck
 
 NODES = [
     DensityGuidanceSampler,
@@ -12,6 +13,7 @@ NODES = [
     PriorGuidanceModel,
     LoadExactDensityModel,
     ExactLogDensity,
+    ScoreAlignmentCheck,
     DensityLevels,
     DensityContactSheet,
 ]
