@@ -3,6 +3,7 @@
 from .contact_sheet import DensityContactSheet, DensityLevels
 from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
 from .exact_density import ExactLogDensity, LoadExactDensityModel
+from .log_density import LogDensity
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
 
 NODES = [
@@ -12,6 +13,7 @@ NODES = [
     PriorGuidanceModel,
     LoadExactDensityModel,
     ExactLogDensity,
+    LogDensity,
     DensityLevels,
     DensityContactSheet,
 ]
