@@ -14,7 +14,7 @@ symbol     name         unit
 Dhat       -            Jacobian of denoised with respect to y, see `jacobian`
 tr Dhat    trace        1; between 0 (noise rules) and D (the picture rules)
 log p      log_prob     nats of one image; log p_y = log p_u + D ln cos(theta)
-S          -            2 sqrt(D), the noise level about which pictures become one
+S          -            3 sqrt(D), the noise level about which pictures become one
 """
 
 import math
@@ -32,6 +32,7 @@ from .statistics import squared_norm
 from .units import nats_to_bits_per_dim, require_number
 
 _DEFECT_NODES = 4
+_MERGING = 3.0  # S / sqrt(D)
 
 
 # --- where to look -----------------------------------------------------------------------------------------------
@@ -46,14 +47,14 @@ def noise_levels(s_low, s_high, count, dim):
         raise ValueError(f"steps is {count}; a log-density takes at least 2 model evaluations")
     if not 0 < s_low < s_high:
         raise ValueError(f"the noise levels are {s_low:.4g} to {s_high:.4g}; they must ascend from above 0")
-    inverse = 1 / (2 * dim**0.5)
+    inverse = 1 / (_MERGING * dim**0.5)
     ticks = np.linspace(clock(s_low, dim), clock(s_high, dim), count)[1:-1]
     return [s_low, *(1 / (np.exp(-ticks) - inverse)).tolist(), s_high]
 
 
 def clock(s, dim):
     """The clock -ln(1/s + 1/S): ln s far below S, and finite at s = infinity."""
-    return -math.log((1 / s if math.isfinite(s) else 0.0) + 1 / (2 * dim**0.5))
+    return -math.log((1 / s if math.isfinite(s) else 0.0) + 1 / (_MERGING * dim**0.5))
 
 
 def trace_weights(levels, dim):
@@ -66,7 +67,7 @@ def trace_weights(levels, dim):
         return np.zeros(len(ticks))
     up = ticks[-1] > ticks[0]
     spline = CubicSpline(*((ticks, np.eye(len(ticks))) if up else (ticks[::-1], np.eye(len(ticks))[::-1])))
-    slope = np.array([1 + s / (2 * dim**0.5) if math.isfinite(s) else 0.0 for s in levels])
+    slope = np.array([1 + s / (_MERGING * dim**0.5) if math.isfinite(s) else 0.0 for s in levels])
     return spline.integrate(ticks[0], ticks[-1]) * slope
 
 

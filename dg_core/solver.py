@@ -88,14 +88,14 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
 
     model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step,
     none where a sigma repeats the one before.
-    sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow. guided: the
-    `GuidedRange` of these sigmas. mask: None, or the weight in [0, 1] of the guidance at each element, broadcastable to
+    sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow, and z may be a function of
+    the step, asked after the model's call at its sigma. guided: the `GuidedRange` of these sigmas. mask: None, or the weight in [0, 1] of the guidance at each element, broadcastable to
     x; elements of weight 0 do not count in ||eps||^2.
     callback(i, x, denoised): after each model call; x is the corrected state, denoised the unguided prediction.
 
     Returns x at the last sigma. A last step to sigma = 0 returns the denoised prediction, unguided.
     """
-    steering = torch.is_tensor(z) or z != 0
+    steering = callable(z) or torch.is_tensor(z) or z != 0
     region = None if mask is None else region_of(mask)
     alphas = [coordinates.alpha(v) for v in sigmas]
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
@@ -124,7 +124,8 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
             noise.add(thetas[i], eps, ahead[i])
             picture.add(thetas[i], denoised, ahead[i])
             if steering and guided.first <= i <= guided.last and alphas[i] > 0:
-                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), z, dim), x.ndim)
+                wanted = z(i) if callable(z) else z
+                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), wanted, dim), x.ndim)
                 guidance.add(thetas[i], eps * (strength if mask is None else strength * mask), ahead[i])
             drift = 0.0
             if start is None:

@@ -2,6 +2,7 @@
 
 from .contact_sheet import DensityContactSheet, DensityLevels
 from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
+from .density_target import DensityTargetSampler
 from .exact_density import ExactLogDensity, LoadExactDensityModel
 from .log_density import LogDensity
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
@@ -9,6 +10,7 @@ from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
 NODES = [
     DensityGuidanceSampler,
     DensityGuidanceModel,
+    DensityTargetSampler,
     PriorGuidanceScale,
     PriorGuidanceModel,
     LoadExactDensityModel,

@@ -91,7 +91,7 @@ class _Work(comfy.samplers.Sampler):
         with torch.inference_mode(False), torch.no_grad():
             x = latent_image.to(compute_dtype(latent_image.dtype), copy=True)
             with tqdm(total=self._calls, disable=disable_pbar) as bar:
-                predict = _Predict(guider, extra_args, len(x), self._sigmas, self._shown(callback, bar))
+                predict = Predict(guider, extra_args, len(x), self._sigmas, self._shown(callback, bar))
                 self.result = self._function(GuiderModel(
                     x, coordinates_of(guider.inner_model.model_sampling), guider.inner_model.model_sampling,
                     network_dtype(guider.inner_model), predict))
@@ -111,7 +111,7 @@ def network_dtype(model):
     return model.manual_cast_dtype or model.get_dtype()
 
 
-class _Predict:
+class Predict:
     """(x, sigma) -> denoised in batches of at most `batch` images, whose conditioning the host keeps in that order."""
 
     def __init__(self, guider, extra_args, batch, sigmas, show):

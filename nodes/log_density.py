@@ -12,7 +12,7 @@ from ..dg_core import jacobian
 from ..dg_core.coordinates import coordinates_of
 from ..dg_core.log_density import ProbedModel, noise_levels, read_log_density, require_noise_floor
 from ..dg_core.units import require_number
-from .guider_run import check_latent, network_dtype, run_in_guider
+from .guider_run import check_latent, run_in_guider
 from .plots import blank_image, curves_image
 from .schema import CATEGORY, Floats, require
 
@@ -98,23 +98,29 @@ def levels_of(guider, samples, noise_floor, steps):
 def read(guider, latent, levels, probes, seed):
     """(`Readout` of a LATENT, sentences on how it was computed); everything runs inside the guider."""
     samples = latent["samples"]
-    known = _methods.setdefault(guider.model_patcher, {})
     indices = latent.get("batch_index")
 
     def work(model):
-        method, reason = known.get(type(guider)) or find_method(model, levels, seed)
-        known[type(guider)] = method, reason
+        method, reason = methods_of(guider, lambda: find_method(model, levels, seed))
         look = ProbedModel(model.predict, model.coordinates, method, model.dtype, seed, probes, indices)
         readout = read_log_density(look, model.predict, model.x, levels, model.coordinates)
         how = [f"divergence by {reason}", f"the network computes in {str(model.dtype).removeprefix('torch.')}"]
         return readout, how
 
     coordinates = coordinates_of(guider.model_patcher.get_model_object("model_sampling"))
-    cached = known.get(type(guider))
+    cached = _methods.get(guider.model_patcher, {}).get(type(guider))
     per_level = probes * (3 if cached and cached[0] == jacobian.DIFFERENCES else 1)
     calls = len(levels) * per_level + math.isfinite(levels[-1]) + (0 if cached else _TRIAL_CALLS)
     sigmas = [coordinates.sigma(s) for s in reversed(levels)]
     return run_in_guider(guider, samples, work, calls, sigmas, seed)
+
+
+def methods_of(guider, find):
+    """(method, reason) for a guider's model; `find` is asked the first time."""
+    known = _methods.setdefault(guider.model_patcher, {})
+    if type(guider) not in known:
+        known[type(guider)] = find()
+    return known[type(guider)]
 
 
 def find_method(model, levels, seed):
