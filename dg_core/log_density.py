@@ -141,7 +141,7 @@ class _Node:
 class LogDensityTrack:
     """The change of log p along the states that a solver visits, upwards or downwards; holds four states at most.
 
-    `add` takes them in order. `change` and `variance` are about the way so far, (B,), in nats of u; `s`, `traces` and
+    `add` takes them in order. `strayed` is what was charged for leaving the flow; `change` and `variance` are about the way so far, (B,), in nats of u; `s`, `traces` and
     `eps_energy` (||eps||^2 / D) list what was seen.
     """
 
@@ -149,7 +149,7 @@ class LogDensityTrack:
         self.dim = dim
         self.s, self.traces, self.variances, self.eps_energy = [], [], [], []
         self._nodes = deque(maxlen=_DEFECT_NODES)
-        self._strayed = 0.0
+        self.strayed = 0.0
 
     def add(self, x, sigma, alpha, sight):
         """A state x (B, ...) in the host's units, and what the model says of it."""
@@ -161,7 +161,7 @@ class LogDensityTrack:
         self.variances.append(sight.variance)
         self.eps_energy.append(squared_norm(eps) / self.dim)
         if len(self._nodes) > 1:
-            self._strayed = self._strayed + self._last_interval()
+            self.strayed = self.strayed + self._last_interval()
 
     def _last_interval(self):
         """-<eps, du - F dtheta> / sin(theta) over the last interval, (B,): F through the last nodes, the rest linear."""
@@ -185,8 +185,8 @@ class LogDensityTrack:
     @property
     def change(self):
         """log p_u at the last state minus log p_u at the first."""
-        return _weighted(trace_weights(self.s, self.dim), self.traces) + self._strayed - self.dim * math.log(
-            _sin(self.s[-1]) / _sin(self.s[0]))
+        return _weighted(trace_weights(self.s, self.dim), self.traces) + self.strayed - self.dim * math.log(
+            sin_theta(self.s[-1]) / sin_theta(self.s[0]))
 
     @property
     def variance(self):
@@ -198,7 +198,8 @@ def _weighted(weights, values):
     return sum(float(w) * v for w, v in zip(weights, values))
 
 
-def _sin(s):
+def sin_theta(s):
+    """sin(atan(s)) at the noise level s, which may be infinite."""
     return s / math.hypot(1, s) if math.isfinite(s) else 1.0
 
 

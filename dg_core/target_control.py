@@ -110,7 +110,7 @@ class Reached:
     standard_error: torch.Tensor
     unguided: torch.Tensor
     passes: int
-    track: LogDensityTrack  # of the last pass
+    last: Run  # the last pass, whose x need not be the one kept
 
 
 def reach(runs, target_of, tolerance, max_passes):
@@ -121,20 +121,20 @@ def reach(runs, target_of, tolerance, max_passes):
     """
     reference = runs.run()
     target = target_of(reference.end)
-    best, gap = reference, (reference.end - target).abs()
+    last, gap = reference, (reference.end - target).abs()
     x, achieved, variance = reference.x, reference.end, reference.variance
     aims, ends, passes = [reference.end], [reference.end], 0
     aim = target
     while passes < max_passes and bool((gap > tolerance).any()):
-        best = runs.run(aim, reference)
+        last = runs.run(aim, reference)
         passes += 1
         aims.append(aim)
-        ends.append(best.end)
-        better = (best.end - target).abs() < gap
-        x = torch.where(better.view(-1, *[1] * (x.ndim - 1)), best.x, x)
-        achieved, variance = torch.where(better, best.end, achieved), torch.where(better, best.variance, variance)
+        ends.append(last.end)
+        better = (last.end - target).abs() < gap
+        x = torch.where(better.view(-1, *[1] * (x.ndim - 1)), last.x, x)
+        achieved, variance = torch.where(better, last.end, achieved), torch.where(better, last.variance, variance)
         gap = (achieved - target).abs()
         moved = aims[-1] - aims[-2]
         slope = torch.where(moved == 0, 1.0, (ends[-1] - ends[-2]) / torch.where(moved == 0, 1.0, moved)).clamp(0.3, 3.0)
-        aim = aim + (target - best.end) / slope
-    return Reached(x, target, achieved, variance.sqrt(), reference.end, passes, best.track)
+        aim = aim + (target - last.end) / slope
+    return Reached(x, target, achieved, variance.sqrt(), reference.end, passes, last)

@@ -3,6 +3,7 @@
 from .contact_sheet import DensityContactSheet, DensityLevels
 from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
 from .density_target import DensityTargetSampler
+from .density_trace import DensityTrace
 from .exact_density import ExactLogDensity, LoadExactDensityModel
 from .log_density import LogDensity
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
@@ -16,6 +17,7 @@ NODES = [
     LoadExactDensityModel,
     ExactLogDensity,
     LogDensity,
+    DensityTrace,
     DensityLevels,
     DensityContactSheet,
 ]

@@ -174,7 +174,8 @@ def _tell(reached, settings, dim, s_end, extra_args):
     trace = extra_args.get("model_options", {}).get("density_trace")
     if trace is not None:
         trace.target = {"target": target, "achieved": achieved, "standard_error": errors, "unguided": unguided,
-                            "s": s_end, "passes": reached.passes}
+                        "s": s_end, "passes": reached.passes}
+        trace.last = reached.last
     for i, (wanted, got, error) in enumerate(zip(target, achieved, errors)):
         text = f"image {i}: {got:.4f} ± {error:.4f} bits per dimension at s = {s_end:.4g}, target {wanted:.4f}"
         if abs(got - wanted) > settings.tolerance:
