@@ -10,7 +10,13 @@ from comfy_api.latest import io
 
 from ..dg_core import jacobian
 from ..dg_core.coordinates import coordinates_of
-from ..dg_core.log_density import ProbedModel, noise_levels, read_log_density, require_noise_floor
+from ..dg_core.log_density import (
+    ProbedModel,
+    noise_levels,
+    read_log_density,
+    require_noise_floor,
+    trace_weights,
+)
 from ..dg_core.units import require_number
 from .guider_run import check_latent, run_in_guider
 from .plots import blank_image, curves_image
@@ -104,8 +110,7 @@ def read(guider, latent, levels, probes, seed):
         method, reason = methods_of(guider, lambda: find_method(model, levels, seed))
         look = ProbedModel(model.predict, model.coordinates, method, model.dtype, seed, probes, indices)
         readout = read_log_density(look, model.predict, model.x, levels, model.coordinates)
-        how = [f"divergence by {reason}", f"the network computes in {str(model.dtype).removeprefix('torch.')}"]
-        return readout, how
+        return readout, [f"divergence by {reason}", precision(model, method, levels, seed)]
 
     coordinates = coordinates_of(guider.model_patcher.get_model_object("model_sampling"))
     cached = _methods.get(guider.model_patcher, {}).get(type(guider))
@@ -125,11 +130,39 @@ def methods_of(guider, find):
 
 def find_method(model, levels, seed):
     """`jacobian.method_of` on the latent with noise, at a level in the middle."""
+    s, x = in_the_middle(model, levels, seed)
+    sigma = model.coordinates.sigma(s)
+    v = jacobian.rademacher(x, seed, -1)
+    return jacobian.method_of(lambda x: model.predict(x, sigma), x, v, model.dtype, sigma)
+
+
+def in_the_middle(model, levels, seed):
+    """(s, x): a noise level in the middle, and the latent with noise of it, in the host's units."""
     s = math.sqrt(levels[0] * min(levels[-1], 100.0))
     sigma = model.coordinates.sigma(s)
-    v = jacobian.rademacher(model.x, seed, -1)
-    x = model.coordinates.alpha(sigma) * model.x + sigma * jacobian.rademacher(model.x, seed, -2)
-    return jacobian.method_of(lambda x: model.predict(x, sigma), x, v, model.dtype, sigma)
+    return s, model.coordinates.alpha(sigma) * model.x + sigma * jacobian.rademacher(model.x, seed, -2)
+
+
+def precision(model, method, levels, seed):
+    """A sentence on what rounding in the network costs, which is measured where it is coarser than float32.
+
+    The trace with the same probe at x, and at an x that differs by less than the rounding unit: how far they are apart is
+    the error of one level, and levels err independently. What is rounded alike every time, as in the embedding of the noise
+    level, is not seen: so this is the least.
+    """
+    name = str(model.dtype).removeprefix("torch.")
+    unit = torch.finfo(model.dtype).eps
+    if unit <= torch.finfo(torch.float32).eps:
+        return f"the network computes in {name}"
+    s, x = in_the_middle(model, levels, seed)
+    sigma = model.coordinates.sigma(s)
+    dithered = x * (1 + unit / 2 * jacobian.rademacher(x, seed, -3))
+    one, other = (
+        ProbedModel(model.predict, model.coordinates, method, model.dtype, seed)(x, sigma, 0).trace for x in (x, dithered))
+    dim = x[0].numel()
+    per_level = float((one - other).square().mean().sqrt()) / 2**0.5
+    cost = per_level * float((trace_weights(levels, dim) ** 2).sum()) ** 0.5 / (dim * math.log(2))
+    return f"the network computes in {name}, which costs at least {cost:.1g} bits per dimension against float32"
 
 
 def report_of(readout, lines):

@@ -15,8 +15,11 @@ _UNET = {
 }
 
 
-def unet(dtype=torch.float32, model_type="EPS", seed=0):
-    """A `ModelPatcher` of a Stable Diffusion 1.5 with 32 channels and random weights that compute in `dtype`."""
+def unet(dtype=torch.float32, model_type="EPS", seed=0, weights=None):
+    """A `ModelPatcher` of a Stable Diffusion 1.5 with 32 channels that computes in `dtype`, with random weights.
+
+    weights: a dtype that they are rounded to before, as those of a checkpoint in that dtype.
+    """
     with torch.inference_mode():
         config = comfy.supported_models.SD15({**_UNET, "dtype": dtype})
         config.set_inference_dtype(dtype, None)
@@ -24,7 +27,8 @@ def unet(dtype=torch.float32, model_type="EPS", seed=0):
         generator = torch.Generator().manual_seed(seed)
         for p in model.diffusion_model.parameters():
             scale = 1.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
-            p.copy_(scale * torch.randn(p.shape, generator=generator) + (p.ndim == 1) * 0.5)
+            drawn = scale * torch.randn(p.shape, generator=generator) + (p.ndim == 1) * 0.5
+            p.copy_(drawn.to(weights or dtype))
         return h.kept(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
 
 

@@ -1,5 +1,6 @@
 """Explicit control in the real host: the exact log-density of what comes out, against what was asked for."""
 
+import json
 import logging
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from density_guidance.dg_core import log_density as ld
 from density_guidance.dg_core.coordinates import coordinates_of
-from density_guidance.nodes import DensityTargetSampler
+from density_guidance.nodes import DensityTargetSampler, DensityTrace, LogDensity
 from density_guidance.nodes import density_target as dt
 from density_guidance.tests import host_runs as h
 
@@ -77,6 +78,21 @@ def test_one_probe_meets_the_target(target, value):
     found, plain = run(model, target_sampler(target, value), 20)
     wanted = value if target == dt.ABSOLUTE else plain + value
     assert 0 < float(((found - wanted).abs() * LN2).quantile(0.9)) < 3e-3
+
+
+def test_decoded_equals_encoded():
+    """What was tracked while sampling, and the readout of the result, agree within their error bars."""
+    model = h.exact_model("flow")
+    sigmas = cut_schedule(model)
+    guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
+    output, _, _, record = h.outputs(
+        DensityTrace, h.random_noise(), guider, target_sampler(value=0.2), sigmas, h.empty_latent(8), False)
+    told = json.loads(record)["target"]
+    bits, report, _ = h.outputs(LogDensity, guider, output, 32, 1, 5, told["s"])
+    stated = torch.tensor([float(line.split("±")[1].split()[0]) for line in report.splitlines()[:8]])
+    bars = (torch.tensor(told["standard_error"]).square() + stated.square()).sqrt()
+    z = (torch.tensor(bits) - torch.tensor(told["achieved"])) / bars
+    assert float(z.abs().max()) < 3.5 and 0.3 < float(z.square().mean().sqrt()) < 1.8
 
 
 def test_a_batch_becomes_alike():

@@ -95,7 +95,7 @@ def test_one_probe_at_32_evaluations(size, count, bound):
     """Error of the node's numbers, and how often the stated standard error covers it."""
     errors, covered = [], []
     for seed in (1, 2):
-        latent, exact = pictures("flow", count, size, seed)
+        latent, exact = pictures("flow", count, size, seed)  # other pictures and other probes
         bits, report, _ = h.outputs(LogDensity, guider_of(h.exact_model("flow", size)), latent, 32, 1, seed, FLOOR["flow"])
         dim = latent["samples"][0].numel()
         stated = torch.tensor([float(line.split("±")[1].split()[0]) for line in report.splitlines()[:count]])
@@ -133,8 +133,8 @@ def test_a_readout_does_not_depend_on_the_batch():
 def unet_readout():
     latent = {"samples": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))}
 
-    def read(dtype):
-        guider = guider_of(networks.unet(dtype), networks.unet_conditioning())
+    def read(dtype, weights=None):
+        guider = guider_of(networks.unet(dtype, weights=weights), networks.unet_conditioning())
         levels = node.levels_of(guider, latent["samples"], 0.05, 12)
         with torch.inference_mode():
             return node.read(guider, latent, levels, 1, 0)
@@ -144,10 +144,12 @@ def unet_readout():
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
 def test_narrow_networks_read_nearly_the_same(unet_readout, dtype, bound):
-    (wide, _), (narrow, how) = unet_readout(torch.float32), unet_readout(dtype)
+    (wide, _), (narrow, how) = unet_readout(torch.float32, dtype), unet_readout(dtype)
     difference = float((narrow.bits_per_dim - wide.bits_per_dim).abs().max())
     assert 0 < difference < bound
-    assert str(dtype).removeprefix("torch.") in " ".join(how)
+    assert str(dtype).removeprefix("torch.") in how[1] and "float32" in how[1]
+    stated = float(how[1].split("least")[1].split()[0])
+    assert 0.01 * difference < stated < 3 * difference
 
 
 def test_methods_read_the_same(monkeypatch, unet_readout):
