@@ -209,8 +209,12 @@ def eps_derivative(v, dhat_v, s):
 
 def probe_trace(v, dhat_v):
     """<v, Dhat v> of every image, (B,), summed in float64 where the device has it."""
-    dtype = torch.float32 if v.device.type == "mps" else torch.float64
-    return (v * dhat_v).flatten(1).sum(1, dtype=dtype)
+    return (v * dhat_v).flatten(1).sum(1, dtype=sum_dtype(v.device))
+
+
+def sum_dtype(device):
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def derivative_in_ve(predict, y, v, alpha, method, step=None):

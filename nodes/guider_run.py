@@ -99,7 +99,7 @@ class _Work(comfy.samplers.Sampler):
                 def expect(calls):
                     self._calls = bar.total = calls
 
-                predict = _Predict(guider, extra_args, len(x), self._sigmas, self._shown(callback, bar))
+                predict = Predict(guider, extra_args, len(x), self._sigmas, self._shown(callback, bar))
                 self.result = self._function(GuiderModel(
                     x, noise, coordinates_of(guider.inner_model.model_sampling), guider.inner_model.model_sampling,
                     network_dtype(guider.inner_model), predict, expect))
@@ -119,7 +119,7 @@ def network_dtype(model):
     return model.manual_cast_dtype or model.get_dtype()
 
 
-class _Predict:
+class Predict:
     """(x, sigma) -> denoised in batches of at most `batch` images, whose conditioning the host keeps in that order."""
 
     def __init__(self, guider, extra_args, batch, sigmas, show):
