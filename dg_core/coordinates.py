@@ -39,6 +39,10 @@ class Coordinates:
         alpha = self.alpha(sigma)
         return sigma / alpha if alpha > 0 else math.inf
 
+    def sigma(self, s):
+        """sigma at the VE noise level s, a float; s may be infinite where sigma stays finite."""
+        return s / (1 + self.slope * s) if math.isfinite(s) else 1 / self.slope
+
 
 VE = Coordinates("VE", 0.0)
 FLOW = Coordinates("flow", 1.0)

@@ -24,7 +24,6 @@ from .guidance import curve_at, eta_minus_one, gain
 from .statistics import region_of, squared_norm
 
 ORDER = 3
-_FLOW_NODES = 3
 _GUIDANCE_NODES = 2
 _MIN_SPACING = 0.02  # of the coming step; no scheduler of the host comes near it
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
@@ -84,20 +83,22 @@ class _History:
 
 
 def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None, weights=None,
-          curve=None):
+          curve=None, order=ORDER):
     """Integrate the guided flow down `sigmas`.
 
     model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step,
     none where a sigma repeats the one before.
-    sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow. guided: the
-    `GuidedRange` of these sigmas. mask: None, or in [0, 1] the share of each element that the model replaces, the rest being
-    given (inpainting). weights, curve: see `guidance.PredictionGuide`. mask and weights are broadcastable to x.
+    sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow, and z may be a function of
+    the step, asked after the model's call at its sigma. guided: the `GuidedRange` of these sigmas. mask: None, or in [0, 1]
+    the share of each element that the model replaces, the rest being given (inpainting). weights, curve: see
+    `guidance.PredictionGuide`. mask and weights are broadcastable to x.
     callback(i, x, denoised): after each model call; x is the corrected state, denoised the unguided prediction.
+    order: how many model calls a prediction of the plain flow interpolates.
 
     Returns x at the last sigma. A last step to sigma = 0 returns the denoised prediction, unguided.
     """
-    steering = torch.is_tensor(z) or z != 0
-    guidance_gain = gain(z, dim, x)
+    steering = callable(z) or torch.is_tensor(z) or z != 0
+    guidance_gain = None if callable(z) else gain(z, dim, x)
     region = None if mask is None else region_of(mask)
     amount = mask if weights is None else weights if mask is None else weights * mask
     weights = region if weights is None else weights
@@ -106,8 +107,8 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
     ahead = [next((t for t in thetas[i + 1:] if t < thetas[i]), thetas[i]) for i in range(len(thetas))]
-    noise = _History(eps_weights, _FLOW_NODES)
-    picture = _History(denoised_weights, _FLOW_NODES)
+    noise = _History(eps_weights, order)
+    picture = _History(denoised_weights, order)
     guidance = _History(guidance_weights, _GUIDANCE_NODES)
 
     def advance(u, step, correct):
@@ -129,7 +130,8 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
             noise.add(thetas[i], eps, ahead[i])
             picture.add(thetas[i], denoised, ahead[i])
             if steering and guided.first <= i <= guided.last and alphas[i] > 0:
-                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, weights), guidance_gain), x.ndim)
+                k = (2 * dim) ** 0.5 * z(i).to(x) if callable(z) else guidance_gain
+                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, weights), k), x.ndim)
                 if curve is not None:
                     strength = strength * curve_at(curve, guided, torch.tensor(coordinates.s(sigmas[i]), dtype=torch.float64))
                 guidance.add(thetas[i], eps * (strength if amount is None else strength * amount), ahead[i])
