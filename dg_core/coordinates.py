@@ -39,6 +39,10 @@ class Coordinates:
         alpha = self.alpha(sigma)
         return sigma / alpha if alpha > 0 else math.inf
 
+    def sigma(self, s):
+        """sigma of a finite VE noise level s, the inverse of `s`."""
+        return s / (1 + self.slope * s)
+
 
 VE = Coordinates("VE", 0.0)
 FLOW = Coordinates("flow", 1.0)

@@ -22,6 +22,7 @@ import torch
 from .coordinates import eps_from_denoised, per_image
 from .guidance import eta_minus_one, gain
 from .statistics import region_of, squared_norm
+from .variation import displacement, level_set_step
 
 ORDER = 3
 _FLOW_NODES = 3
@@ -74,6 +75,24 @@ class _History:
         self._theta = [theta, *self._theta[:self._predictor_nodes]]
         self._values = [value, *self._values[:self._predictor_nodes]]
 
+    def jump(self, theta, value, next_theta):
+        """Add a value of another path, to which the state has jumped at theta.
+
+        The past of that path was never seen. It is taken to be the past of the old one, moved by the jump.
+        """
+        if self._theta:
+            change = value - self.at(theta)
+            kept = [j for j, t in enumerate(self._theta) if t - theta > _MIN_SPACING * (theta - next_theta)]
+            self._theta = [self._theta[j] for j in kept]
+            self._values = [self._values[j] + change for j in kept]
+        self.add(theta, value, next_theta)
+
+    def at(self, theta):
+        """The value at theta that the nodes of a prediction lead to."""
+        nodes = self._theta[:self._predictor_nodes]
+        weights = [float(p[0]) for p in _lagrange(nodes, np.array([theta]))]
+        return sum(w * value for w, value in zip(weights, self._values))
+
     def integrate(self, u, theta_from, theta_to, correct):
         """u plus the integral from theta_from to theta_to; `correct` uses one more node than a prediction."""
         n = self._predictor_nodes + correct
@@ -83,7 +102,50 @@ class _History:
         return u
 
 
-def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None):
+class _Flow:
+    """The guided flow as the model calls so far describe it."""
+
+    def __init__(self, coordinates, guided, z, dim, mask, like):
+        self._coordinates = coordinates
+        self._guided = guided
+        self._steering = torch.is_tensor(z) or z != 0
+        self._gain = gain(z, dim, like)
+        self._mask = mask
+        self._region = None if mask is None else region_of(mask)
+        self._noise = _History(eps_weights, _FLOW_NODES)
+        self._picture = _History(denoised_weights, _FLOW_NODES)
+        self._guidance = _History(guidance_weights, _GUIDANCE_NODES)
+
+    def see(self, x, denoised, sigma, step, next_theta, jumped=False):
+        """Take a prediction at (x, sigma) into account; returns its eps.
+
+        step: the step that starts there. jumped: x does not lie on the path of the predictions before.
+        """
+        alpha = self._coordinates.alpha(sigma)
+        theta = math.atan2(sigma, alpha)
+        eps = eps_from_denoised(x, denoised, sigma, alpha)
+        put = _History.jump if jumped else _History.add
+        put(self._noise, theta, eps, next_theta)
+        put(self._picture, theta, denoised, next_theta)
+        if self._steering and self._guided.first <= step <= self._guided.last and alpha > 0:
+            strength = per_image(math.sin(theta) * eta_minus_one(squared_norm(eps, self._region), self._gain), x.ndim)
+            put(self._guidance, theta, eps * (strength if self._mask is None else strength * self._mask), next_theta)
+        return eps
+
+    def follow(self, u, theta_from, theta_to, step, correct=False):
+        """The state u at theta_from, followed to theta_to during `step`."""
+        u = self._noise.integrate(u, theta_from, theta_to, correct)
+        u = self._picture.integrate(u, theta_from, theta_to, correct)
+        if self._steering and self._guided.first <= step < self._guided.last:
+            u = self._guidance.integrate(u, theta_from, theta_to, correct)
+        return u
+
+    def eps_at(self, theta):
+        """The eps that the path leads to at theta."""
+        return self._noise.at(theta)
+
+
+def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None, variation=None):
     """Integrate the guided flow down `sigmas`.
 
     model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step,
@@ -91,55 +153,65 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow. guided: the
     `GuidedRange` of these sigmas. mask: None, or the weight in [0, 1] of the guidance at each element, broadcastable to
     x; elements of weight 0 do not count in ||eps||^2.
-    callback(i, x, denoised): after each model call; x is the corrected state, denoised the unguided prediction.
+    callback(i, x, denoised): after the model call of each step; x is the corrected state, denoised the unguided
+    prediction.
+    variation: None, or a `variation.Variation`: noise at an unchanged log-density in some steps. Its model calls may lie
+    at noise levels between those of the schedule.
 
     Returns x at the last sigma. A last step to sigma = 0 returns the denoised prediction, unguided.
     """
-    steering = torch.is_tensor(z) or z != 0
-    guidance_gain = gain(z, dim, x)
     region = None if mask is None else region_of(mask)
     alphas = [coordinates.alpha(v) for v in sigmas]
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
     ahead = [next((t for t in thetas[i + 1:] if t < thetas[i]), thetas[i]) for i in range(len(thetas))]
-    noise = _History(eps_weights, _FLOW_NODES)
-    picture = _History(denoised_weights, _FLOW_NODES)
-    guidance = _History(guidance_weights, _GUIDANCE_NODES)
+    flow = _Flow(coordinates, guided, z, dim, mask, x)
 
-    def advance(u, step, correct):
-        """From node `step` to the next one."""
-        u = noise.integrate(u, thetas[step], thetas[step + 1], correct)
-        u = picture.integrate(u, thetas[step], thetas[step + 1], correct)
-        if steering and guided.first <= step < guided.last:
-            u = guidance.integrate(u, thetas[step], thetas[step + 1], correct)
-        return u
+    def jump(u, theta, step, s, with_foot):
+        """Raise u at theta to the noise level s, half of the way by noise: (u, theta, denoised) there.
 
-    start = None  # the corrected state at the previous node
+        with_foot: call the model where the flow alone would lead, too.
+        """
+        sigma, raised = coordinates.sigma(s), math.atan(s)
+        scale = math.hypot(coordinates.alpha(sigma), sigma)
+        foot = flow.follow(u, theta, raised, step)
+        if with_foot:
+            flow.see(foot * scale, model(foot * scale, sigma), sigma, step, ahead[step])
+        eps = flow.eps_at(raised)
+        change = displacement(u, foot, eps, theta, raised, variation.noise(x), mask)
+        u = foot + change
+        denoised = model(u * scale, sigma)
+        u = level_set_step(u, change, eps, flow.see(u * scale, denoised, sigma, step, ahead[step], jumped=True), mask)
+        return u, raised, denoised
+
+    start = None  # the corrected state at the previous node, and its theta
     for i in range(len(sigmas) - 1):
+        levels = [] if variation is None else variation.levels(sigmas, i, coordinates)
+        drift = 0.0
         if i and sigmas[i] == sigmas[i - 1]:  # the state is still the same, and so is what the model says of it
             if callback is not None:
                 callback(i, x, denoised)
-        else:
+        elif not levels or variation.calls_before:
             denoised = model(x, sigmas[i])
-            eps = eps_from_denoised(x, denoised, sigmas[i], alphas[i])
-            noise.add(thetas[i], eps, ahead[i])
-            picture.add(thetas[i], denoised, ahead[i])
-            if steering and guided.first <= i <= guided.last and alphas[i] > 0:
-                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), guidance_gain), x.ndim)
-                guidance.add(thetas[i], eps * (strength if mask is None else strength * mask), ahead[i])
-            drift = 0.0
+            flow.see(x, denoised, sigmas[i], i, ahead[i])
             if start is None:
                 u = x / scales[i]
             else:
-                u = advance(start, i - 1, correct=True)
+                u = flow.follow(*start, thetas[i], i - 1, correct=True)
                 drift = u * scales[i] - x
                 x = x + drift
             if callback is not None:
                 callback(i, x, denoised)
-            start = u
+            start = u, thetas[i]
+        else:
+            start = x / scales[i], thetas[i]
+        for s in levels:
+            *start, denoised = jump(*start, i, s, variation.calls_foot)
+        if levels and not variation.calls_before and callback is not None:
+            callback(i, x, denoised)
         if sigmas[i + 1] == 0:
             # The prediction was made before the correction: keep its eps and move with the state.
             return denoised + (drift if mask is None else drift * region) / alphas[i] if alphas[i] > 0 else denoised
         if sigmas[i + 1] < sigmas[i]:
-            x = advance(start, i, correct=False) * scales[i + 1]
+            x = flow.follow(*start, thetas[i + 1], i) * scales[i + 1]
     return x
