@@ -15,6 +15,7 @@ in this mode: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations 
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,18 +68,24 @@ class _History:
         self._weights = weights
         self._predictor_nodes = predictor_nodes
         self._theta, self._values = [], []
+        self._guessed = 0  # how many of them, the oldest, are to be left again
 
     def add(self, theta, value, next_theta):
+        if self._guessed:
+            del self._theta[-self._guessed:], self._values[-self._guessed:]
+            self._guessed = 0
         # Extrapolating far through two nodes that almost coincide amplifies their difference.
         if self._theta and self._theta[0] - theta <= _MIN_SPACING * (theta - next_theta):
             del self._theta[0], self._values[0]
         self._theta = [theta, *self._theta[:self._predictor_nodes]]
         self._values = [value, *self._values[:self._predictor_nodes]]
 
-    def jump(self, theta, value, next_theta):
+    def jump(self, theta, value, next_theta, once):
         """Add a value of another path, to which the state has jumped at theta.
 
-        The past of that path was never seen. It is taken to be the past of the old one, moved by the jump.
+        The past of that path was never seen. It is taken to be the past of the old one, moved by the jump; once: until the
+        next value only. Where the value at the foot of the jump is extrapolated over a whole step, the error of that is
+        taken for part of the jump, and grows if the moved past is kept.
         """
         if self._theta:
             change = value - self.at(theta)
@@ -86,6 +93,7 @@ class _History:
             self._theta = [self._theta[j] for j in kept]
             self._values = [self._values[j] + change for j in kept]
         self.add(theta, value, next_theta)
+        self._guessed = len(self._theta) - 1 if once else 0
 
     def at(self, theta):
         """The value at theta that the nodes of a prediction lead to."""
@@ -116,15 +124,14 @@ class _Flow:
         self._picture = _History(denoised_weights, _FLOW_NODES)
         self._guidance = _History(guidance_weights, _GUIDANCE_NODES)
 
-    def see(self, x, denoised, sigma, step, next_theta, jumped=False):
+    def see(self, x, denoised, sigma, step, next_theta, put=_History.add):
         """Take a prediction at (x, sigma) into account; returns its eps.
 
-        step: the step that starts there. jumped: x does not lie on the path of the predictions before.
+        step: the step that starts there. put: how the histories take it, `_History.add` or `_History.jump`.
         """
         alpha = self._coordinates.alpha(sigma)
         theta = math.atan2(sigma, alpha)
         eps = eps_from_denoised(x, denoised, sigma, alpha)
-        put = _History.jump if jumped else _History.add
         put(self._noise, theta, eps, next_theta)
         put(self._picture, theta, denoised, next_theta)
         if self._steering and self._guided.first <= step <= self._guided.last and alpha > 0:
@@ -166,22 +173,21 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
     ahead = [next((t for t in thetas[i + 1:] if t < thetas[i]), thetas[i]) for i in range(len(thetas))]
     flow = _Flow(coordinates, guided, z, dim, mask, x)
+    put_jump = None if variation is None else partial(_History.jump, once=not variation.calls_before)
 
-    def jump(u, theta, step, s, with_foot):
-        """Raise u at theta to the noise level s, half of the way by noise: (u, theta, denoised) there.
-
-        with_foot: call the model where the flow alone would lead, too.
-        """
+    def jump(u, theta, step, s):
+        """From the state u at theta to the noise level s above it, by noise: (u, theta, denoised) there."""
         sigma, raised = coordinates.sigma(s), math.atan(s)
         scale = math.hypot(coordinates.alpha(sigma), sigma)
         foot = flow.follow(u, theta, raised, step)
-        if with_foot:
+        if variation.calls_foot:
             flow.see(foot * scale, model(foot * scale, sigma), sigma, step, ahead[step])
         eps = flow.eps_at(raised)
         change = displacement(u, foot, eps, theta, raised, variation.noise(x), mask)
         u = foot + change
         denoised = model(u * scale, sigma)
-        u = level_set_step(u, change, eps, flow.see(u * scale, denoised, sigma, step, ahead[step], jumped=True), mask)
+        eps_top = flow.see(u * scale, denoised, sigma, step, ahead[step], put_jump)
+        u = level_set_step(u, change, eps, eps_top, mask)
         return u, raised, denoised
 
     start = None  # the corrected state at the previous node, and its theta
@@ -206,7 +212,7 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
         else:
             start = x / scales[i], thetas[i]
         for s in levels:
-            *start, denoised = jump(*start, i, s, variation.calls_foot)
+            *start, denoised = jump(*start, i, s)
         if levels and not variation.calls_before and callback is not None:
             callback(i, x, denoised)
         if sigmas[i + 1] == 0:

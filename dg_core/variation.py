@@ -15,6 +15,11 @@ estimate of tr(P J P) with the noise itself as the probe, so that the second-ord
 undone, not that of an average one; the projection carries the term -<eps, J eps> / ||eps||^2 of the trace along.
 The scheme is derived here.
 
+correction    eps at the foot is                                           model calls of a step with noise
+expected      what the flow so far leads to; every second step has noise   1, as without
+hutchinson    the same, after a call at (y, s)                             1 + probes
+exact         called for                                                   1 + 2 probes
+
 symbol     name           unit
 c          strength       1; noise relative to the reverse SDE's
 r          -              noise level, as s
@@ -32,7 +37,7 @@ from .coordinates import per_image
 from .guidance import GuidedRange
 from .units import require_number
 
-# name -> (a call before the noise, which corrects the step before; a call at the foot of every piece of noise)
+# name -> (a call at the state before the noise; a call at the foot of every piece of noise)
 CORRECTIONS = {"expected": (False, False), "hutchinson": (True, False), "exact": (True, True)}
 MAX_STRENGTH = 3.0
 MAX_PROBES = 16
@@ -43,9 +48,8 @@ _SALT = 0x5EED_0F_DE7A11  # keeps the noise apart from that of other uses of the
 class Variation:
     """Noise in some steps of a run. Raises ValueError, naming the input, where one is out of range.
 
-    steps: the `GuidedRange` of the steps that get noise. strength: c. correction: one of `CORRECTIONS`; "expected" costs
-    no model call, "hutchinson" one for each piece of noise, "exact" two. probes: pieces into which "hutchinson" and "exact"
-    cut the noise of a step, each with a projection and a correction of its own.
+    steps: the `GuidedRange` of the steps that get noise. strength: c. correction: one of `CORRECTIONS`. probes: pieces into
+    which "hutchinson" and "exact" cut the noise of a step, each with a projection and a correction of its own.
     noise(like): the next standard normal noise, of the shape, dtype and device of `like`.
     """
 
@@ -74,7 +78,12 @@ class Variation:
         """
         if not (self.strength and self.steps.first <= step < self.steps.last):
             return []
-        s, s_next, s_first = (coordinates.s(sigmas[i]) for i in (step, step + 1, 0))
+        # Without a call before the noise, every second step goes without, to see where the flow leads.
+        stride = 1 if self.calls_before else 2
+        if (step - self.steps.first) % stride:
+            return []
+        stop = min(step + stride, self.steps.last)
+        s, s_next, s_first = (coordinates.s(sigmas[i]) for i in (step, stop, 0))
         variance = min(self.strength**2 * (s**2 - s_next**2), s_first**2 - s**2)
         if not variance > 0:
             return []
