@@ -193,13 +193,13 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     start = None  # the corrected state at the previous node, and its theta
     for i in range(len(sigmas) - 1):
         levels = [] if variation is None else variation.levels(sigmas, i, coordinates)
-        drift = 0.0
         if i and sigmas[i] == sigmas[i - 1]:  # the state is still the same, and so is what the model says of it
             if callback is not None:
                 callback(i, x, denoised)
         elif not levels or variation.calls_before:
             denoised = model(x, sigmas[i])
             flow.see(x, denoised, sigmas[i], i, ahead[i])
+            drift = 0.0
             if start is None:
                 u = x / scales[i]
             else:
@@ -210,7 +210,7 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
                 callback(i, x, denoised)
             start = u, thetas[i]
         else:
-            start = x / scales[i], thetas[i]
+            start, drift = (x / scales[i], thetas[i]), 0.0
         for s in levels:
             *start, denoised = jump(*start, i, s)
         if levels and not variation.calls_before and callback is not None:
