@@ -80,7 +80,7 @@ class Variation:
             return []
         # Without a call before the noise, every second step goes without, to see where the flow leads.
         stride = 1 if self.calls_before else 2
-        if (step - self.steps.first) % stride:
+        if (step - max(self.steps.first, 1)) % stride:
             return []
         stop = min(step + stride, self.steps.last)
         s, s_next, s_first = (coordinates.s(sigmas[i]) for i in (step, stop, 0))

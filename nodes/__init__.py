@@ -4,12 +4,15 @@ from .contact_sheet import DensityContactSheet, DensityLevels
 from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
 from .exact_density import ExactLogDensity, LoadExactDensityModel
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
+from .stochastic_variation import StochasticDetailVariation, VariationGrid
 
 NODES = [
     DensityGuidanceSampler,
     DensityGuidanceModel,
     PriorGuidanceScale,
     PriorGuidanceModel,
+    StochasticDetailVariation,
+    VariationGrid,
     LoadExactDensityModel,
     ExactLogDensity,
     DensityLevels,

@@ -1,7 +1,6 @@
 """A sweep over density levels, and the labelled contact sheet of its pictures."""
 
 import json
-import math
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from comfy_api.latest import io
 from comfy.utils import common_upscale
 from PIL import Image, ImageDraw, ImageFont
 
-from .schema import CATEGORY, Floats
+from .schema import CATEGORY, Floats, numbers
 
 MARGIN = 8
 CAPTION = 22
@@ -39,20 +38,8 @@ class DensityLevels(io.ComfyNode):
 
     @classmethod
     def execute(cls, values):
-        numbers = []
-        for word in values.replace("\n", ",").split(","):
-            if not word.strip():
-                continue
-            try:
-                number = float(word)
-            except ValueError:
-                number = math.nan
-            if not math.isfinite(number):
-                raise ValueError(f"values has {word.strip()!r}; write numbers separated by commas, like 0.05, 0.5, 0.95")
-            numbers.append(number)
-        if not numbers:
-            raise ValueError("values is empty; write numbers separated by commas, like 0.05, 0.5, 0.95")
-        return io.NodeOutput(numbers, numbers)
+        found = numbers("values", values)
+        return io.NodeOutput(found, found)
 
 
 class DensityContactSheet(io.ComfyNode):
