@@ -75,10 +75,10 @@ class _History:
             del self._theta[-self._guessed:], self._values[-self._guessed:]
             self._guessed = 0
         # Extrapolating far through two nodes that almost coincide amplifies their difference.
-        if self._theta and self._theta[0] - theta <= _MIN_SPACING * (theta - next_theta):
-            del self._theta[0], self._values[0]
-        self._theta = [theta, *self._theta[:self._predictor_nodes]]
-        self._values = [value, *self._values[:self._predictor_nodes]]
+        kept = [j for j, t in enumerate(self._theta) if abs(t - theta) > _MIN_SPACING * (theta - next_theta)]
+        kept = kept[:self._predictor_nodes]
+        self._theta = [theta, *(self._theta[j] for j in kept)]
+        self._values = [value, *(self._values[j] for j in kept)]
 
     def jump(self, theta, value, next_theta, once):
         """Add a value of another path, to which the state has jumped at theta.
@@ -125,7 +125,7 @@ class _Flow:
         self._guidance = _History(guidance_weights, _GUIDANCE_NODES)
 
     def see(self, x, denoised, sigma, step, next_theta, put=_History.add):
-        """Take a prediction at (x, sigma) into account; returns its eps.
+        """Take a prediction at (x, sigma) into account.
 
         step: the step that starts there. put: how the histories take it, `_History.add` or `_History.jump`.
         """
@@ -137,7 +137,6 @@ class _Flow:
         if self._steering and self._guided.first <= step <= self._guided.last and alpha > 0:
             strength = per_image(math.sin(theta) * eta_minus_one(squared_norm(eps, self._region), self._gain), x.ndim)
             put(self._guidance, theta, eps * (strength if self._mask is None else strength * self._mask), next_theta)
-        return eps
 
     def follow(self, u, theta_from, theta_to, step, correct=False):
         """The state u at theta_from, followed to theta_to during `step`."""
@@ -183,11 +182,12 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
         if variation.calls_foot:
             flow.see(foot * scale, model(foot * scale, sigma), sigma, step, ahead[step])
         eps = flow.eps_at(raised)
-        change = displacement(u, foot, eps, theta, raised, variation.noise(x), mask)
-        u = foot + change
-        denoised = model(u * scale, sigma)
-        eps_top = flow.see(u * scale, denoised, sigma, step, ahead[step], put_jump)
-        u = level_set_step(u, change, eps, eps_top, mask)
+        change = displacement(u, foot, eps, theta, raised, variation.noise(u), mask)
+        x = (foot + change) * scale
+        denoised = model(x, sigma)
+        alpha = coordinates.alpha(sigma)
+        u, eps = level_set_step(foot, change, eps, eps_from_denoised(x, denoised, sigma, alpha), mask)
+        flow.see(u * scale, (u * scale - sigma * eps) / alpha, sigma, step, ahead[step], put_jump)
         return u, raised, denoised
 
     start = None  # the corrected state at the previous node, and its theta

@@ -7,7 +7,7 @@ s' < s first jumps to a raised noise level, where the model is called, and then 
     s_up^2 = s^2 + r^2,     r^2 = c^2 (s^2 - s'^2)              noise of variance r^2 raises the level by as much
     foot   = the flow from (y, s) up to s_up                   its log-density is that of y, by definition
     top    = y + r P xi,    P = I - eps eps^T / ||eps||^2       eps that of the foot
-    top'   = top + a eps,   a = -<eps_foot + eps_top, top - foot> / (2 ||eps_top||^2)
+    top'   = top + a eps_top,   a = -<eps_foot + eps_top, top - foot> / (2 ||eps_top||^2)   (to first order)
 
 The trapezoid rule gives log p(top) - log p(foot) = -<eps_foot + eps_top, top - foot> / (2 s_up), exactly where the
 density is Gaussian; a is the step along the score that undoes it. <P xi, eps_top - eps_foot> is r times Hutchinson's
@@ -122,13 +122,16 @@ def displacement(u, foot, eps, theta, raised, noise, weight=None):
     return change if weight is None else change * weight
 
 
-def level_set_step(u, change, eps_foot, eps_top, weight=None):
-    """The top, stepped along the score to the log-density of the foot: u + a eps_top; shape of u.
+def level_set_step(foot, change, eps_foot, eps_top, weight=None):
+    """(top', eps there): the top stepped along the score to the log-density of the foot; shape of u.
 
-    u: the top. change: top - foot, both in the units of u.
+    change: top - foot, both in the units of u. The step a solves a + k a^2 / 2 = a_1, to second order, with a_1 the step of
+    the trapezoid rule and k = <eps_top - eps_foot, change> / ||change||^2 the mean curvature that the change has met.
     """
+    k = inner(eps_top - eps_foot, change) / inner(change, change).clamp_min(1e-30)
     a = -inner(eps_foot + eps_top, change) / (2 * inner(eps_top, eps_top, weight)).clamp_min(1e-30)
-    return u + a * (eps_top if weight is None else eps_top * weight)
+    step = (a - k * a.square() / 2) * (eps_top if weight is None else eps_top * weight)
+    return foot + change + step, eps_top + k * step
 
 
 class ImageNoise:
