@@ -7,12 +7,9 @@ import comfy.model_management
 import numpy as np
 import pytest
 import torch
-from density_guidance.benchmarks.euler_maruyama import euler_maruyama
-from density_guidance.dg_core import guidance, solver
-from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.benchmarks.euler_maruyama import fine_details_change
 from density_guidance.dg_core.variation import CORRECTIONS
 from density_guidance.nodes import StochasticDetailVariation, VariationGrid, exact_model
-from density_guidance.nodes.stochastic_variation import WINDOWS
 from density_guidance.tests import host_runs as h
 
 EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
@@ -57,29 +54,7 @@ def log_density_run(prediction, vary, strength, correction):
 def euler_maruyama_run(prediction, calls):
     """The same for Euler-Maruyama with the exact correction in the window of "fine details", at `calls` model calls."""
     model = h.exact_model(prediction)
-    density, sampling = model.model.density, model.get_model_object("model_sampling")
-    coordinates, sigmas = coordinates_of(sampling), schedule(model).tolist()
-    high, low = (sampling.percent_to_sigma(p) for p in WINDOWS["fine details"][coordinates.slope])
-    steps = guidance.guided_range(sigmas, coordinates, high, low)
-    noise = torch.randn(1, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(5)).double()
-
-    def predict(x, sigma):
-        alpha = max(coordinates.alpha(sigma), 1e-8)
-        return density.denoised(x / alpha, sigma / alpha)
-
-    def solve(x, sigmas):
-        return solver.solve(predict, x, sigmas, coordinates, guidance.guided_range(sigmas, coordinates))
-
-    start = noise * sigmas[0] * (1 if coordinates.slope else math.sqrt(1 + 1 / sigmas[0] ** 2))
-    s = [coordinates.s(v) for v in sigmas[steps.first:]]
-    middle = solve(start, sigmas[:steps.first + 1])
-    pieces = np.linspace(0, len(s) - 1, calls - steps.first + 1)  # as many steps as there are calls left
-    levels = np.exp(np.interp(pieces, range(len(s)), np.log(s))).tolist()
-    y = (middle / coordinates.alpha(sigmas[steps.first])).expand(VARIATIONS, -1, -1, -1)
-    y = euler_maruyama(density, y, levels, 0.5, torch.Generator().manual_seed(3))
-    plain = solve(start, sigmas) / coordinates.alpha(sigmas[-1])
-    change = (density.log_prob(y, s[-1]) - density.log_prob(plain, s[-1])) / density.dim
-    return change.numpy()
+    return fine_details_change(model, schedule(model).tolist(), 0.5, calls, VARIATIONS).numpy()
 
 
 # --- the log-density is kept -------------------------------------------------------------------------------------
