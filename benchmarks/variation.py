@@ -149,8 +149,9 @@ def tables(results):
                  f"{r['euler_maruyama_spread']:.1e} |" for c, r in by.items()]
     samplers = results["host_samplers"]
     names = list(next(iter(samplers.values())))
-    hosts = [f"| sampler | {' | '.join(f'{p}: spread' for p in samplers)} |", "|---|" + "---|" * len(samplers)]
-    hosts += [f"| {n} | " + " | ".join(f"{samplers[p][n]['spread']:.1e}" for p in samplers) + " |" for n in names]
+    hosts = [f"| sampler | {' | '.join(f'{p}: distance | {p}: spread' for p in samplers)} |", "|---|" + "---|---|" * len(samplers)]
+    hosts += [f"| {n} | " + " | ".join(f"{r['distance']:.3f} | {r['spread']:.1e}" for r in (samplers[p][n] for p in samplers)) + " |"
+              for n in names]
     presets = ["| model | vary | strength | low frequencies | high frequencies | share of high |", "|---|---|---|---|---|---|"]
     for p, by in results["diversity"].items():
         for name, values in by.items():
@@ -186,7 +187,8 @@ to 0.9 on a Gaussian of many scales: `python3 run.py test -s tests/test_variatio
 
 Spread of the log-density over {results["variations"]} noises of the sampler, from one starting noise. The noise of each
 sampler (`eta`) is turned down until two pictures are as far apart as with "fine details" at strength
-{results["strength"]:g}.
+{results["strength"]:g} (root mean square distance, pictures in [-1, 1]). Where a little more noise already makes another
+picture out of some of them, they stay closer together.
 
 {hosts}
 
@@ -221,6 +223,8 @@ def plot(results, path):
             axis.set_title(f"{prediction}, {band} frequencies")
             axis.set_ylabel("distance")
     for axis in axes[-1]:
+        axis.set_xticks(STRENGTHS, [f"{c:g}" for c in STRENGTHS])
+        axis.minorticks_off()
         axis.set_xlabel("strength")
     axes[0][0].legend()
     figure.savefig(path, dpi=110)
