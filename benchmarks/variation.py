@@ -134,7 +134,8 @@ def host_samplers(prediction):
 def measure():
     return {
         "steps": STEPS, "strength": STRENGTH, "variations": VARIATIONS, "windows": {
-            name: {"VE" if slope == 0 else "flow": percents for slope, percents in by.items()} for name, by in WINDOWS.items()},
+            name: {"VE" if slope == 0 else "flow": percents for slope, percents in by.items()}
+            for name, by in WINDOWS.items()},
         "kept": {p: kept(p) for p in PREDICTIONS},
         "host_samplers": {p: host_samplers(p) for p in ("eps", "flow")},
         "diversity": {p: diversity(p) for p in ("eps", "flow")},
@@ -143,21 +144,26 @@ def measure():
 
 def tables(results):
     """The markdown of a result: (kept, host samplers, presets)."""
-    rows = ["| model | correction | model calls | bias | spread | Euler-Maruyama, as many calls: bias | spread |", "|---|---|---|---|---|---|---|"]
+    rows = ["| model | correction | model calls | bias | spread | Euler-Maruyama, as many calls: bias | spread |",
+            "|---|---|---|---|---|---|---|"]
     for p, by in results["kept"].items():
         rows += [f"| {p} | {c} | {r['calls']} | {r['bias']:+.1e} | {r['spread']:.1e} | {r['euler_maruyama_bias']:+.1e} | "
                  f"{r['euler_maruyama_spread']:.1e} |" for c, r in by.items()]
     samplers = results["host_samplers"]
     names = list(next(iter(samplers.values())))
-    hosts = [f"| sampler | {' | '.join(f'{p}: distance | {p}: spread' for p in samplers)} |", "|---|" + "---|---|" * len(samplers)]
-    hosts += [f"| {n} | " + " | ".join(f"{r['distance']:.3f} | {r['spread']:.1e}" for r in (samplers[p][n] for p in samplers)) + " |"
-              for n in names]
-    presets = ["| model | vary | strength | low frequencies | high frequencies | share of high |", "|---|---|---|---|---|---|"]
+    hosts = [f"| sampler | {' | '.join(f'{p}: distance | {p}: spread' for p in samplers)} |",
+             "|---|" + "---|---|" * len(samplers)]
+    for name in names:
+        by_model = [by[name] for by in samplers.values()]
+        hosts.append(f"| {name} | " + " | ".join(f"{r['distance']:.3f} | {r['spread']:.1e}" for r in by_model) + " |")
+    presets = ["| model | vary | strength | low frequencies | high frequencies | share of high |",
+               "|---|---|---|---|---|---|"]
     for p, by in results["diversity"].items():
         for name, values in by.items():
             for strength, r in (values.items() if name != "seeds" else [("-", values)]):
                 label = "another seed, plain sampler" if name == "seeds" else name
-                presets.append(f"| {p} | {label} | {strength} | {r['low']:.3f} | {r['high']:.3f} | {r['share_high']:.0%} |")
+                presets.append(
+                    f"| {p} | {label} | {strength} | {r['low']:.3f} | {r['high']:.3f} | {r['share_high']:.0%} |")
     return tuple("\n".join(t) for t in (rows, hosts, presets))
 
 
