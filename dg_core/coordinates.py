@@ -40,8 +40,8 @@ class Coordinates:
         return sigma / alpha if alpha > 0 else math.inf
 
     def sigma(self, s):
-        """sigma of a finite VE noise level s, the inverse of `s`."""
-        return s / (1 + self.slope * s)
+        """sigma at the VE noise level s, a float; s may be infinite where sigma stays finite."""
+        return s / (1 + self.slope * s) if math.isfinite(s) else 1 / self.slope
 
 
 VE = Coordinates("VE", 0.0)

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 
 from .coordinates import eps_from_denoised, per_image
-from .guidance import eta_minus_one, gain
+from .guidance import curve_at, eta_minus_one, gain
 from .statistics import region_of, squared_norm
 from .variation import displacement, level_set_step
 
 ORDER = 3
-_FLOW_NODES = 3
 _GUIDANCE_NODES = 2
 _MIN_SPACING = 0.02  # of the coming step; no scheduler of the host comes near it
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
@@ -113,15 +112,21 @@ class _History:
 class _Flow:
     """The guided flow as the model calls so far describe it."""
 
-    def __init__(self, coordinates, guided, z, dim, mask, like):
+    def __init__(self, coordinates, guided, z, dim, mask, weights, curve, order, like):
+        """like: a tensor of the dtype and device to work in; the rest as in `solve`."""
         self._coordinates = coordinates
         self._guided = guided
-        self._steering = torch.is_tensor(z) or z != 0
-        self._gain = gain(z, dim, like)
-        self._mask = mask
-        self._region = None if mask is None else region_of(mask)
-        self._noise = _History(eps_weights, _FLOW_NODES)
-        self._picture = _History(denoised_weights, _FLOW_NODES)
+        self._steering = callable(z) or torch.is_tensor(z) or z != 0
+        if callable(z):
+            self._gain = lambda step: (2 * dim) ** 0.5 * z(step).to(like)
+        else:
+            constant = gain(z, dim, like)
+            self._gain = lambda step: constant
+        self._amount = mask if weights is None else weights if mask is None else weights * mask
+        self._weights = (None if mask is None else region_of(mask)) if weights is None else weights
+        self._curve = None if curve is None else torch.tensor(curve, dtype=torch.float64)
+        self._noise = _History(eps_weights, order)
+        self._picture = _History(denoised_weights, order)
         self._guidance = _History(guidance_weights, _GUIDANCE_NODES)
 
     def see(self, x, denoised, sigma, step, next_theta, put=_History.add):
@@ -135,8 +140,12 @@ class _Flow:
         put(self._noise, theta, eps, next_theta)
         put(self._picture, theta, denoised, next_theta)
         if self._steering and self._guided.first <= step <= self._guided.last and alpha > 0:
-            strength = per_image(math.sin(theta) * eta_minus_one(squared_norm(eps, self._region), self._gain), x.ndim)
-            put(self._guidance, theta, eps * (strength if self._mask is None else strength * self._mask), next_theta)
+            eta = eta_minus_one(squared_norm(eps, self._weights), self._gain(step))
+            strength = per_image(math.sin(theta) * eta, x.ndim)
+            if self._curve is not None:
+                s = torch.tensor(self._coordinates.s(sigma), dtype=torch.float64)
+                strength = strength * curve_at(self._curve, self._guided, s)
+            put(self._guidance, theta, eps * (strength if self._amount is None else strength * self._amount), next_theta)
 
     def follow(self, u, theta_from, theta_to, step, correct=False):
         """The state u at theta_from, followed to theta_to during `step`."""
@@ -151,16 +160,18 @@ class _Flow:
         return self._noise.at(theta)
 
 
-def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None, variation=None):
+def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None, weights=None,
+          curve=None, order=ORDER, variation=None):
     """Integrate the guided flow down `sigmas`.
 
     model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step,
     none where a sigma repeats the one before.
-    sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow. guided: the
-    `GuidedRange` of these sigmas. mask: None, or the weight in [0, 1] of the guidance at each element, broadcastable to
-    x; elements of weight 0 do not count in ||eps||^2.
-    callback(i, x, denoised): after the model call of each step; x is the corrected state, denoised the unguided
-    prediction.
+    sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow, and z may be a function of
+    the step, asked after the model's call at its sigma. guided: the `GuidedRange` of these sigmas. mask: None, or in [0, 1]
+    the share of each element that the model replaces, the rest being given (inpainting). weights, curve: see
+    `guidance.PredictionGuide`. mask and weights are broadcastable to x.
+    callback(i, x, denoised): after the model call of each step; x is the corrected state, denoised the unguided prediction.
+    order: how many model calls a prediction of the plain flow interpolates.
     variation: None, or a `variation.Variation`: noise at an unchanged log-density in some steps. Its model calls may lie
     at noise levels between those of the schedule.
 
@@ -171,7 +182,7 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
     ahead = [next((t for t in thetas[i + 1:] if t < thetas[i]), thetas[i]) for i in range(len(thetas))]
-    flow = _Flow(coordinates, guided, z, dim, mask, x)
+    flow = _Flow(coordinates, guided, z, dim, mask, weights, curve, order, x)
     put_jump = None if variation is None else partial(_History.jump, once=not variation.calls_before)
 
     def jump(u, theta, step, s):

@@ -2,19 +2,27 @@
 
 from .contact_sheet import DensityContactSheet, DensityLevels
 from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
+from .density_target import DensityTargetSampler
+from .density_trace import DensityTrace
 from .exact_density import ExactLogDensity, LoadExactDensityModel
+from .log_density import LogDensity
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
+from .score_alignment import ScoreAlignmentCheck
 from .stochastic_variation import StochasticDetailVariation, VariationGrid
 
 NODES = [
     DensityGuidanceSampler,
     DensityGuidanceModel,
+    DensityTargetSampler,
     PriorGuidanceScale,
     PriorGuidanceModel,
     StochasticDetailVariation,
     VariationGrid,
     LoadExactDensityModel,
     ExactLogDensity,
+    LogDensity,
+    DensityTrace,
+    ScoreAlignmentCheck,
     DensityLevels,
     DensityContactSheet,
 ]

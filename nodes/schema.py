@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from comfy_api.latest import io
 
 CATEGORY = "sampling/density guidance"
@@ -54,6 +55,35 @@ def per_image_inputs():
             "detail_shifts", optional=True,
             tooltip="Shifts in bits per dimension, one for each image of the batch, in the place of detail_shift; a single "
                     "number goes to all. Not connected (neutral): detail_shift."),
+    ]
+
+
+def mask_of(value):
+    """A MASK input as a tensor (N, height, width), None as None; raises ValueError unless its numbers are from 0 to 1."""
+    if value is None:
+        return None
+    if not torch.is_tensor(value) or value.ndim < 2 or not value.numel():
+        shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+        raise ValueError(f"mask is {shape}; connect a MASK: (number of masks, height, width)")
+    low, high = value.min().item(), value.max().item()
+    if not (0 <= low and high <= 1):
+        raise ValueError(f"mask has numbers from {low:g} to {high:g}; they must be from 0 to 1")
+    return value.reshape(-1, *value.shape[-2:])
+
+
+def region_inputs():
+    """mask and curve: where and when guidance acts."""
+    return [
+        io.Mask.Input(
+            "mask", optional=True,
+            tooltip="Where guidance acts and how strongly, from 0 to 1: any size, soft edges, one mask for all or one per image "
+                    "(per frame of a video). quantile and detail_shift then count this region. Not connected (neutral): "
+                    "everywhere."),
+        Floats.Input(
+            "curve", optional=True,
+            tooltip="How the strength is spread over the guided part of the sampling: numbers from its beginning to its end, "
+                    "evenly spaced in log-SNR. Only their ratios count; the whole shift stays the same. Not connected "
+                    "(neutral): evenly."),
     ]
 
 

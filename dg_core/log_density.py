@@ -1,0 +1,287 @@
+"""Log-density along any path through noise levels, and the readout of a latent.
+
+State and clock are those of `solver`: u = x / sqrt(alpha^2 + sigma^2) = y cos(theta), theta = atan(s). Along any curve
+u(theta), whatever chose it, the log-density p of u obeys the exact differential
+
+    d log p = -D dln(sin(theta)) + tr Dhat dln(s) - <eps, du - F dtheta> / sin(theta),
+    F = cos(theta) eps - sin(theta) denoised,
+
+in which F is the probability-flow ODE, -eps / sin(theta) the score of u, and the identity part of the divergence is
+integrated exactly. So errors of a solver do not count: what its states stray from the flow is charged at the score.
+Source of the rate: arXiv 2502.05807, section 4; the form above, the placement of levels and the end: derived here.
+
+symbol     name         unit
+Dhat       -            Jacobian of denoised with respect to y, see `jacobian`
+tr Dhat    trace        1; between 0 (noise rules) and D (the picture rules)
+log p      log_prob     nats of one image; log p_y = log p_u + D ln cos(theta)
+S          -            3 sqrt(D), the noise level about which pictures become one
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.interpolate import CubicSpline
+
+from .coordinates import eps_from_denoised
+from .jacobian import FORWARD, derivative_in_ve, difference_step, probe_trace, rademacher, sum_dtype
+from .solver import denoised_weights, eps_weights
+from .statistics import squared_norm
+from .units import nats_to_bits_per_dim, require_number
+
+_DEFECT_NODES = 4
+_MERGING = 3.0  # S / sqrt(D)
+
+
+# --- where to look -----------------------------------------------------------------------------------------------
+
+
+def noise_levels(s_low, s_high, count, dim):
+    """`count` noise levels from s_low up to s_high (may be infinite), equally spaced on `clock`: a list of floats.
+
+    Raises ValueError unless 0 < s_low < s_high and count >= 2.
+    """
+    if count < 2:
+        raise ValueError(f"steps is {count}; a log-density takes at least 2 model evaluations")
+    if not 0 < s_low < s_high:
+        raise ValueError(f"the noise levels are {s_low:.4g} to {s_high:.4g}; they must ascend from above 0")
+    inverse = 1 / (_MERGING * dim**0.5)
+    ticks = np.linspace(clock(s_low, dim), clock(s_high, dim), count)[1:-1]
+    return [s_low, *(1 / (np.exp(-ticks) - inverse)).tolist(), s_high]
+
+
+def clock(s, dim):
+    """The clock -ln(1/s + 1/S): ln s far below S, and finite at s = infinity."""
+    return -math.log((1 / s if math.isfinite(s) else 0.0) + 1 / (_MERGING * dim**0.5))
+
+
+def trace_weights(levels, dim):
+    """Weights of tr Dhat at noise levels s (monotonic) in its integral over ln s from the first to the last: an array.
+
+    Integrates the cubic spline of tr Dhat dln(s)/dclock on the clock. At s = infinity tr Dhat is 0 and so is its weight.
+    """
+    ticks = np.array([clock(s, dim) for s in levels])
+    if len(ticks) < 2:
+        return np.zeros(len(ticks))
+    up = ticks[-1] > ticks[0]
+    spline = CubicSpline(*((ticks, np.eye(len(ticks))) if up else (ticks[::-1], np.eye(len(ticks))[::-1])))
+    slope = np.array([1 + s / (_MERGING * dim**0.5) if math.isfinite(s) else 0.0 for s in levels])
+    return spline.integrate(ticks[0], ticks[-1]) * slope
+
+
+# --- what is seen there ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What one evaluation tells: denoised (B, ...); tr Dhat and the variance of its estimate, (B,)."""
+
+    denoised: torch.Tensor
+    trace: torch.Tensor
+    variance: torch.Tensor
+
+
+class ProbedModel:
+    """(x, sigma, call) -> `Sight`, with `probes` fresh Rademacher probes for every image and call.
+
+    predict(x, sigma) -> denoised in the host's units. method, and dtype of the network: as in `jacobian`. indices: as in
+    `jacobian.rademacher`.
+
+    The variance of <v, A v> is 2 sum_{i != j} A_ij^2 for symmetric A (more than that for any other). |A v|^2 estimates
+    the sum over all i and j; of the diagonal, v_i (A v)_i is an unbiased estimate, and the product of two independent ones
+    one of A_ii^2: that of this probe and of the last, scaled to this trace. The very first takes an even diagonal.
+    An instance follows one path, from noise level to noise level.
+    """
+
+    def __init__(self, predict, coordinates, method, dtype=torch.float32, seed=0, probes=1, indices=None):
+        self._predict, self._coordinates = predict, coordinates
+        self._method, self._dtype = method, dtype
+        self._seed, self._probes, self._indices = seed, probes, indices
+        self._last = None  # estimates of diagonal and trace by the last probe
+
+    @property
+    def calls_per_sight(self):
+        """Network calls on one batch that a `Sight` takes; with forward-mode AD each also carries a derivative."""
+        return self._probes if self._method == FORWARD else 3 * self._probes
+
+    def __call__(self, x, sigma, call):
+        alpha = self._coordinates.alpha(sigma)
+        if alpha <= 0:
+            zero = torch.zeros(len(x), dtype=sum_dtype(x.device), device=x.device)
+            return Sight(self._predict(x, sigma), zero, zero)
+        traces, variances = [], []
+        for probe in range(self._probes):
+            v = rademacher(x, self._seed, call * self._probes + probe, self._indices)
+            step = difference_step(x, alpha * v, self._dtype, sigma)
+            denoised, slope = derivative_in_ve(
+                lambda x: self._predict(x, sigma), x / alpha, v.to(x.dtype), alpha, self._method, step)
+            diagonal, trace = v * slope, probe_trace(v, slope)
+            last, last_trace = self._last or (None, trace)
+            same = trace.square() / x[0].numel() if last is None else (
+                probe_trace(diagonal, last) * trace / torch.where(last_trace == 0, 1.0, last_trace))
+            traces.append(trace)
+            variances.append(2 * (squared_norm(slope).to(trace.dtype) - same).clamp_min(0))
+            self._last = diagonal, trace
+        return Sight(denoised, torch.stack(traces).mean(0), torch.stack(variances).mean(0) / self._probes)
+
+
+# --- the integral ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Node:
+    theta: float
+    u: torch.Tensor
+    eps: torch.Tensor
+    denoised: torch.Tensor
+
+
+class LogDensityTrack:
+    """The change of log p along the states that a solver visits, upwards or downwards; holds four states at most.
+
+    `add` takes them in order. `strayed` is what was charged for leaving the flow; `change` and `variance` are about the way so far, (B,), in nats of u; `s`, `traces` and
+    `eps_energy` (||eps||^2 / D) list what was seen.
+    """
+
+    def __init__(self, dim):
+        self.dim = dim
+        self.s, self.traces, self.variances, self.eps_energy = [], [], [], []
+        self._nodes = deque(maxlen=_DEFECT_NODES)
+        self.strayed = 0.0
+
+    def add(self, x, sigma, alpha, sight):
+        """A state x (B, ...) in the host's units, and what the model says of it."""
+        theta = math.atan2(sigma, alpha)
+        eps = eps_from_denoised(x, sight.denoised, sigma, alpha)
+        self._nodes.appendleft(_Node(theta, x / math.hypot(alpha, sigma), eps, sight.denoised))
+        self.s.append(sigma / alpha if alpha > 0 else math.inf)
+        self.traces.append(sight.trace)
+        self.variances.append(sight.variance)
+        self.eps_energy.append(squared_norm(eps) / self.dim)
+        if len(self._nodes) > 1:
+            self.strayed = self.strayed + self._last_interval()
+
+    def _last_interval(self):
+        """-<eps, du - F dtheta> / sin(theta) over the last interval, (B,): F through the last nodes, the rest linear."""
+        new, old = self._nodes[0], self._nodes[1]
+        thetas = [n.theta for n in self._nodes]
+        strayed = new.u - old.u
+        for node, w_eps, w_denoised in zip(self._nodes, eps_weights(old.theta, new.theta, thetas),
+                                           denoised_weights(old.theta, new.theta, thetas)):
+            strayed.sub_(node.eps, alpha=w_eps).sub_(node.denoised, alpha=w_denoised)
+        return -0.5 * (probe_trace(new.eps, strayed) / math.sin(new.theta) + probe_trace(old.eps, strayed) / math.sin(old.theta))
+
+    def step(self, sigma, alpha):
+        """The state x at another noise level: a step of the flow by two-step Adams-Bashforth, from the last state."""
+        nodes, start, stop = list(self._nodes)[:2], self._nodes[0].theta, math.atan2(sigma, alpha)
+        thetas = [n.theta for n in nodes]
+        u = self._nodes[0].u
+        for node, w_eps, w_denoised in zip(nodes, eps_weights(start, stop, thetas), denoised_weights(start, stop, thetas)):
+            u = u.add(node.eps, alpha=w_eps).add_(node.denoised, alpha=w_denoised)
+        return u * math.hypot(alpha, sigma)
+
+    @property
+    def change(self):
+        """log p_u at the last state minus log p_u at the first."""
+        return _weighted(trace_weights(self.s, self.dim), self.traces) + self.strayed - self.dim * math.log(
+            sin_theta(self.s[-1]) / sin_theta(self.s[0]))
+
+    @property
+    def variance(self):
+        """Variance of `change` that the probes cause."""
+        return _weighted(trace_weights(self.s, self.dim) ** 2, self.variances)
+
+
+def _weighted(weights, values):
+    return sum(float(w) * v for w, v in zip(weights, values))
+
+
+def sin_theta(s):
+    """sin(atan(s)) at the noise level s, which may be infinite."""
+    return s / math.hypot(1, s) if math.isfinite(s) else 1.0
+
+
+def cos_log(s):
+    """ln cos(theta) at the finite noise level s."""
+    return -0.5 * math.log1p(s * s)
+
+
+# --- the end -----------------------------------------------------------------------------------------------------
+
+
+def log_prior(x, sigma, alpha, sight, opposite):
+    """log p_u of a state x at the highest noise level of a model, and a scale of its error: two (B,), in nats.
+
+    Where alpha is 0 it is that of unit noise, without error. Else the data still shows: above s, denoised is taken to go as
+    m + k s / s', so that eps tends to n = (y - m - k / 2) / s and tr Dhat falls as 1 / s'^2, which gives
+    log p_y = -|n|^2 / 2 - D/2 ln(2 pi s^2) - tr Dhat / 2. opposite: the model's denoised at -x, as typical a state as x,
+    so that m and k are the even and the odd part; unused where alpha is 0. The error is of the next order in k / s.
+    """
+    dim = x[0].numel()
+    wide = sum_dtype(x.device)
+    if alpha <= 0:
+        log_p_u = -0.5 * squared_norm(x / sigma).to(wide) - dim / 2 * math.log(2 * math.pi)
+        return log_p_u, torch.zeros_like(log_p_u)
+    s = sigma / alpha
+    m, k = (sight.denoised + opposite) / 2, (sight.denoised - opposite) / 2
+    n = (x / alpha - m - k / 2) / s
+    log_p_y = -0.5 * squared_norm(n).to(wide) - dim / 2 * math.log(2 * math.pi * s * s) - sight.trace / 2
+    return log_p_y - dim * cos_log(s), squared_norm(k / s).to(wide) / 2
+
+
+# --- the readout -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Readout:
+    """log_prob and standard_error of log p_s(y), (B,), in nats; and the way: noise levels s, and lists of (B,) per level."""
+
+    log_prob: torch.Tensor
+    standard_error: torch.Tensor
+    dim: int
+    s: list
+    traces: list
+    eps_energy: list  # ||eps||^2 / D
+
+    @property
+    def bits_per_dim(self):
+        return nats_to_bits_per_dim(self.log_prob, self.dim)
+
+    @property
+    def error_bits_per_dim(self):
+        return -nats_to_bits_per_dim(self.standard_error, self.dim)
+
+    def rates(self):
+        """d log p_y / d(log-SNR) / D at every level, (levels, B): (1 - tr Dhat / D) / 2, with lambda = -2 ln s."""
+        return (1 - torch.stack(self.traces) / self.dim) / 2
+
+
+def read_log_density(look, predict, y, levels, coordinates):
+    """The log-density of y (B, ...) at the first of the noise levels s, `levels`, ascending floats: a `Readout`.
+
+    look(x, sigma, call) -> `Sight`, once at every level, for instance a `ProbedModel`; predict(x, sigma) -> denoised,
+    called once more where the last level is finite. The latent is carried up by two-step Adams-Bashforth, one look a
+    level; where its states stray from the flow is charged, so a higher order gains nothing.
+    """
+    track = LogDensityTrack(y[0].numel())
+    for call, s in enumerate(levels):
+        sigma = coordinates.sigma(s)
+        alpha = coordinates.alpha(sigma) if math.isfinite(s) else 0.0
+        x = y * alpha if call == 0 else track.step(sigma, alpha)
+        sight = look(x, sigma, call)
+        track.add(x, sigma, alpha, sight)
+    end, end_error = log_prior(x, sigma, alpha, sight, predict(-x, sigma) if alpha > 0 else None)
+    log_prob = end - track.change + track.dim * cos_log(levels[0])
+    error = (track.variance + end_error**2).sqrt()
+    return Readout(log_prob, error, track.dim, track.s, track.traces, track.eps_energy)
+
+
+def require_noise_floor(noise_floor, s_min, s_max):
+    """Return `noise_floor`; raise ValueError unless it lies in [s_min, s_max), to a rounding: the model's range."""
+    value = require_number("noise_floor", noise_floor, 0.0, math.inf if math.isinf(s_max) else s_max)
+    if not s_min * (1 - 1e-4) <= value < s_max * (1 - 1e-4):
+        raise ValueError(f"noise_floor is {noise_floor}; this model knows noise levels s = sigma/alpha from {s_min:.4g} to "
+                         f"{s_max:.4g}: choose one in between, near the lower end for images")
+    return value

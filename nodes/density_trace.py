@@ -1,0 +1,174 @@
+"""A sampling run whose log-density is recorded on the way."""
+
+import json
+import math
+
+import comfy.samplers
+import comfy.model_patcher
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..dg_core import jacobian
+from ..dg_core.coordinates import coordinates_of
+from ..dg_core.log_density import LogDensityTrack, ProbedModel, cos_log, log_prior
+from ..dg_core.statistics import compute_dtype
+from ..dg_core.trace import RunTrace
+from ..dg_core.units import nats_to_bits_per_dim
+from .guider_run import Predict, network_dtype
+from .log_density import methods_of
+from .plots import blank_image, curves_image
+from .schema import CATEGORY, require
+
+PROBE_SEED_OFFSET = 0x3C6EF372FE94F82B
+
+
+class DensityTrace(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DensityTrace",
+            display_name="Density Trace",
+            category=CATEGORY,
+            description="SamplerCustomAdvanced with a record: the same picture, and what happened to the log-density on the way. "
+                        "Takes no extra model call unless exact_trace is on.",
+            inputs=[
+                io.Noise.Input("noise", tooltip="The starting noise, for instance of RandomNoise."),
+                io.Guider.Input("guider", tooltip="The model with its prompt, from BasicGuider or CFGGuider."),
+                io.Sampler.Input("sampler", tooltip="Any sampler, guided or not."),
+                io.Sigmas.Input("sigmas", tooltip="The noise levels, descending."),
+                io.Latent.Input("latent_image", tooltip="The latent to start from."),
+                io.Boolean.Input(
+                    "exact_trace", default=False,
+                    tooltip="Off (neutral): only what is known for free. On: also the log-density itself at every step, with one "
+                            "random probe each, at about twice the model's time."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="output", tooltip="What the sampler returned."),
+                io.Latent.Output(display_name="denoised_output", tooltip="The last prediction of the finished image."),
+                io.Image.Output(display_name="plot", tooltip="The record as curves against log-SNR."),
+                io.String.Output(display_name="trace", tooltip="The record as JSON: one row for each step."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, noise, guider, sampler, sigmas, latent_image, exact_trace):
+        from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+
+        require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
+        traced = _TracedSampler(sampler, exact_trace)
+        output, denoised = SamplerCustomAdvanced.execute(noise, guider, traced, sigmas, latent_image).result
+        plot = plot_of(traced.record["rows"])
+        return io.NodeOutput(output, denoised, blank_image() if plot is None else plot, json.dumps(traced.record, indent=1))
+
+
+class _Mailbox:
+    """Where a sampler that tracks itself leaves its record; an object, because the host copies the options' dicts."""
+
+    target = last = None
+
+
+class _TracedSampler(comfy.samplers.Sampler):
+    """Any sampler, with its steps recorded through the callback; `record` is there afterwards."""
+
+    def __init__(self, sampler, exact):
+        self._sampler, self._exact = sampler, exact
+        self.record = {"rows": []}
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+        coordinates = coordinates_of(guider.inner_model.model_sampling)
+        schedule = sigmas.tolist()
+        free = RunTrace(noise[0].numel(), coordinates)
+        tracked = _Hutchinson(guider, extra_args, schedule, coordinates, noise) if self._exact else None
+        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        options["density_trace"] = mailbox = _Mailbox()
+        seen = set()
+
+        def step(i, denoised, x, total):
+            if callback is not None:
+                callback(i, denoised, x, total)
+            if i in seen or i >= len(schedule) or schedule[i] == 0:  # a sampler of several passes records itself
+                return
+            seen.add(i)
+            wide = compute_dtype(x.dtype)
+            free.add(x.to(wide), denoised.to(wide), schedule[i])
+            if tracked is not None:
+                tracked.add(x, schedule[i])
+
+        result = self._sampler.sample(guider, sigmas, {**extra_args, "model_options": options}, step, noise, *args, **kwargs)
+        if mailbox.target is None:
+            self.record = {"rows": free.rows()}
+            if tracked is not None:
+                for row, exact in zip(self.record["rows"], tracked.rows()):
+                    row.update(exact)
+        else:
+            self.record = {"target": mailbox.target, "rows": target_rows(mailbox.last)}
+        return result
+
+
+class _Hutchinson:
+    """The log-density of the states, by one probe at each."""
+
+    def __init__(self, guider, extra_args, schedule, coordinates, noise):
+        self._predict = Predict(guider, extra_args, len(noise), schedule, lambda *_: None)
+        self._coordinates = coordinates
+        self._guider, self._dtype = guider, network_dtype(guider.inner_model)
+        self._seed = ((extra_args.get("seed") or 0) + PROBE_SEED_OFFSET) % 2**64
+        self._track, self._rows = LogDensityTrack(noise[0].numel()), []
+        self._look = None
+
+    def add(self, x, sigma):
+        with torch.inference_mode(False), torch.no_grad():
+            x = x.to(compute_dtype(x.dtype), copy=True)
+            alpha = self._coordinates.alpha(sigma)
+            if self._look is None or (self._look_at_noise and alpha > 0):
+                self._look_at_noise = alpha <= 0
+                method = jacobian.DIFFERENCES if self._look_at_noise else methods_of(self._guider, lambda: jacobian.method_of(
+                    lambda x: self._predict(x, sigma), x, jacobian.rademacher(x, self._seed, -1), self._dtype, sigma))[0]
+                self._look = ProbedModel(self._predict, self._coordinates, method, self._dtype, self._seed)
+            sight = self._look(x, sigma, len(self._track.s))
+            if not self._rows:
+                opposite = self._predict(-x, sigma) if alpha > 0 else None
+                self._start, self._start_error = log_prior(x, sigma, alpha, sight, opposite)
+            self._track.add(x, sigma, alpha, sight)
+            self._rows.append((self._start + self._track.change, (self._track.variance + self._start_error**2).sqrt()))
+
+    def rows(self):
+        """bits_per_dim and standard_error of every step, lists over the images; nothing where s is infinite."""
+        return [_density_row(log_p_u, error, s, self._track.dim) for s, (log_p_u, error) in zip(self._track.s, self._rows)]
+
+
+def _density_row(log_p_u, error, s, dim):
+    if not math.isfinite(s):
+        return {}
+    return {"bits_per_dim": nats_to_bits_per_dim(log_p_u + dim * cos_log(s), dim).tolist(),
+            "standard_error": (error / (dim * math.log(2))).tolist()}
+
+
+def target_rows(run):
+    """The rows of the last pass of a `target_control` run."""
+    track = run.track
+    rows = []
+    for i, (sigma, log_p_u) in enumerate(run.log_prob.items()):
+        row = {"step": i, "sigma": sigma, "s": track.s[i] if math.isfinite(track.s[i]) else None,
+               "eps_energy": track.eps_energy[i].tolist()}
+        if math.isfinite(track.s[i]):
+            row["bits_per_dim"] = nats_to_bits_per_dim(log_p_u + track.dim * cos_log(track.s[i]), track.dim).tolist()
+        rows.append(row)
+    return rows
+
+
+_CURVES = {"eps_energy": "||eps||² / D", "eta": "eta", "shift": "shift, bits/dim", "free_bits_per_dim": "free bits/dim",
+           "bits_per_dim": "bits/dim"}
+
+
+def plot_of(rows):
+    """The curves of a record against log-SNR, those that it has; None without matplotlib."""
+    rows = [row for row in rows if row["s"] is not None]
+    if not rows:
+        return blank_image()
+    images = len(rows[0]["eps_energy"])
+    panels = {label: np.array([row.get(key, [np.nan] * images) for row in rows])
+              for key, label in _CURVES.items() if any(key in row for row in rows)}
+    return curves_image(panels, "log-SNR, -2 ln s", [-2 * math.log(row["s"]) for row in rows],
+                        [f"image {i}" for i in range(images)])

@@ -1,0 +1,149 @@
+"""Any work with a guider's model, done inside the guider's own sampling call.
+
+There the host has loaded the model, encoded the conditioning and armed patches, hooks and offloading, so that every
+model call means what it means while sampling.
+"""
+
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.ldm.modules import attention
+from torch.autograd import forward_ad
+from tqdm.auto import tqdm
+
+from ..dg_core.coordinates import Coordinates, coordinates_of
+from ..dg_core.statistics import compute_dtype
+from .schema import require
+
+
+@dataclass(frozen=True)
+class GuiderModel:
+    """What `run_in_guider` hands to the function that it runs.
+
+    x: the latent in the model's own space, (B, ...), on its device, in float32 or wider. noise: likewise, after every
+    patch of it; zeros where the caller gave none.
+    """
+
+    x: torch.Tensor
+    noise: torch.Tensor
+    coordinates: Coordinates
+    model_sampling: object  # of the host, with its patches
+    dtype: torch.dtype  # in which the network computes
+    predict: object  # (x, sigma) -> denoised, both (n B, ...); sigma a float
+    expect: object  # (calls): tell how many there are to be in all, where that is known only now
+
+
+def run_in_guider(guider, samples, function, calls, sigmas, seed=0, noise=None):
+    """function(GuiderModel) as it returns, with the model of a GUIDER of the host; `samples`: a LATENT's tensor.
+
+    The prediction is what samplers get: after CFG and every patch of it, except this pack's density guidance, which would
+    not be the model's own density. x may come in several copies of the latent's batch, one after the other: the network
+    never sees more than one at once, so memory stays what sampling the latent takes, and the conditioning of each image
+    goes with it. calls: how many of them to expect, for progress. sigmas: floats, descending, the noise levels that will
+    be visited, for patches that look at the schedule. noise: of samples' shape, for work that begins with noise; the latent
+    may then be empty.
+
+    Shows progress and previews; a request to interrupt ends it at the next call. Raises ValueError, before any call,
+    for what is not a guider and for latents that it cannot take.
+    """
+    require("guider", guider, "sample", "a GUIDER, for instance of CFGGuider or BasicGuider")
+    patcher = require("guider", guider, "model_patcher", "a GUIDER, for instance of CFGGuider or BasicGuider").model_patcher
+    check_latent(patcher, samples, empty_allowed=noise is not None)
+    coordinates_of(patcher.get_model_object("model_sampling"))
+    sampler = _Work(function, calls, sigmas)
+    # Without a step between two noise levels above zero no guidance of this pack is armed.
+    schedule = torch.tensor([sigmas[0], 0.0])
+    guider.sample(
+        torch.zeros_like(samples) if noise is None else noise, samples, sampler, schedule, callback=latent_preview.prepare_callback(patcher, calls),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+    return sampler.result
+
+
+def check_latent(patcher, samples, empty_allowed=False):
+    """Raise ValueError unless `samples` are finite, of the model's channels and dimensions, and hold images (or zeros,
+    where those are allowed)."""
+    if getattr(samples, "is_nested", False):
+        raise ValueError("the latent packs several parts (video and audio) into one; its density is not defined: "
+                         "take it apart and connect one part")
+    if samples.numel() == 0 or not (empty_allowed or samples.any()):
+        raise ValueError(f"the latent of shape {tuple(samples.shape)} is empty; connect one that holds images, from "
+                         "VAEEncode or a sampler")
+    if not samples.isfinite().all():
+        raise ValueError("the latent has elements that are NaN or infinite; its density is not defined")
+    latent_format = patcher.get_model_object("latent_format")
+    if samples.shape[1] != latent_format.latent_channels:
+        raise ValueError(f"the latent has {samples.shape[1]} channels and the model takes {latent_format.latent_channels}: "
+                         "encode the image with the VAE of this model")
+    wanted = latent_format.latent_dimensions + 2
+    if samples.ndim != wanted:
+        raise ValueError(f"the latent has shape {tuple(samples.shape)}; the model takes latents of {wanted} dimensions")
+
+
+class _Work(comfy.samplers.Sampler):
+    """Stands where the host expects a sampler, and runs `function` instead; its `result` is there afterwards."""
+
+    def __init__(self, function, calls, sigmas):
+        self._function, self._calls, self._sigmas = function, calls, sigmas
+        self.result = None
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        # Derivatives do not exist in inference mode, in which the host runs nodes.
+        with torch.inference_mode(False), torch.no_grad():
+            x, noise = (v.to(compute_dtype(v.dtype), copy=True) for v in (latent_image, noise))
+            with tqdm(total=self._calls, disable=disable_pbar) as bar:
+                def expect(calls):
+                    self._calls = bar.total = calls
+
+                predict = Predict(guider, extra_args, len(x), self._sigmas, self._shown(callback, bar))
+                self.result = self._function(GuiderModel(
+                    x, noise, coordinates_of(guider.inner_model.model_sampling), guider.inner_model.model_sampling,
+                    network_dtype(guider.inner_model), predict, expect))
+        return x
+
+    def _shown(self, callback, bar):
+        def show(x, denoised):
+            step = min(bar.n, self._calls - 1)
+            bar.update(bar.n < self._calls)
+            if callback is not None:
+                callback(step, denoised, x, self._calls)
+        return show
+
+
+def network_dtype(model):
+    """The dtype in which a `BaseModel` of the host computes."""
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+class Predict:
+    """(x, sigma) -> denoised in batches of at most `batch` images, whose conditioning the host keeps in that order."""
+
+    def __init__(self, guider, extra_args, batch, sigmas, show):
+        self._guider, self._batch, self._show = guider, batch, show
+        self._seed = extra_args.get("seed")
+        self._options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        transformer = {**self._options.get("transformer_options", {}), "sample_sigmas": torch.tensor(sigmas)}
+        self._options["transformer_options"] = transformer
+        # Fused attention has no forward-mode derivative, and plain attention takes memory without end.
+        self._dual_options = {**self._options, "transformer_options": {
+            "optimized_attention_override": _sliced_attention, **transformer}}
+
+    def __call__(self, x, sigma):
+        return torch.cat([self._call(part, sigma) for part in x.split(self._batch)])
+
+    def _call(self, x, sigma):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        primal, tangent = forward_ad.unpack_dual(x)
+        denoised = self._guider(
+            x, torch.full((len(x),), sigma, dtype=torch.float32, device=x.device),
+            model_options=self._options if tangent is None else self._dual_options, seed=self._seed)
+        self._show(primal, forward_ad.unpack_dual(denoised).primal)
+        return denoised
+
+
+def _sliced_attention(_, *args, **kwargs):
+    return attention.attention_sub_quad(*args, **kwargs)

@@ -1,0 +1,179 @@
+"""The log-density of latents under any model, with an error bar."""
+
+import math
+from weakref import WeakKeyDictionary
+
+import comfy.model_sampling
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..dg_core import jacobian
+from ..dg_core.coordinates import coordinates_of
+from ..dg_core.log_density import (
+    ProbedModel,
+    noise_levels,
+    read_log_density,
+    require_noise_floor,
+    trace_weights,
+)
+from ..dg_core.units import require_number
+from .guider_run import check_latent, run_in_guider
+from .plots import blank_image, curves_image
+from .schema import CATEGORY, Floats, require
+
+# ModelPatcher -> {type of guider: (method, reason)}. A patch more makes another ModelPatcher.
+_methods = WeakKeyDictionary()
+_TRIAL_CALLS = 5
+
+
+class LogDensity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LogDensity",
+            display_name="Log-Density",
+            category=CATEGORY,
+            description="Reads how much detail a latent holds under a model: its log-density in bits per dimension, with an "
+                        "error bar. For any image that you can encode.",
+            inputs=[
+                io.Guider.Input(
+                    "guider", tooltip="The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt "
+                                      "count; density guidance in it does not. With a CFG above 1 the number belongs to no "
+                                      "calibrated density: compare it only with numbers of the same settings."),
+                io.Latent.Input("latent", tooltip="The images to read, from VAEEncode or a sampler. A mask is ignored."),
+                io.Int.Input(
+                    "steps", default=32, min=2, max=1000,
+                    tooltip="Number of model evaluations, N. More lowers the error, with the square root of N; 32 is a good "
+                            "start."),
+                io.Int.Input(
+                    "probes", default=1, min=1, max=64,
+                    tooltip="Number of random probes per evaluation, for the divergence. Each costs another model call, and "
+                            "the error falls with the square root of their number. 1 is the least."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Seed of the probes. Another seed gives another draw of the error, the same seed the same number."),
+                io.Float.Input(
+                    "noise_floor", default=0.05, min=0.0001, max=100.0, step=0.01, round=0.0001,
+                    tooltip="Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is "
+                            "added: the latent is taken as it is. Must lie in the model's range. No unit."),
+            ],
+            outputs=[
+                Floats.Output(display_name="bits_per_dim",
+                              tooltip="-log2 p / D of every image: larger means more detail, the direction of detail_shift."),
+                io.String.Output(display_name="report", tooltip="Values with standard errors, ||eps||^2 / D, and how they were "
+                                                                "computed."),
+                io.Image.Output(display_name="plot", tooltip="Rate of log-density against log-SNR, one curve for each image."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, guider, latent, steps, probes, seed, noise_floor):
+        steps, probes = int(require_number("steps", steps, 2, 10000)), int(require_number("probes", probes, 1, 10000))
+        levels = levels_of(guider, latent["samples"], noise_floor, steps)
+        readout, how = read(guider, latent, levels, probes, seed)
+        plot = curves_image(
+            {"d log p / d log-SNR, nats per dimension": readout.rates().cpu().numpy(),
+             "||eps||² / D": torch.stack(readout.eps_energy).cpu().numpy()},
+            "log-SNR, -2 ln s", -2 * np.log([min(s, 1e3) for s in readout.s]),
+            [f"image {i}" for i in range(len(readout.log_prob))])
+        report = report_of(readout, [*how, f"steps {steps}, probes {probes}, seed {seed}, noise floor {levels[0]:.4g}"])
+        if plot is None:
+            report += "\nno plot: matplotlib is not installed (pip install matplotlib)"
+        return io.NodeOutput(readout.bits_per_dim.tolist(), report, blank_image() if plot is None else plot)
+
+
+def levels_of(guider, samples, noise_floor, steps):
+    """The noise levels s of a readout, ascending from `noise_floor`; raises ValueError before any model call."""
+    patcher = require("guider", guider, "model_patcher", "a GUIDER, for instance of CFGGuider or BasicGuider").model_patcher
+    check_latent(patcher, samples)
+    sampling = patcher.get_model_object("model_sampling")
+    coordinates = coordinates_of(sampling)
+    s_min, s_max = coordinates.s(float(sampling.sigma_min)), coordinates.s(float(sampling.sigma_max))
+    floor = max(require_noise_floor(noise_floor, s_min, s_max), s_min)
+    levels = noise_levels(floor, s_max, max(2, steps - math.isfinite(s_max)), samples[0].numel())
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and not isinstance(
+            sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
+        # These models round sigma to their training table, so that between its levels the number of sigma is wrong.
+        table = sampling.sigmas.double().cpu()
+        nearest = (table.log()[None] - torch.tensor(levels, dtype=torch.float64).log()[:, None]).abs().argmin(1)
+        levels = [float(table[i]) for i in dict.fromkeys(nearest.tolist())]
+    return levels
+
+
+def read(guider, latent, levels, probes, seed):
+    """(`Readout` of a LATENT, sentences on how it was computed); everything runs inside the guider."""
+    samples = latent["samples"]
+    indices = latent.get("batch_index")
+
+    def work(model):
+        method, reason = methods_of(guider, lambda: find_method(model, levels, seed))
+        look = ProbedModel(model.predict, model.coordinates, method, model.dtype, seed, probes, indices)
+        readout = read_log_density(look, model.predict, model.x, levels, model.coordinates)
+        return readout, [f"divergence by {reason}", precision(model, method, levels, seed)]
+
+    coordinates = coordinates_of(guider.model_patcher.get_model_object("model_sampling"))
+    cached = _methods.get(guider.model_patcher, {}).get(type(guider))
+    per_level = probes * (3 if cached and cached[0] == jacobian.DIFFERENCES else 1)
+    calls = len(levels) * per_level + math.isfinite(levels[-1]) + (0 if cached else _TRIAL_CALLS)
+    sigmas = [coordinates.sigma(s) for s in reversed(levels)]
+    return run_in_guider(guider, samples, work, calls, sigmas, seed)
+
+
+def methods_of(guider, find):
+    """(method, reason) for a guider's model; `find` is asked the first time."""
+    known = _methods.setdefault(guider.model_patcher, {})
+    if type(guider) not in known:
+        known[type(guider)] = find()
+    return known[type(guider)]
+
+
+def find_method(model, levels, seed):
+    """`jacobian.method_of` on the latent with noise, at a level in the middle."""
+    s, x = in_the_middle(model, levels, seed)
+    sigma = model.coordinates.sigma(s)
+    v = jacobian.rademacher(x, seed, -1)
+    return jacobian.method_of(lambda x: model.predict(x, sigma), x, v, model.dtype, sigma)
+
+
+def in_the_middle(model, levels, seed):
+    """(s, x): a noise level in the middle, and the latent with noise of it, in the host's units."""
+    s = math.sqrt(levels[0] * min(levels[-1], 100.0))
+    sigma = model.coordinates.sigma(s)
+    return s, model.coordinates.alpha(sigma) * model.x + sigma * jacobian.rademacher(model.x, seed, -2)
+
+
+def precision(model, method, levels, seed):
+    """A sentence on what rounding in the network costs, which is measured where it is coarser than float32.
+
+    The trace with the same probe at x, and at an x that differs by less than the rounding unit: how far they are apart is
+    the error of one level, and levels err independently. What is rounded alike every time, as in the embedding of the noise
+    level, is not seen: so this is the least.
+    """
+    name = str(model.dtype).removeprefix("torch.")
+    unit = torch.finfo(model.dtype).eps
+    if unit <= torch.finfo(torch.float32).eps:
+        return f"the network computes in {name}"
+    s, x = in_the_middle(model, levels, seed)
+    sigma = model.coordinates.sigma(s)
+    dithered = x * (1 + unit / 2 * jacobian.rademacher(x, seed, -3))
+    one, other = (
+        ProbedModel(model.predict, model.coordinates, method, model.dtype, seed)(x, sigma, 0).trace for x in (x, dithered))
+    dim = x[0].numel()
+    per_level = float((one - other).square().mean().sqrt()) / 2**0.5
+    cost = per_level * float((trace_weights(levels, dim) ** 2).sum()) ** 0.5 / (dim * math.log(2))
+    return f"the network computes in {name}, which costs at least {cost:.1g} bits per dimension against float32"
+
+
+def report_of(readout, lines):
+    """Values, errors and settings as text."""
+    bits, errors = readout.bits_per_dim.tolist(), readout.error_bits_per_dim.tolist()
+    energy = torch.stack(readout.eps_energy).mean(1).tolist()
+    few = sorted({round(k) for k in np.linspace(0, len(energy) - 1, 6)})
+    return "\n".join([
+        *(f"image {i}: {b:.5f} ± {e:.5f} bits per dimension" for i, (b, e) in enumerate(zip(bits, errors))),
+        "mean ||eps||^2 / D at s: " + ", ".join(f"{energy[k]:.3f} at {readout.s[k]:.3g}" for k in few)
+        + " (near 1 wherever noise rules, if the model is calibrated)",
+        f"D = {readout.dim}",
+        *lines,
+    ])

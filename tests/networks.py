@@ -1,0 +1,36 @@
+"""Small real networks of the host with random weights, loaded in inference mode as the host loads them."""
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+from density_guidance.tests import host_runs as h
+
+CONTEXT = 16
+_UNET = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1, "use_spatial_transformer": True, "use_linear_in_transformer": False,
+    "context_dim": CONTEXT, "num_heads": 4, "num_head_channels": -1, "adm_in_channels": None, "legacy": False,
+}
+
+
+def unet(dtype=torch.float32, model_type="EPS", seed=0, weights=None):
+    """A `ModelPatcher` of a Stable Diffusion 1.5 with 32 channels that computes in `dtype`, with random weights.
+
+    weights: a dtype that they are rounded to before, as those of a checkpoint in that dtype.
+    """
+    with torch.inference_mode():
+        config = comfy.supported_models.SD15({**_UNET, "dtype": dtype})
+        config.set_inference_dtype(dtype, None)
+        model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType[model_type])
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.diffusion_model.parameters():
+            scale = 1.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
+            drawn = scale * torch.randn(p.shape, generator=generator) + (p.ndim == 1) * 0.5
+            p.copy_(drawn.to(weights or dtype))
+        return h.kept(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
+
+
+def unet_conditioning(seed=0, rows=1):
+    return [[torch.randn(rows, 7, CONTEXT, generator=torch.Generator().manual_seed(seed)), {}]]

@@ -1,0 +1,172 @@
+"""Explicit control in the real host: the exact log-density of what comes out, against what was asked for."""
+
+import json
+import logging
+import math
+
+import comfy.samplers
+import pytest
+import torch
+from density_guidance.dg_core import log_density as ld
+from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.nodes import DensityTargetSampler, DensityTrace, LogDensity
+from density_guidance.nodes import density_target as dt
+from density_guidance.tests import host_runs as h
+
+STEPS = 32
+LN2 = math.log(2)
+
+
+def cut_schedule(model, steps=STEPS):
+    """`steps` steps that end above zero noise, where the exact density can be read."""
+    return h.schedule(model, steps + 1)[:-1]
+
+
+def exact_bits(model, samples, sigmas):
+    base = model.model
+    s = coordinates_of(base.model_sampling).s(float(sigmas[-1]))
+    return base.density.bits_per_dim(base.process_latent_in(samples.double()), s)
+
+
+def target_sampler(target=dt.SHIFT, value=0.0, reference_image=-1, tolerance=0.002, max_passes=2, probes=1):
+    return h.outputs(DensityTargetSampler, target, value, reference_image, tolerance, max_passes, probes)[0]
+
+
+def exact_divergence(sampler, model):
+    """The same sampler with the exact trace in place of probes."""
+    density, coordinates = model.model.density, coordinates_of(model.model.model_sampling)
+    mean = (density.log_weights.exp() / density.log_weights.exp().sum())[None] @ density.means
+    pure = density._picture(mean, mean.float()).float()
+
+    def look(x, sigma, call):
+        alpha, s = coordinates.alpha(sigma), coordinates.s(sigma)
+        if alpha <= 0:
+            zero = torch.zeros(len(x), dtype=torch.float64)
+            return ld.Sight(pure.expand_as(x), zero, zero)
+        y = x.double() / alpha
+        return ld.Sight(density.denoised(y, s).float(), density.dim + s**2 * density.laplacian(y, s), torch.zeros(len(x)).double())
+
+    return comfy.samplers.KSAMPLER(sampler.sampler_function, {**sampler.extra_options, "look": lambda: look})
+
+
+def run(model, sampler, batch, seed=h.SEED):
+    """(exact bits per dimension with `sampler`, and without guidance)."""
+    sigmas, latent = cut_schedule(model), h.empty_latent(batch)
+    found, plain = (exact_bits(model, h.picture(model, s, sigmas, latent, seed), sigmas) for s in (sampler, h.guided_sampler()))
+    return found, plain
+
+
+def guided(model, sampler, sigmas, noise):
+    """A run from noise given as a tensor."""
+    guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
+    with torch.inference_mode():
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=h.SEED)
+
+
+@pytest.mark.parametrize("prediction", ["flow", "eps"])
+@pytest.mark.parametrize("shift", [0.3, -0.3])
+def test_exact_divergence_meets_the_target(prediction, shift):
+    model = h.exact_model(prediction)
+    found, plain = run(model, exact_divergence(target_sampler(value=shift, tolerance=3e-4), model), 16)
+    error = (found - plain - shift).abs() * LN2
+    assert 0 < float(error.quantile(0.9)) < 5e-4
+
+
+@pytest.mark.parametrize("target, value", [(dt.SHIFT, 0.3), (dt.ABSOLUTE, 1.0)])
+def test_one_probe_meets_the_target(target, value):
+    model = h.exact_model("flow")
+    found, plain = run(model, target_sampler(target, value), 20)
+    wanted = value if target == dt.ABSOLUTE else plain + value
+    assert 0 < float(((found - wanted).abs() * LN2).quantile(0.9)) < 3e-3
+
+
+def test_decoded_equals_encoded():
+    """What was tracked while sampling, and the readout of the result, agree within their error bars."""
+    model = h.exact_model("flow")
+    sigmas = cut_schedule(model)
+    guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
+    output, _, _, record = h.outputs(
+        DensityTrace, h.random_noise(), guider, target_sampler(value=0.2), sigmas, h.empty_latent(8), False)
+    told = json.loads(record)["target"]
+    bits, report, _ = h.outputs(LogDensity, guider, output, 32, 1, 5, told["s"])
+    stated = torch.tensor([float(line.split("±")[1].split()[0]) for line in report.splitlines()[:8]])
+    bars = (torch.tensor(told["standard_error"]).square() + stated.square()).sqrt()
+    z = (torch.tensor(bits) - torch.tensor(told["achieved"])) / bars
+    assert float(z.abs().max()) < 3.5 and 0.3 < float(z.square().mean().sqrt()) < 1.8
+
+
+def test_a_batch_becomes_alike():
+    model = h.exact_model("flow")
+    found, plain = run(model, exact_divergence(target_sampler(dt.SAME), model), 16)
+    assert float(found.std()) < 0.1 * float(plain.std())
+    assert float(plain.min()) < float(found.mean()) < float(plain.max())
+
+
+def test_the_reference_image_sets_the_value():
+    model = h.exact_model("flow")
+    found, plain = run(model, exact_divergence(target_sampler(dt.SAME, reference_image=3), model), 4)
+    assert (found - plain[3]).abs().max() * LN2 < 3e-3
+    assert (plain - plain[3]).abs().max() * LN2 > 6e-3
+
+
+def test_shift_zero_is_the_own_solver():
+    model = h.exact_model("flow")
+    sigmas = h.schedule(model, 6)
+    model, seen = h.recording(model)
+    assert torch.equal(h.picture(model, target_sampler(), sigmas), h.picture(model, h.guided_sampler(), sigmas))
+    assert seen.calls == 12
+
+
+def test_images_do_not_depend_on_the_batch():
+    model = h.exact_model("flow")
+    sigmas = h.schedule(model, 8)
+    sampler = target_sampler(value=0.2)
+    noise = torch.randn(3, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(1))
+    together = guided(model, sampler, sigmas, noise)
+    alone = guided(model, sampler, sigmas, noise[:1])
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_reached_is_said(caplog):
+    model = h.exact_model("flow")
+    with caplog.at_level(logging.WARNING):
+        h.picture(model, target_sampler(value=-2.0, max_passes=1), h.schedule(model, 8), h.empty_latent(1))
+    assert "not reached" in caplog.text and "nearest" in caplog.text and "target" in caplog.text
+
+
+def test_the_last_step_to_zero_is_taken():
+    """The picture is that of the same run cut before, denoised."""
+    model = h.exact_model("eps")
+    sampler = exact_divergence(target_sampler(value=0.2), model)
+    full = h.schedule(model, 17)
+    state = h.picture(model, sampler, full[:-1])
+    denoised = h.picture(model, "euler", torch.stack([full[-2], full[-1]]), {"samples": state}, noise=h.outputs(h.custom.DisableNoise)[0])
+    found = h.picture(model, sampler, full)
+    assert float((found - denoised).norm() / denoised.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"target": "more"}, ["target", "'more'"]),
+    ({"value": math.nan}, ["value"]),
+    ({"max_passes": 0}, ["max_passes is 0"]),
+    ({"tolerance": -1}, ["tolerance is -1"]),
+    ({"probes": 0}, ["probes is 0"]),
+], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_bad_settings_are_refused(change, words):
+    with pytest.raises(ValueError) as error:
+        target_sampler(**change)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("sampler, sigmas, latent, words", [
+    ({"target": dt.SAME, "reference_image": 5}, None, {}, ["reference_image is 5", "2 images"]),
+    ({"value": 0.1}, [1.0, 0.0], {}, ["no step"]),
+    ({"value": 0.1}, None, {"noise_mask": torch.ones(1, 1, 32, 32)}, ["noise mask"]),
+], ids=["image", "schedule", "mask"])
+def test_bad_runs_are_refused_before_any_call(sampler, sigmas, latent, words):
+    model, seen = h.recording(h.exact_model("flow"))
+    sigmas = h.schedule(model, 4) if sigmas is None else torch.tensor(sigmas)
+    with pytest.raises(ValueError) as error:
+        h.sample(model, target_sampler(**sampler), sigmas, {**h.empty_latent(), **latent})
+    assert all(word in str(error.value) for word in words)
+    assert seen.calls == 0

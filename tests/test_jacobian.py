@@ -1,0 +1,149 @@
+"""Directional derivatives and Hutchinson divergence, against the exact model's Hessian and on a real network."""
+
+import itertools
+
+import pytest
+import torch
+from density_guidance.dg_core import jacobian
+from density_guidance.dg_core.exact_density import ExactDensity
+from density_guidance.nodes import exact_model, guider_run
+from density_guidance.tests import host_runs as h
+from density_guidance.tests import networks
+
+
+@pytest.fixture(scope="module")
+def density():
+    return ExactDensity.load(exact_model.WEIGHTS, 16)
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("method, bound", [(jacobian.FORWARD, 1e-8), (jacobian.DIFFERENCES, 3e-4)])
+@pytest.mark.parametrize("s", [0.1, 2.0, 20.0])
+def test_derivative_of_the_exact_denoiser_is_its_hessian_product(density, method, bound, s):
+    """denoised = y + s^2 score, so Dhat v = v + s^2 H v."""
+    y = density.sample(2, s, torch.Generator().manual_seed(3))
+    v = jacobian.rademacher(y, 1, 0).double()
+    expected = v + s**2 * density.hessian_product(y, s, v)
+    step = jacobian.difference_step(y, v, torch.float32, s)
+    value, slope = jacobian.directional_derivative(lambda x: density.denoised(x, s), y, v, method, step)
+    assert torch.equal(value, density.denoised(y, s))
+    assert relative(slope, expected) < bound
+    assert relative(jacobian.eps_derivative(v, slope, s), -s * density.hessian_product(y, s, v)) < 30 * bound
+
+
+def test_trace_is_the_mean_over_all_probes():
+    """Hutchinson over all 2^D signs equals the trace to rounding, for a matrix that is not symmetric."""
+    matrix = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probes = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=6)), dtype=torch.float64)
+    _, slope = jacobian.directional_derivative(lambda x: x @ matrix.T, torch.ones_like(probes), probes, "forward")
+    assert float(jacobian.probe_trace(probes, slope).mean()) == pytest.approx(float(matrix.trace()), abs=1e-12)
+
+
+def test_divergence_has_an_exact_identity_part(density):
+    """Pure noise of data at a point: Dhat = 0 and div eps = D / s, with any probe."""
+    y = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    v = jacobian.rademacher(y, 0, 0)
+    _, slope = jacobian.derivative_in_ve(lambda x: torch.zeros_like(x), y, v, 0.7, "forward")
+    trace = jacobian.probe_trace(v, slope)
+    assert jacobian.divergence(48, trace, 0.5).tolist() == [96.0, 96.0]
+    exact = -density.laplacian(torch.zeros(1, 3, 16, 16, dtype=torch.float64), 3.0) * 3.0
+    trace = density.dim + 9.0 * density.laplacian(torch.zeros(1, 3, 16, 16, dtype=torch.float64), 3.0)
+    torch.testing.assert_close(jacobian.divergence(density.dim, trace, 3.0), exact)
+
+
+def test_ve_derivative_carries_alpha():
+    y, v = torch.randn(2, 1, 8), torch.ones(1, 1, 8)
+    value, slope = jacobian.derivative_in_ve(lambda x: x.square(), y[:1], v, 0.25, "forward")
+    torch.testing.assert_close(value, (0.25 * y[:1]).square())
+    torch.testing.assert_close(slope, 2 * 0.25 * y[:1] * 0.25)
+
+
+def test_probes_depend_on_seed_image_and_call_alone():
+    x = torch.empty(3, 4, 8, 8, dtype=torch.float16)
+    full = jacobian.rademacher(x, 5, 2)
+    assert full.dtype == torch.float32 and set(full.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(jacobian.rademacher(x[:1], 5, 2, [2])[0], full[2])
+    others = [jacobian.rademacher(x, 6, 2), jacobian.rademacher(x, 5, 3), full.roll(1, 0)]
+    for other in others:  # 768 signs: 5 standard errors
+        assert abs(float((full * other).sum())) < 5 * 768**0.5
+    assert abs(float(full.sum())) < 5 * 768**0.5
+
+
+@pytest.mark.parametrize("build, words", [
+    (lambda x: jacobian.directional_derivative(torch.sin, x, x, "backward"), ["method", "'backward'", "forward"]),
+    (lambda x: jacobian.directional_derivative(torch.sin, x, x[:1], "forward"), ["v has shape (1, 8)", "(2, 8)"]),
+], ids=["method", "shape"])
+def test_errors_name_what_is_wrong(build, words):
+    with pytest.raises(ValueError) as error:
+        build(torch.ones(2, 8))
+    assert all(word in str(error.value) for word in words)
+
+
+# --- which method ------------------------------------------------------------------------------------------------
+
+
+class _NoForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+
+def _detached(x):
+    """Drops half of the tangent, as a kernel of its own does that torch does not know."""
+    return 0.5 * x.sin() + 0.5 * torch.autograd.forward_ad.unpack_dual(x).primal.sin()
+
+
+@pytest.mark.parametrize("network, method, words", [
+    (torch.sin, "forward", ["forward-mode AD", "0.0"]),
+    (_NoForward.apply, "differences", ["failed"]),
+    (_detached, "differences", ["differs", "%"]),
+    (lambda x: x.detach() * 0 + 3.0, "forward", ["0.00%"]),
+], ids=["smooth", "refused", "wrong", "constant"])
+def test_the_method_is_found_out(network, method, words):
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    found, reason = jacobian.method_of(network, x, jacobian.rademacher(x, 0, 0))
+    assert found == method
+    assert all(word in reason for word in words)
+
+
+def test_interrupts_pass_through_the_trial():
+    class Interrupt(Exception):
+        pass
+
+    def stop(x):
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        jacobian.method_of(stop, torch.ones(1, 4), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 0.01), (torch.bfloat16, 0.35), (torch.float16, 0.1)], ids=str)
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 10.0])
+def test_methods_agree_on_a_real_network(dtype, bound, sigma):
+    """Derivatives inside the host's inference mode, with weights that are inference tensors; norm and trace."""
+    found = {}
+
+    def work(model):
+        x = model.x * (1 + sigma**2) ** 0.5
+        v = jacobian.rademacher(x, 1, 0)
+        for method in jacobian.METHODS:
+            step = jacobian.difference_step(x, v, model.dtype, sigma)
+            predict = lambda x: model.predict(x, sigma)
+            value, slope = jacobian.directional_derivative(predict, x, v, method, step)
+            found[method] = slope - v if sigma < 5 else slope  # what the network adds to the identity
+        assert model.dtype == dtype
+
+    run_on_unet(work, dtype)
+    assert all(s.isfinite().all() for s in found.values())
+    difference = (found["forward"] - found["differences"]).norm() / found["differences"].norm()
+    assert 0 < float(difference) < bound
+
+
+def run_on_unet(work, dtype=torch.float32, batch=2, calls=4):
+    guider = h.outputs(h.custom.BasicGuider, networks.unet(dtype), networks.unet_conditioning())[0]
+    latent = torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        return guider_run.run_in_guider(guider, latent, work, calls, [1.0])

@@ -1,0 +1,218 @@
+"""Readout of latents: against the exact model's density, and on real networks in three dtypes."""
+
+import math
+
+import comfy.model_management
+import pytest
+import torch
+from density_guidance.dg_core import log_density as ld
+from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.nodes import LogDensity, guider_run
+from density_guidance.nodes import log_density as node
+from density_guidance.tests import host_runs as h
+from density_guidance.tests import networks
+
+FLOOR = {"eps": 0.1, "v": 0.1, "flow": 0.05}
+
+
+def guider_of(model, positive=None):
+    return h.outputs(h.custom.BasicGuider, model, h.conditioning() if positive is None else positive)[0]
+
+
+def pictures(prediction, count, size=h.SIZE, seed=5):
+    """(LATENT of exact draws at the noise floor, their exact log p in nats)."""
+    base = h.exact_model(prediction, size).model
+    y = base.density.sample(count, FLOOR[prediction], torch.Generator().manual_seed(seed)).float()
+    return {"samples": base.process_latent_out(y)}, base.density.log_prob(y.double(), FLOOR[prediction])
+
+
+def exact_look(model, density):
+    """What a `ProbedModel` sees, with the exact trace: tr Dhat = D + s^2 Laplacian."""
+    def look(x, sigma, call):
+        denoised = model.predict(x, sigma)
+        alpha = model.coordinates.alpha(sigma)
+        trace = torch.zeros(len(x), dtype=torch.float64)
+        if alpha > 0:
+            s = sigma / alpha
+            trace = density.dim + s**2 * density.laplacian(x.double() / alpha, s)
+        return ld.Sight(denoised, trace, torch.zeros_like(trace))
+    return look
+
+
+def exact_readout(prediction, latent, steps, size=h.SIZE):
+    """Readout in the host with the exact divergence."""
+    model = h.exact_model(prediction, size)
+    guider = guider_of(model)
+    levels = node.levels_of(guider, latent["samples"], FLOOR[prediction], steps)
+    with torch.inference_mode():
+        return guider_run.run_in_guider(
+            guider, latent["samples"],
+            lambda m: ld.read_log_density(exact_look(m, model.model.density), m.predict, m.x, levels, m.coordinates),
+            steps, [m_sigma(prediction, s) for s in reversed(levels)])
+
+
+def m_sigma(prediction, s):
+    return coordinates_of(h.exact_model(prediction).model.model_sampling).sigma(s)
+
+
+def rms(error):
+    return float(error.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("prediction, size, bound", [
+    ("flow", 32, 2.5e-4), ("flow", 64, 1.5e-4),
+    # the data still shows at these models' highest noise level, and nothing is known above it
+    ("eps", 32, 8e-4), ("v", 32, 8e-4), ("eps", 64, 4e-4),
+])
+def test_exact_divergence_at_32_evaluations(prediction, size, bound):
+    latent, exact = pictures(prediction, 24 if size == 32 else 6, size)
+    readout = exact_readout(prediction, latent, 32, size)
+    assert rms(readout.log_prob - exact) / readout.dim < bound
+    doubled = rms(exact_readout(prediction, latent, 64, size).log_prob - exact) / readout.dim
+    if prediction == "flow":
+        assert doubled < 2e-5
+
+
+def test_any_path_gives_the_same(monkeypatch):
+    """Half the order, or a kick off the path: what strays from the flow is charged at the score."""
+    latent, exact = pictures("flow", 4)
+    step = ld.LogDensityTrack.step
+
+    def kicked(self, sigma, alpha):
+        x = step(self, sigma, alpha)
+        kick = torch.randn(x.shape, generator=torch.Generator().manual_seed(len(self.s)))
+        return x + 0.003 * sigma * kick
+
+    readout = exact_readout("flow", latent, 48)
+    monkeypatch.setattr(ld.LogDensityTrack, "step", kicked)
+    off = exact_readout("flow", latent, 48)
+    assert 1e-4 < rms(torch.stack(off.eps_energy) - torch.stack(readout.eps_energy))
+    assert rms(off.log_prob - exact) / off.dim < 3e-4
+
+
+@pytest.mark.parametrize("size, count, bound", [(32, 100, 2e-3), (64, 12, 1.5e-3)])
+def test_one_probe_at_32_evaluations(size, count, bound):
+    """Error of the node's numbers, and how often the stated standard error covers it."""
+    errors, covered = [], []
+    for seed in (1, 2):
+        latent, exact = pictures("flow", count, size, seed)  # other pictures and other probes
+        bits, report, _ = h.outputs(LogDensity, guider_of(h.exact_model("flow", size)), latent, 32, 1, seed, FLOOR["flow"])
+        dim = latent["samples"][0].numel()
+        stated = torch.tensor([float(line.split("±")[1].split()[0]) for line in report.splitlines()[:count]])
+        error = (torch.tensor(bits, dtype=torch.float64) + exact / (dim * math.log(2)))
+        errors.append(error * math.log(2))
+        covered.append(error.abs() < stated)
+    assert rms(torch.cat(errors)) < bound
+    if count >= 100:
+        assert 0.60 <= float(torch.cat(covered).double().mean()) <= 0.75
+
+
+def test_more_probes_lower_the_error():
+    latent, exact = pictures("flow", 12)
+    guider = guider_of(h.exact_model("flow"))
+    levels = node.levels_of(guider, latent["samples"], 0.05, 24)
+    with torch.inference_mode():
+        one, four = (node.read(guider, latent, levels, probes, 3)[0] for probes in (1, 4))
+    assert 0.4 < float((four.standard_error / one.standard_error).mean()) < 0.6
+    assert rms(four.log_prob - exact) < 0.75 * rms(one.log_prob - exact)
+
+
+def test_a_readout_does_not_depend_on_the_batch():
+    latent, _ = pictures("flow", 3)
+    guider = guider_of(h.exact_model("flow"))
+    together = h.outputs(LogDensity, guider, latent, 8, 1, 3, 0.05)[0]
+    alone = h.outputs(LogDensity, guider, {"samples": latent["samples"][2:], "batch_index": [2]}, 8, 1, 3, 0.05)[0]
+    assert together[2] == pytest.approx(alone[0], abs=1e-6)
+    assert h.outputs(LogDensity, guider, latent, 8, 1, 4, 0.05)[0] != together
+
+
+# --- real networks -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unet_readout():
+    latent = {"samples": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))}
+
+    def read(dtype, weights=None):
+        guider = guider_of(networks.unet(dtype, weights=weights), networks.unet_conditioning())
+        levels = node.levels_of(guider, latent["samples"], 0.05, 12)
+        with torch.inference_mode():
+            return node.read(guider, latent, levels, 1, 0)
+
+    return read
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
+def test_narrow_networks_read_nearly_the_same(unet_readout, dtype, bound):
+    (wide, _), (narrow, how) = unet_readout(torch.float32, dtype), unet_readout(dtype)
+    difference = float((narrow.bits_per_dim - wide.bits_per_dim).abs().max())
+    assert 0 < difference < bound
+    assert str(dtype).removeprefix("torch.") in how[1] and "float32" in how[1]
+    stated = float(how[1].split("least")[1].split()[0])
+    assert 0.01 * difference < stated < 3 * difference
+
+
+def test_methods_read_the_same(monkeypatch, unet_readout):
+    forward, how = unet_readout(torch.float32)
+    assert "forward-mode" in how[0]
+    monkeypatch.setattr(node.jacobian, "method_of", lambda *_: ("differences", "two-sided differences: as asked"))
+    differences, how = unet_readout(torch.float32)
+    assert "differences" in how[0]
+    traces = torch.stack(forward.traces)
+    assert float((torch.stack(differences.traces) - traces).abs().max() / forward.dim) < 0.01
+    assert float((differences.bits_per_dim - forward.bits_per_dim).abs().max()) < 0.01
+
+
+def test_the_method_is_found_out_once(monkeypatch):
+    tries = []
+    monkeypatch.setattr(node, "find_method", lambda *_: tries.append(1) or ("forward", "said"))
+    guider = guider_of(networks.unet(), networks.unet_conditioning())
+    latent = {"samples": torch.ones(1, 4, 16, 16)}
+    reports = [h.outputs(LogDensity, guider, latent, 2, 1, 0, 0.05)[1] for _ in range(2)]
+    assert len(tries) == 1 and all("said" in report for report in reports)
+
+
+def test_levels_of_a_training_table_are_in_it():
+    """SD models round sigma to 1000 levels: the readout asks for those alone, each once."""
+    guider = guider_of(networks.unet(), networks.unet_conditioning())
+    levels = node.levels_of(guider, torch.ones(1, 4, 16, 16), 0.05, 40)
+    table = guider.model_patcher.get_model_object("model_sampling").sigmas.double().tolist()
+    assert set(levels) <= set(table) and levels == sorted(set(levels))
+    assert levels[-1] == table[-1] and levels[0] == pytest.approx(0.05, rel=0.02)
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"steps": 1}, ["steps is 1"]),
+    ({"probes": 0}, ["probes is 0"]),
+    ({"noise_floor": 0.05}, ["noise_floor is 0.05", "0.1", "60"]),
+    ({"noise_floor": 60.0}, ["noise_floor is 60"]),
+    ({"noise_floor": math.nan}, ["noise_floor is nan"]),
+    ({"latent": {"samples": torch.zeros(1, 3, 32, 32)}}, ["latent", "empty"]),
+    ({"latent": {"samples": torch.ones(1, 4, 32, 32)}}, ["4 channels", "takes 3"]),
+    ({"latent": {"samples": torch.full((1, 3, 32, 32), math.nan)}}, ["NaN"]),
+    ({"guider": "text"}, ["guider is a str"]),
+], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_bad_input_is_refused_before_any_call(change, words):
+    model, seen = h.recording(h.exact_model("eps"))
+    settings = {"guider": guider_of(model), "latent": {"samples": torch.ones(1, 3, 32, 32)}, "steps": 4, "probes": 1,
+                "seed": 0, "noise_floor": 0.1, **change}
+    with pytest.raises(ValueError) as error:
+        h.outputs(LogDensity, **settings)
+    assert all(word in str(error.value) for word in words)
+    assert seen.calls == 0
+
+
+def test_an_interrupt_ends_a_readout():
+    model, seen = h.recording(h.exact_model("eps"))
+
+    def interrupt(args):
+        comfy.model_management.interrupt_current_processing()
+        return args["denoised"]
+
+    model.set_model_sampler_post_cfg_function(interrupt)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        h.outputs(LogDensity, guider_of(model), {"samples": torch.ones(1, 3, 32, 32)}, 16, 1, 0, 0.1)
+    assert seen.calls == 1
