@@ -22,7 +22,7 @@ from ._web_page import with_page
 
 PACK = Path(__file__).resolve().parent.parent
 WORKFLOWS = PACK / "workflows"
-IN_DOCUMENTATION = ("detail_sweep", "score_alignment")
+IN_DOCUMENTATION = ("detail_sweep", "score_alignment", "vary_texture", "vary_structure")
 PICTURE = (512, 656)  # at most, in pixels
 MARGIN = 8
 

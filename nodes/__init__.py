@@ -8,6 +8,7 @@ from .exact_density import ExactLogDensity, LoadExactDensityModel
 from .log_density import LogDensity
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
 from .score_alignment import ScoreAlignmentCheck
+from .stochastic_variation import StochasticDetailVariation, VariationGrid
 
 NODES = [
     DensityGuidanceSampler,
@@ -15,6 +16,8 @@ NODES = [
     DensityTargetSampler,
     PriorGuidanceScale,
     PriorGuidanceModel,
+    StochasticDetailVariation,
+    VariationGrid,
     LoadExactDensityModel,
     ExactLogDensity,
     LogDensity,

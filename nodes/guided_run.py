@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sampler_helpers
@@ -19,6 +20,42 @@ from ..dg_core.statistics import compute_dtype, dimension, region_of
 from ..dg_core.units import quantile_to_z, require_number
 
 WRAPPER_KEY = "density_guidance"
+
+
+def require_window(start_percent, end_percent):
+    """Raise ValueError unless both are shares of the sampling, the first smaller than the second."""
+    require_number("start_percent", start_percent, 0.0, 1.0)
+    require_number("end_percent", end_percent, 0.0, 1.0)
+    if start_percent >= end_percent:
+        raise ValueError(
+            f"start_percent is {start_percent} and end_percent is {end_percent}; "
+            "start_percent must be smaller than end_percent")
+
+
+def require_batch(name, values, batch):
+    """Raise ValueError unless `values` is None or has one number, or one for each of `batch` images."""
+    if values and len(values) not in (1, batch):
+        raise ValueError(f"{name} has {len(values)} numbers and the latent has {batch} images; "
+                         f"give one number for all, or {batch}")
+
+
+def repeated(values, count):
+    """A single value `count` times; more are returned as they are."""
+    return values * count if len(values) == 1 else values
+
+
+def require_one_part(guider):
+    """Raise ValueError where the latent of a run is several, packed."""
+    if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
+        raise ValueError(
+            "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
+            "without it, or with quantile 0.5 and detail_shift 0")
+
+
+def range_of_percents(model_sampling, sigmas, coordinates, start_percent, end_percent):
+    """The `GuidedRange` of the steps of a schedule (list of floats) between two shares of the model's sampling."""
+    return guidance.guided_range(
+        sigmas, coordinates, model_sampling.percent_to_sigma(start_percent), model_sampling.percent_to_sigma(end_percent))
 
 
 QUANTILES = (0.001, 0.999)
@@ -47,12 +84,7 @@ class GuidanceSettings:
             require_number(f"detail_shifts, for image {i},", value, *DETAIL_SHIFTS)
         if self.curve is not None:
             guidance.strength_curve([require_number("curve", v, 0.0, math.inf) for v in self.curve])
-        require_number("start_percent", self.start_percent, 0.0, 1.0)
-        require_number("end_percent", self.end_percent, 0.0, 1.0)
-        if self.start_percent >= self.end_percent:
-            raise ValueError(
-                f"start_percent is {self.start_percent} and end_percent is {self.end_percent}; "
-                "start_percent must be smaller than end_percent")
+        require_window(self.start_percent, self.end_percent)
 
     @property
     def neutral(self):
@@ -65,20 +97,13 @@ class GuidanceSettings:
 
     def require_batch(self, batch):
         """Raise ValueError unless the lists have one number or one for each of `batch` images."""
-        for name, values in (("quantiles", self.quantiles), ("detail_shifts", self.detail_shifts)):
-            if values and len(values) not in (1, batch):
-                raise ValueError(f"{name} has {len(values)} numbers and the latent has {batch} images; "
-                                 f"give one number for all, or {batch}")
+        require_batch("quantiles", self.quantiles, batch)
+        require_batch("detail_shifts", self.detail_shifts, batch)
 
     def of_images(self, batch):
         """[(quantile, detail_shift)] of every image of a batch."""
         quantiles, detail_shifts = self.quantiles or (self.quantile,), self.detail_shifts or (self.detail_shift,)
-        return list(zip(_repeated(quantiles, batch), _repeated(detail_shifts, batch)))
-
-
-def _repeated(values, count):
-    """A single value `count` times; more are returned as they are."""
-    return values * count if len(values) == 1 else values
+        return list(zip(repeated(quantiles, batch), repeated(detail_shifts, batch)))
 
 
 @dataclass(frozen=True)
@@ -101,15 +126,11 @@ class Steering:
             return None
         model_sampling = guider.inner_model.model_sampling
         coordinates = coordinates_of(model_sampling)
-        guided = guidance.guided_range(
-            sigmas.tolist(), coordinates,
-            model_sampling.percent_to_sigma(settings.start_percent), model_sampling.percent_to_sigma(settings.end_percent))
+        guided = range_of_percents(
+            model_sampling, sigmas.tolist(), coordinates, settings.start_percent, settings.end_percent)
         if guided.log_range == 0:
             return None
-        if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
-            raise ValueError(
-                "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
-                "without it, or with quantile 0.5 and detail_shift 0")
+        require_one_part(guider)
         mask = None if denoise_mask is None else denoise_mask.to(latent.device)
         weights = None if mask is None else region_of(mask)
         if settings.mask is not None:
@@ -254,14 +275,18 @@ class GuidedSampler(comfy.samplers.Sampler):
         return run_guided(self.settings, self.sampler.sample, *args, **kwargs)
 
 
-def solver_sampler(settings):
-    """The pack's own solver as a sampler of the host."""
-    return comfy.samplers.KSAMPLER(sample_density_guided, {"settings": settings})
+def solver_sampler(settings, variation=None):
+    """The pack's own solver as a sampler of the host; variation: see `sample_density_guided`."""
+    return comfy.samplers.KSAMPLER(sample_density_guided, {"settings": settings, "variation": variation})
 
 
 @torch.no_grad()
-def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disable=None, settings=GuidanceSettings()):
-    """`dg_core.solver.solve` with the signature of the host's sampler functions."""
+def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disable=None, settings=GuidanceSettings(),
+                          variation=None):
+    """`dg_core.solver.solve` with the signature of the host's sampler functions.
+
+    variation: None, or an object whose of_run(guider, sigmas, batch) is a `dg_core.variation.Variation` or None.
+    """
     extra_args = extra_args or {}
     guider = model.inner_model
     steering = Steering.of_run(settings, guider, sigmas, x, extra_args.get("denoise_mask"))
@@ -270,8 +295,11 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
         coordinates = coordinates_of(guider.inner_model.model_sampling)
         steering = Steering(coordinates, guidance.guided_range(schedule, coordinates), 0.0, 1, extra_args.get("denoise_mask"))
     dtype, wide = x.dtype, compute_dtype(x.dtype)
+    variation = variation and variation.of_run(guider, schedule, len(x))
 
     def predict(x, sigma):
+        if variation is not None:  # there may be many calls between two callbacks
+            comfy.model_management.throw_exception_if_processing_interrupted()
         return model(x.to(dtype), x.new_full((len(x),), sigma, dtype=dtype), **extra_args).to(wide)
 
     with tqdm(total=len(schedule) - 1, disable=disable) as bar:
@@ -281,4 +309,5 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
 
         return solver.solve(predict, x.to(wide), schedule, steering.coordinates, steering.guided,
-                            steering.z, steering.dim, steering.mask, step_done, steering.weights, steering.curve).to(dtype)
+                            steering.z, steering.dim, steering.mask, step_done, steering.weights, steering.curve,
+                            variation=variation).to(dtype)

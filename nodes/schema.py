@@ -1,5 +1,7 @@
 """Inputs that several nodes share, and the category."""
 
+import math
+
 import torch
 from comfy_api.latest import io
 
@@ -22,6 +24,24 @@ def floats(name, values):
         raise ValueError(f"{name} is {values!r}; connect a list with a number for each image, for instance the "
                          "all_values of DensityLevels")
     return tuple(values)
+
+
+def numbers(name, text):
+    """The numbers of a text, separated by commas or lines; raises ValueError, naming the input, where there are none."""
+    found = []
+    for word in text.replace("\n", ",").split(","):
+        if not word.strip():
+            continue
+        try:
+            number = float(word)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{name} has {word.strip()!r}; write numbers separated by commas, like 0.05, 0.5, 0.95")
+        found.append(number)
+    if not found:
+        raise ValueError(f"{name} is empty; write numbers separated by commas, like 0.05, 0.5, 0.95")
+    return found
 
 
 def per_image_inputs():
@@ -70,6 +90,21 @@ def region_inputs():
 def guidance_inputs():
     """quantile, detail_shift, start_percent, end_percent."""
     return [
+        *level_inputs(),
+        io.Float.Input(
+            "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
+            tooltip="Share of the sampling at which guidance begins. 0 (neutral) is pure noise. Guidance late in the "
+                    "sampling changes texture only."),
+        io.Float.Input(
+            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
+            tooltip="Share of the sampling at which guidance ends. 1 (neutral) is the finished image. The last step to "
+                    "zero noise is never guided."),
+    ]
+
+
+def level_inputs():
+    """quantile and detail_shift."""
+    return [
         io.Float.Input(
             "quantile", default=0.5, min=0.001, max=0.999, step=0.01, round=0.001,
             tooltip="How typical the image should be, as a quantile q of the rate at which log-density changes. "
@@ -79,12 +114,4 @@ def guidance_inputs():
             tooltip="Extra detail in bits per dimension (-log2 p / D), added to what the quantile gives. 0 is neutral; "
                     "positive gives more detail. Means the same amount at every resolution. A short guided range allows "
                     "only a small shift."),
-        io.Float.Input(
-            "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
-            tooltip="Share of the sampling at which guidance begins. 0 (neutral) is pure noise. Guidance late in the "
-                    "sampling changes texture only."),
-        io.Float.Input(
-            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
-            tooltip="Share of the sampling at which guidance ends. 1 (neutral) is the finished image. The last step to "
-                    "zero noise is never guided."),
     ]
