@@ -51,11 +51,14 @@ def without_forward_mode(model):
 # --- the built-in model -----------------------------------------------------------------------------------------
 
 
-@PREDICTIONS
-@pytest.mark.parametrize("forward", [True, False], ids=["forward", "differences"])
-def test_gaussian_closed_form(prediction, forward):
+@pytest.fixture(scope="module")
+def oracle():
+    return GaussianOracle(h.exact_model("flow").model.density, COMPONENT)
+
+
+@pytest.mark.parametrize("prediction, forward", [("eps", True), ("v", True), ("flow", True), ("flow", False)])
+def test_gaussian_closed_form(prediction, forward, oracle):
     model = h.exact_model(prediction)
-    oracle = GaussianOracle(model.model.density, COMPONENT)
     coordinates = coordinates_of(model.get_model_object("model_sampling"))
     sigmas = h.schedule(model, 32)
     s = [coordinates.s(float(v)) for v in read_level(model, sigmas)]
