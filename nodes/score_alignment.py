@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..dg_core import alignment, jacobian
-from ..dg_core.coordinates import coordinates_of, score_from_eps, eps_from_denoised
+from ..dg_core.coordinates import coordinates_of, eps_from_denoised, score_from_eps
 from ..dg_core.units import require_number
 from . import alignment_report
 from .guided_run import GuidanceSettings, solver_sampler

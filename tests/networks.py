@@ -34,3 +34,28 @@ def unet(dtype=torch.float32, model_type="EPS", seed=0, weights=None):
 
 def unet_conditioning(seed=0, rows=1):
     return [[torch.randn(rows, 7, CONTEXT, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+_FLUX = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": CONTEXT,
+    "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [8, 12, 12],
+    "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
+}
+
+
+def dit(dtype=torch.float32, seed=0):
+    """A `ModelPatcher` of a Flux with two blocks of width 64 and random weights that compute in `dtype`: a flow model."""
+    with torch.inference_mode():
+        config = comfy.supported_models.FluxSchnell({**_FLUX, "dtype": dtype})
+        config.set_inference_dtype(dtype, None)
+        model = comfy.model_base.Flux(config)
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.diffusion_model.parameters():
+            scale = 1 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
+            p.copy_(scale * torch.randn(p.shape, generator=generator) + (p.ndim == 1) * 0.5)
+        return h.kept(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
+
+
+def dit_conditioning(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(1, 7, CONTEXT, generator=generator), {"pooled_output": torch.randn(1, 8, generator=generator)}]]
