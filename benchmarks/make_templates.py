@@ -3,8 +3,8 @@
     python3 run.py bench make_templates
 
 Each template is opened in ComfyUI's own web page, which makes the API copy (workflows/api/NAME.json); that is queued,
-and what it saves becomes workflows/NAME.jpg. Edit a template in the web page, save it there, then run this. One of the
-pictures is also shown by the nodes' documentation, which can only show what lies beside it.
+and what it saves becomes workflows/NAME.jpg. Edit a template in the web page, save it there, then run this. Some of the
+pictures are also shown by the nodes' documentation, which can only show what lies beside it.
 
 Needs the program chromium on PATH. Takes half a minute.
 """
@@ -22,7 +22,7 @@ from ._web_page import with_page
 
 PACK = Path(__file__).resolve().parent.parent
 WORKFLOWS = PACK / "workflows"
-IN_DOCUMENTATION = "detail_sweep"
+IN_DOCUMENTATION = ("detail_sweep", "score_alignment", "vary_texture", "vary_structure")
 PICTURE = (512, 656)  # at most, in pixels
 MARGIN = 8
 
@@ -36,7 +36,8 @@ def main():
             saved = host.saved_files(host.client.run(api))
             picture(saved).save(path.with_suffix(".jpg"), quality=88, optimize=True)
             print(f"{path.stem}: {len(api)} nodes, {len(saved)} saved", flush=True)
-    shutil.copy(WORKFLOWS / f"{IN_DOCUMENTATION}.jpg", PACK / "web" / "docs")
+    for name in IN_DOCUMENTATION:
+        shutil.copy(WORKFLOWS / f"{name}.jpg", PACK / "web" / "docs")
 
 
 async def convert(page, paths):

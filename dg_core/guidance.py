@@ -26,6 +26,13 @@ from .statistics import compute_dtype
 from .units import bits_per_dim_to_nats, quantile_to_z
 
 
+ROUNDING = 1e-6  # of float32 schedules, relative
+
+# A flow model's state at a smaller alpha is noise alone: float32 schedules may begin at sigma = 1 less a rounding, where
+# s = 1.7e7 would stretch the guided range by a step that changes nothing.
+LEAST_ALPHA = 1e-6
+
+
 @dataclass(frozen=True)
 class GuidedRange:
     """The guided steps of a schedule: steps `first` to `last - 1`, from s_start down to s_end.
@@ -50,17 +57,17 @@ class GuidedRange:
 def guided_range(sigmas, coordinates, sigma_high=math.inf, sigma_low=0.0):
     """The `GuidedRange` of a schedule: steps that start at sigma_low < sigma <= sigma_high.
 
-    sigmas: floats, descending, in the units of the host. Raises ValueError if they are not finite or not descending.
+    sigmas: floats, descending, in the units of the host. Raises ValueError if they are not finite or ascend.
     """
     if not all(math.isfinite(v) and v >= 0 for v in sigmas):
         raise ValueError(f"sigmas are {_brief(sigmas)}; they must be finite and not negative")
-    if any(b > a for a, b in zip(sigmas, sigmas[1:])):
+    if any(b > a * (1 + ROUNDING) for a, b in zip(sigmas, sigmas[1:])):
         raise ValueError(
             f"sigmas are {_brief(sigmas)}; density guidance needs a schedule that only descends "
             "(for adding noise to an image, use the sampler without it)")
     # Schedules are float32: a window edge that should meet one of them may miss it by a rounding.
     steps = [i for i, (a, b) in enumerate(zip(sigmas, sigmas[1:]))
-             if sigma_low * (1 + 1e-6) < a <= sigma_high * (1 + 1e-6) and b > 0 and coordinates.alpha(a) > 0]
+             if sigma_low * (1 + ROUNDING) < a <= sigma_high * (1 + ROUNDING) and b > 0 and coordinates.alpha(a) > LEAST_ALPHA]
     if not steps:
         return GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
     first, last = steps[0], steps[-1] + 1
@@ -71,15 +78,18 @@ def _brief(sigmas):
     return [round(v, 4) for v in sigmas] if len(sigmas) < 9 else [round(v, 4) for v in (*sigmas[:3], *sigmas[-3:])]
 
 
-def z_value(quantile, detail_shift, dim, log_range):
+def z_value(quantile, detail_shift, dim, log_range, peak=1.0):
     """z of a quantile plus a wanted shift in bits per dimension over the guided range.
 
-    detail_shift > 0 means more detail, a lower log-density and so a smaller z. `dim` is D, an int or (B,).
+    detail_shift > 0 means more detail, a lower log-density and so a smaller z. `dim` is D; 0 of it gives z = 0. `peak`: the
+    largest value of a `strength_curve`.
     Raises ValueError where the shift would take more than the whole of eps: |eta - 1| > 1 at the typical ||eps||^2 = D.
     """
+    if not dim:
+        return 0.0
     z = quantile_to_z(quantile)
     if detail_shift and log_range:
-        limit = log_range / math.log(2)
+        limit = log_range / math.log(2) / peak
         if abs(detail_shift) > limit:
             raise ValueError(
                 f"detail_shift is {detail_shift}, but the guided part of the schedule is too short for it (ln(s_start / "
@@ -94,13 +104,10 @@ SMOOTHEST = -0.65
 
 
 def limit_smoothing(z, dim, log_range):
-    """z, but at most the one whose predicted shift is `SMOOTHEST` bits per dimension; float or (B,) like z and dim."""
-    if not log_range:
+    """z, but at most the one whose predicted shift is `SMOOTHEST` bits per dimension; floats."""
+    if not log_range or not dim:
         return z
-    limit = bits_per_dim_to_nats(SMOOTHEST, dim) / ((2 * dim) ** 0.5 * log_range)
-    if torch.is_tensor(z) or torch.is_tensor(limit):
-        return torch.minimum(torch.as_tensor(z, dtype=torch.float32).to(limit), limit)
-    return min(z, limit)
+    return min(z, bits_per_dim_to_nats(SMOOTHEST, dim) / ((2 * dim) ** 0.5 * log_range))
 
 
 def predicted_shift(z, dim, log_range):
@@ -108,9 +115,40 @@ def predicted_shift(z, dim, log_range):
     return (2 * dim) ** 0.5 * z * log_range
 
 
-def eta_minus_one(eps_norm2, z, dim):
+def gain(z, dim, like):
+    """sqrt(2 D) z, 0-d or (B,) as z and dim are, float64 rounded once to the dtype of `like` and on its device.
+
+    An image's gain is the same number whether z is its own or that of the whole batch.
+    """
+    z, dim = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (z, dim))
+    return ((2 * dim).sqrt() * z).to(like)
+
+
+def eta_minus_one(eps_norm2, gain):
     """eta - 1 = sqrt(2 D) z / ||eps||^2 of every image, (B,). Zero where eps is zero."""
-    return torch.where(eps_norm2 > 0, (2 * dim) ** 0.5 * z / eps_norm2, 0.0)
+    return torch.where(eps_norm2 > 0, gain / eps_norm2, 0.0)
+
+
+def strength_curve(values):
+    """`values` scaled so that the curve through them, evenly spaced and joined by lines, has the mean 1.
+
+    They say how strongly guidance acts at each part of the guided range, which the mean leaves at the same predicted shift.
+    Raises ValueError unless they are finite, not negative and not all zero.
+    """
+    if not all(math.isfinite(v) and v >= 0 for v in values) or not any(values):
+        raise ValueError(f"curve is {list(values)}; its numbers must be finite and not negative, and one must be above 0")
+    if len(values) == 1:
+        return (1.0,)
+    mean = (sum(values) - (values[0] + values[-1]) / 2) / (len(values) - 1)
+    return tuple(v / mean for v in values)
+
+
+def curve_at(curve, guided, s):
+    """The curve, a tensor (K,) of values evenly spaced in ln s over the guided range, at the noise levels s (...)."""
+    last = len(curve) - 1
+    position = ((math.log(guided.s_start) - s.log()) / guided.log_range).clamp(0, 1) * last
+    distance = (position.unsqueeze(-1) - torch.arange(last + 1, dtype=s.dtype, device=s.device)).abs()
+    return ((1 - distance).clamp_min(0) * curve).sum(-1)
 
 
 class PredictionGuide:
@@ -122,13 +160,16 @@ class PredictionGuide:
     temporary serves as sigma * eps and as the result, and thresholds stand for comparisons, which cost twice as much.
     """
 
-    def __init__(self, coordinates, z, dim, guided, region=None):
-        """z, dim: float or (B,). guided: the `GuidedRange`. region: None, or ones and zeros broadcastable to x: the
-        elements that count in ||eps||^2; the prediction is guided everywhere, since the host blends the rest away."""
+    def __init__(self, coordinates, z, dim, guided, weights=None, curve=None):
+        """z, dim: float or (B,). guided: the `GuidedRange`. weights: None, or a number from 0 to 1 for each element,
+        broadcastable to x: how strongly it is guided and how much it counts in D and ||eps||^2. The control's part of the
+        log-density stays what is predicted: the rate <score, gain w eps> holds <w eps, eps> just as the norm does.
+        curve: None, or a `strength_curve`."""
         self._flow = coordinates.slope != 0
         self._guided = guided
-        self._gain = -((2 * dim) ** 0.5) * z
-        self._region = region
+        self._z, self._dim = z, dim
+        self._weights = weights
+        self._curve = curve
         self._dtype = None
 
     def __call__(self, x, denoised, sigma):
@@ -148,30 +189,36 @@ class PredictionGuide:
             noise = torch.addcmul(x, prediction, alpha, value=-1)
         else:
             noise = x - prediction
-        counted = noise if self._region is None else noise * self._region
-        norm = torch.linalg.vector_norm(counted, dim=self._dims, keepdim=True)
+        if self._weights is None:
+            counted = noise
+            norm = torch.linalg.vector_norm(noise, dim=self._dims, keepdim=True)
+        else:
+            counted = noise * self._weights
+            norm = (counted * noise).sum(self._dims, keepdim=True).sqrt_()
         # 1 / ||eps||^2, 0 below the range; the clamp keeps an image without noise from dividing by zero
         strength = torch.threshold(sigma, self._low, 0.0).div_(norm.clamp_min_(1e-12)).square_()
         if self._flow:
             strength.div_(torch.threshold(alpha, self._least_alpha, torch.inf))
         elif self._high is not None:
             strength.mul_(sigma <= self._high)
-        if torch.is_tensor(self._gain):
-            guided = torch.addcmul(prediction, noise, strength.mul_(self._gain.view(self._column)), out=noise)
-        else:
-            guided = torch.addcmul(prediction, noise, strength, value=self._gain, out=noise)
+        if self._curve is not None:
+            strength.mul_(curve_at(self._curve, self._guided, sigma / alpha if self._flow else sigma))
+        guided = torch.addcmul(prediction, counted, strength.mul_(self._minus_gain), out=counted)
         return guided if denoised.dtype == self._dtype else guided.to(denoised.dtype)
 
     def _prepare(self, x, sigma):
         self._dtype = compute_dtype(x.dtype)
         self._column = (-1, *[1] * (x.ndim - 1))
         self._dims = tuple(range(1, x.ndim))
+        self._minus_gain = -gain(self._z, self._dim, x.new_empty((), dtype=self._dtype)).view(self._column)
         # The margins allow for samplers that recompute sigma from its logarithm, and for the rounding of narrow dtypes.
         margin = 1 + max(1e-4, torch.finfo(sigma.dtype).eps)
+        if self._curve is not None:
+            self._curve = torch.tensor(self._curve, dtype=self._dtype, device=x.device)
         self._low = self._guided.sigma_end * margin
         high = self._guided.sigma_start * margin
         if self._flow:  # alpha = 0 is never guided, however close to it the range begins
             self._one = torch.ones((), dtype=self._dtype, device=x.device)
-            self._least_alpha = max(1 - high, 1e-6)
+            self._least_alpha = max(1 - high, LEAST_ALPHA)
         else:  # a sampler that churns goes above the first sigma of its schedule
             self._high = None if self._guided.first == 0 else high

@@ -62,6 +62,62 @@ def _differences(predict, x, v, step):
     return value, (above - below) / (2 * h)
 
 
+def trace_derivative(predict, x, v, probes, method, steps=None):
+    """(predict(x), D v, t): t is the derivative along v of the Hutchinson trace of D, (B,), the mean over the probes of
+    <p, D^2 predict[v, p]>. See `directional_derivative` for predict, x, v and method.
+
+    probes(D v or None) -> tensors of x's shape. "forward" takes the derivative along p by AD and differences of it along
+    v: one dual prediction, after which it asks for the probes, and two for each of them. "differences" takes mixed
+    differences over x +- a v +- b p, which give D v too: one prediction, and four for each probe. steps: (a, b), each (B,);
+    None: `trace_steps` for a network in x's dtype.
+    """
+    a, b = trace_steps(x, v, x.dtype, method) if steps is None else steps
+    wide = compute_dtype(x.dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        x, v = _ordinary(x.to(wide)), _ordinary(v.to(wide))
+        a, b = (per_image(step.to(wide), x.ndim) for step in (a, b))
+        if method == FORWARD:
+            value, slope = _forward(predict, x, v)
+            bends = [(p, (_forward(predict, x + a * v, p)[1] - _forward(predict, x - a * v, p)[1]) / (2 * a))
+                     for p in map(_ordinary, probes(slope))]
+        else:
+            value, slopes, bends = predict(x).to(wide), [], []
+            for p in map(_ordinary, probes(None)):
+                points = torch.cat([x + a * v + b * p, x + a * v - b * p, x - a * v + b * p, x - a * v - b * p])
+                pp, pm, mp, mm = predict(points).to(wide).chunk(4)
+                slopes.append((pp + pm - mp - mm) / (4 * a))
+                bends.append((p, (pp - pm - mp + mm) / (4 * a * b)))
+            slope = torch.stack(slopes).mean(0)
+        return value, slope, torch.stack([probe_trace(p, bend) for p, bend in bends]).mean(0)
+
+
+def trace_steps(x, v, dtype, method, scale=None):
+    """The steps a along v and b along a probe of `trace_derivative`, (B,) each; dtype and scale as in `difference_step`.
+
+    Rounding contributes e ||x|| / (a ||v|| b ||p||) to a mixed second difference, and the fourth derivative about (h / L)^2
+    of it with h = a ||v|| = b ||p||: relative to a second derivative of size 1 / L the sum is least at
+    h = (e ||x|| L^3)^(1/4). With AD along the probe only the first difference is left, and `difference_step` holds.
+    """
+    if method == FORWARD:
+        a = difference_step(x, v, dtype, scale)
+        return a, a
+    e = _rounding_unit(dtype)
+    norm_x, norm_v, length = _lengths(x, v, scale)
+    h = (e * norm_x * length**3) ** (1 / 4)
+    return h / norm_v, h / x[0].numel() ** 0.5
+
+
+def _rounding_unit(dtype):
+    """Of `dtype`, or of float32 if that is coarser: hosts hand predictions around in it."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def _lengths(x, v, scale):
+    norm_x = squared_norm(x).sqrt().clamp_min(1e-12)
+    norm_v = squared_norm(v).sqrt().clamp_min(1e-12)
+    return norm_x, norm_v, norm_x if scale is None else torch.as_tensor(scale, device=x.device).to(norm_x) * x[0].numel() ** 0.5
+
+
 def _ordinary(tensor):
     """The tensor, or a copy of it where it was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
@@ -75,10 +131,8 @@ def difference_step(x, v, dtype, scale=None):
     sigma (float or (B,)) in the units of x; None: L = ||x||, right where x is mostly noise. e is the rounding unit of
     `dtype`, or of float32 if that is coarser: hosts hand predictions around in it.
     """
-    e = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    norm_x = squared_norm(x).sqrt().clamp_min(1e-12)
-    norm_v = squared_norm(v).sqrt().clamp_min(1e-12)
-    length = norm_x if scale is None else torch.as_tensor(scale, device=x.device).to(norm_x) * x[0].numel() ** 0.5
+    e = _rounding_unit(dtype)
+    norm_x, norm_v, length = _lengths(x, v, scale)
     return (e * norm_x * length.square()) ** (1 / 3) / norm_v
 
 
@@ -123,6 +177,24 @@ def _signs(shape, key):
         state = np.random.SeedSequence([int(k) % 2**64 for k in key]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state) & (2**63 - 1))
         return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
+
+
+def stratified(probe, direction, signs):
+    """The probe with exactly `signs` (B,), +1 or -1, as its component along `direction` (shape of probe, any length > 0).
+
+    E[p p^T] = I stays true for independent signs, and the variance of <p, A p> loses what A has along the direction alone:
+    all of it where A = d d^T and the direction is d, as where a mixture decides between two of its components (derived
+    here). The direction must not depend on the probe.
+    """
+    along = direction / per_image(squared_norm(direction).sqrt().clamp_min(1e-30), direction.ndim)
+    change = signs.to(along) - probe_trace(along, probe).to(along)
+    return probe + per_image(change, along.ndim) * along
+
+
+def random_signs(seed, call, indices, like):
+    """One sign for every image and call, (B,), on the device of `like` and independent of its `rademacher` probe."""
+    indices = range(len(like)) if indices is None else indices
+    return torch.cat([_signs((1,), (seed, index, call, 1)) for index in indices]).to(like.device, compute_dtype(like.dtype))
 
 
 def divergence(dim, trace, s):

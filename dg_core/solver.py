@@ -15,16 +15,17 @@ in this mode: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations 
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
 
 from .coordinates import eps_from_denoised, per_image
-from .guidance import eta_minus_one
+from .guidance import curve_at, eta_minus_one, gain
 from .statistics import region_of, squared_norm
+from .variation import displacement, level_set_step
 
 ORDER = 3
-_FLOW_NODES = 3
 _GUIDANCE_NODES = 2
 _MIN_SPACING = 0.02  # of the coming step; no scheduler of the host comes near it
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
@@ -66,13 +67,38 @@ class _History:
         self._weights = weights
         self._predictor_nodes = predictor_nodes
         self._theta, self._values = [], []
+        self._guessed = 0  # how many of them, the oldest, are to be left again
 
     def add(self, theta, value, next_theta):
+        if self._guessed:
+            del self._theta[-self._guessed:], self._values[-self._guessed:]
+            self._guessed = 0
         # Extrapolating far through two nodes that almost coincide amplifies their difference.
-        if self._theta and self._theta[0] - theta <= _MIN_SPACING * (theta - next_theta):
-            del self._theta[0], self._values[0]
-        self._theta = [theta, *self._theta[:self._predictor_nodes]]
-        self._values = [value, *self._values[:self._predictor_nodes]]
+        kept = [j for j, t in enumerate(self._theta) if abs(t - theta) > _MIN_SPACING * (theta - next_theta)]
+        kept = kept[:self._predictor_nodes]
+        self._theta = [theta, *(self._theta[j] for j in kept)]
+        self._values = [value, *(self._values[j] for j in kept)]
+
+    def jump(self, theta, value, next_theta, once):
+        """Add a value of another path, to which the state has jumped at theta.
+
+        The past of that path was never seen. It is taken to be the past of the old one, moved by the jump; once: until the
+        next value only. Where the value at the foot of the jump is extrapolated over a whole step, the error of that is
+        taken for part of the jump, and grows if the moved past is kept.
+        """
+        if self._theta:
+            change = value - self.at(theta)
+            kept = [j for j, t in enumerate(self._theta) if t - theta > _MIN_SPACING * (theta - next_theta)]
+            self._theta = [self._theta[j] for j in kept]
+            self._values = [self._values[j] + change for j in kept]
+        self.add(theta, value, next_theta)
+        self._guessed = len(self._theta) - 1 if once else 0
+
+    def at(self, theta):
+        """The value at theta that the nodes of a prediction lead to."""
+        nodes = self._theta[:self._predictor_nodes]
+        weights = [float(p[0]) for p in _lagrange(nodes, np.array([theta]))]
+        return sum(w * value for w, value in zip(weights, self._values))
 
     def integrate(self, u, theta_from, theta_to, correct):
         """u plus the integral from theta_from to theta_to; `correct` uses one more node than a prediction."""
@@ -83,63 +109,126 @@ class _History:
         return u
 
 
-def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None):
+class _Flow:
+    """The guided flow as the model calls so far describe it."""
+
+    def __init__(self, coordinates, guided, z, dim, mask, weights, curve, order, like):
+        """like: a tensor of the dtype and device to work in; the rest as in `solve`."""
+        self._coordinates = coordinates
+        self._guided = guided
+        self._steering = callable(z) or torch.is_tensor(z) or z != 0
+        if callable(z):
+            self._gain = lambda step: (2 * dim) ** 0.5 * z(step).to(like)
+        else:
+            constant = gain(z, dim, like)
+            self._gain = lambda step: constant
+        self._amount = mask if weights is None else weights if mask is None else weights * mask
+        self._weights = (None if mask is None else region_of(mask)) if weights is None else weights
+        self._curve = None if curve is None else torch.tensor(curve, dtype=torch.float64)
+        self._noise = _History(eps_weights, order)
+        self._picture = _History(denoised_weights, order)
+        self._guidance = _History(guidance_weights, _GUIDANCE_NODES)
+
+    def see(self, x, denoised, sigma, step, next_theta, put=_History.add):
+        """Take a prediction at (x, sigma) into account.
+
+        step: the step that starts there. put: how the histories take it, `_History.add` or `_History.jump`.
+        """
+        alpha = self._coordinates.alpha(sigma)
+        theta = math.atan2(sigma, alpha)
+        eps = eps_from_denoised(x, denoised, sigma, alpha)
+        put(self._noise, theta, eps, next_theta)
+        put(self._picture, theta, denoised, next_theta)
+        if self._steering and self._guided.first <= step <= self._guided.last and alpha > 0:
+            eta = eta_minus_one(squared_norm(eps, self._weights), self._gain(step))
+            strength = per_image(math.sin(theta) * eta, x.ndim)
+            if self._curve is not None:
+                s = torch.tensor(self._coordinates.s(sigma), dtype=torch.float64)
+                strength = strength * curve_at(self._curve, self._guided, s)
+            put(self._guidance, theta, eps * (strength if self._amount is None else strength * self._amount), next_theta)
+
+    def follow(self, u, theta_from, theta_to, step, correct=False):
+        """The state u at theta_from, followed to theta_to during `step`."""
+        u = self._noise.integrate(u, theta_from, theta_to, correct)
+        u = self._picture.integrate(u, theta_from, theta_to, correct)
+        if self._steering and self._guided.first <= step < self._guided.last:
+            u = self._guidance.integrate(u, theta_from, theta_to, correct)
+        return u
+
+    def eps_at(self, theta):
+        """The eps that the path leads to at theta."""
+        return self._noise.at(theta)
+
+
+def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None, weights=None,
+          curve=None, order=ORDER, variation=None):
     """Integrate the guided flow down `sigmas`.
 
     model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step,
     none where a sigma repeats the one before.
     sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow, and z may be a function of
-    the step, asked after the model's call at its sigma. guided: the `GuidedRange` of these sigmas. mask: None, or the weight in [0, 1] of the guidance at each element, broadcastable to
-    x; elements of weight 0 do not count in ||eps||^2.
-    callback(i, x, denoised): after each model call; x is the corrected state, denoised the unguided prediction.
+    the step, asked after the model's call at its sigma. guided: the `GuidedRange` of these sigmas. mask: None, or in [0, 1]
+    the share of each element that the model replaces, the rest being given (inpainting). weights, curve: see
+    `guidance.PredictionGuide`. mask and weights are broadcastable to x.
+    callback(i, x, denoised): after the model call of each step; x is the corrected state, denoised the unguided prediction.
+    order: how many model calls a prediction of the plain flow interpolates.
+    variation: None, or a `variation.Variation`: noise at an unchanged log-density in some steps. Its model calls may lie
+    at noise levels between those of the schedule.
 
     Returns x at the last sigma. A last step to sigma = 0 returns the denoised prediction, unguided.
     """
-    steering = callable(z) or torch.is_tensor(z) or z != 0
     region = None if mask is None else region_of(mask)
     alphas = [coordinates.alpha(v) for v in sigmas]
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
     ahead = [next((t for t in thetas[i + 1:] if t < thetas[i]), thetas[i]) for i in range(len(thetas))]
-    noise = _History(eps_weights, _FLOW_NODES)
-    picture = _History(denoised_weights, _FLOW_NODES)
-    guidance = _History(guidance_weights, _GUIDANCE_NODES)
+    flow = _Flow(coordinates, guided, z, dim, mask, weights, curve, order, x)
+    put_jump = None if variation is None else partial(_History.jump, once=not variation.calls_before)
 
-    def advance(u, step, correct):
-        """From node `step` to the next one."""
-        u = noise.integrate(u, thetas[step], thetas[step + 1], correct)
-        u = picture.integrate(u, thetas[step], thetas[step + 1], correct)
-        if steering and guided.first <= step < guided.last:
-            u = guidance.integrate(u, thetas[step], thetas[step + 1], correct)
-        return u
+    def jump(u, theta, step, s):
+        """From the state u at theta to the noise level s above it, by noise: (u, theta, denoised) there."""
+        sigma, raised = coordinates.sigma(s), math.atan(s)
+        scale = math.hypot(coordinates.alpha(sigma), sigma)
+        foot = flow.follow(u, theta, raised, step)
+        if variation.calls_foot:
+            flow.see(foot * scale, model(foot * scale, sigma), sigma, step, ahead[step])
+        eps = flow.eps_at(raised)
+        change = displacement(u, foot, eps, theta, raised, variation.noise(u), mask)
+        x = (foot + change) * scale
+        denoised = model(x, sigma)
+        alpha = coordinates.alpha(sigma)
+        u, eps = level_set_step(foot, change, eps, eps_from_denoised(x, denoised, sigma, alpha), mask)
+        flow.see(u * scale, (u * scale - sigma * eps) / alpha, sigma, step, ahead[step], put_jump)
+        return u, raised, denoised
 
-    start = None  # the corrected state at the previous node
+    start = None  # the corrected state at the previous node, and its theta
     for i in range(len(sigmas) - 1):
+        levels = [] if variation is None else variation.levels(sigmas, i, coordinates)
         if i and sigmas[i] == sigmas[i - 1]:  # the state is still the same, and so is what the model says of it
             if callback is not None:
                 callback(i, x, denoised)
-        else:
+        elif not levels or variation.calls_before:
             denoised = model(x, sigmas[i])
-            eps = eps_from_denoised(x, denoised, sigmas[i], alphas[i])
-            noise.add(thetas[i], eps, ahead[i])
-            picture.add(thetas[i], denoised, ahead[i])
-            if steering and guided.first <= i <= guided.last and alphas[i] > 0:
-                wanted = z(i) if callable(z) else z
-                strength = per_image(math.sin(thetas[i]) * eta_minus_one(squared_norm(eps, region), wanted, dim), x.ndim)
-                guidance.add(thetas[i], eps * (strength if mask is None else strength * mask), ahead[i])
+            flow.see(x, denoised, sigmas[i], i, ahead[i])
             drift = 0.0
             if start is None:
                 u = x / scales[i]
             else:
-                u = advance(start, i - 1, correct=True)
+                u = flow.follow(*start, thetas[i], i - 1, correct=True)
                 drift = u * scales[i] - x
                 x = x + drift
             if callback is not None:
                 callback(i, x, denoised)
-            start = u
+            start = u, thetas[i]
+        else:
+            start, drift = (x / scales[i], thetas[i]), 0.0
+        for s in levels:
+            *start, denoised = jump(*start, i, s)
+        if levels and not variation.calls_before and callback is not None:
+            callback(i, x, denoised)
         if sigmas[i + 1] == 0:
             # The prediction was made before the correction: keep its eps and move with the state.
             return denoised + (drift if mask is None else drift * region) / alphas[i] if alphas[i] > 0 else denoised
         if sigmas[i + 1] < sigmas[i]:
-            x = advance(start, i, correct=False) * scales[i + 1]
+            x = flow.follow(*start, thetas[i + 1], i) * scales[i + 1]
     return x

@@ -7,6 +7,8 @@ from .density_trace import DensityTrace
 from .exact_density import ExactLogDensity, LoadExactDensityModel
 from .log_density import LogDensity
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
+from .score_alignment import ScoreAlignmentCheck
+from .stochastic_variation import StochasticDetailVariation, VariationGrid
 
 NODES = [
     DensityGuidanceSampler,
@@ -14,10 +16,13 @@ NODES = [
     DensityTargetSampler,
     PriorGuidanceScale,
     PriorGuidanceModel,
+    StochasticDetailVariation,
+    VariationGrid,
     LoadExactDensityModel,
     ExactLogDensity,
     LogDensity,
     DensityTrace,
+    ScoreAlignmentCheck,
     DensityLevels,
     DensityContactSheet,
 ]

@@ -1,7 +1,7 @@
 """A sweep over density levels, and the labelled contact sheet of its pictures."""
 
+import itertools
 import json
-import math
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from comfy.utils import common_upscale
 from PIL import Image, ImageDraw, ImageFont
 
-from .schema import CATEGORY, Floats
+from .schema import CATEGORY, Floats, numbers
 
 MARGIN = 8
 CAPTION = 22
@@ -24,31 +24,23 @@ class DensityLevels(io.ComfyNode):
             node_id="DensityLevels",
             display_name="Density Levels",
             category=CATEGORY,
-            description="A list of numbers: what is connected to it runs once for each. Connect it to the quantile or "
-                        "detail_shift of a guidance node for a sweep.",
+            description="A list of numbers. Connect value to the quantile or detail_shift of a guidance node, and that runs "
+                        "once for each; connect all_values to its quantiles or detail_shifts for one level per image.",
             inputs=[io.String.Input(
                 "values", default="0.05, 0.3, 0.5, 0.7, 0.95",
                 tooltip="Numbers separated by commas, for instance quantiles between 0.001 and 0.999.")],
-            outputs=[io.Float.Output(
-                display_name="value", is_output_list=True, tooltip="One number after the other.")],
+            outputs=[
+                io.Float.Output(display_name="value", is_output_list=True, tooltip="One number after the other."),
+                Floats.Output(display_name="all_values",
+                              tooltip="All numbers at once, for quantiles or detail_shifts of a guidance node: one for "
+                                      "each image of a batch, in a single run."),
+            ],
         )
 
     @classmethod
     def execute(cls, values):
-        numbers = []
-        for word in values.replace("\n", ",").split(","):
-            if not word.strip():
-                continue
-            try:
-                number = float(word)
-            except ValueError:
-                number = math.nan
-            if not math.isfinite(number):
-                raise ValueError(f"values has {word.strip()!r}; write numbers separated by commas, like 0.05, 0.5, 0.95")
-            numbers.append(number)
-        if not numbers:
-            raise ValueError("values is empty; write numbers separated by commas, like 0.05, 0.5, 0.95")
-        return io.NodeOutput(numbers)
+        found = numbers("values", values)
+        return io.NodeOutput(found, found)
 
 
 class DensityContactSheet(io.ComfyNode):
@@ -63,7 +55,8 @@ class DensityContactSheet(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The batches of the sweep, one for each level."),
                 Floats.Input("bits_per_dim", optional=True,
-                             tooltip="-log2 p / D of every picture, from a log-density node. Not connected: no numbers."),
+                             tooltip="-log2 p / D of every picture, from a log-density node; one list for each row, or one "
+                                     "for all. Not connected: no numbers."),
                 io.Float.Input("levels", force_input=True, optional=True,
                                tooltip="The levels of the sweep, for the labels of the rows."),
                 io.String.Input("label", default="q", tooltip="What the levels are, written before each of them."),
@@ -77,6 +70,9 @@ class DensityContactSheet(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, label, picture_size, bits_per_dim=None, levels=None):
+        if bits_per_dim is not None and len(bits_per_dim) == 1 and len(bits_per_dim[0]) == sum(map(len, images)):
+            numbers_left = iter(bits_per_dim[0])  # of a grid that was sampled as one batch
+            bits_per_dim = [list(itertools.islice(numbers_left, len(batch))) for batch in images]
         for name, values in (("bits_per_dim", bits_per_dim), ("levels", levels)):
             if values is not None and len(values) != len(images):
                 raise ValueError(f"{name} has {len(values)} rows and images has {len(images)}; connect the same sweep")

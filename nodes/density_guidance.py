@@ -4,7 +4,13 @@ import comfy.patcher_extension
 from comfy_api.latest import io
 
 from .guided_run import GuidanceSettings, GuidedSampler, run_guided, solver_sampler
-from .schema import CATEGORY, guidance_inputs, require
+from .schema import CATEGORY, floats, guidance_inputs, mask_of, per_image_inputs, region_inputs, require
+
+
+def _settings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve):
+    return GuidanceSettings(quantile, detail_shift, start_percent, end_percent,
+                            floats("quantiles", quantiles), floats("detail_shifts", detail_shifts), mask_of(mask),
+                            floats("curve", curve))
 
 
 class DensityGuidanceSampler(io.ComfyNode):
@@ -22,6 +28,8 @@ class DensityGuidanceSampler(io.ComfyNode):
                     "sampler", optional=True,
                     tooltip="The sampler to guide, any of ComfyUI's. Not connected (neutral): the pack's own third-order "
                             "solver, one model call per step, which meets the asked-for shift most exactly."),
+                *per_image_inputs(),
+                *region_inputs(),
             ],
             outputs=[io.Sampler.Output(
                 display_name="sampler",
@@ -30,8 +38,10 @@ class DensityGuidanceSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, quantile, detail_shift, start_percent, end_percent, sampler=None):
-        settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent)
+    def execute(cls, quantile, detail_shift, start_percent, end_percent, sampler=None, quantiles=None,
+                detail_shifts=None, mask=None, curve=None):
+        settings = _settings(
+            quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
         if sampler is None:
             return io.NodeOutput(solver_sampler(settings))
         require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
@@ -50,6 +60,8 @@ class DensityGuidanceModel(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model whose sampling is guided. Its weights are not changed."),
                 *guidance_inputs(),
+                *per_image_inputs(),
+                *region_inputs(),
             ],
             outputs=[io.Model.Output(
                 display_name="model",
@@ -57,8 +69,10 @@ class DensityGuidanceModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, quantile, detail_shift, start_percent, end_percent):
-        settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent)
+    def execute(cls, model, quantile, detail_shift, start_percent, end_percent, quantiles=None, detail_shifts=None,
+                mask=None, curve=None):
+        settings = _settings(
+            quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
         require("model", model, "add_wrapper", "a MODEL")
         if settings.neutral:
             return io.NodeOutput(model)

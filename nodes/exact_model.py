@@ -1,6 +1,7 @@
 """The exact density as a model of the host: `BaseModel`, latent format and VAE, in three parameterisations."""
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import comfy.latent_formats
@@ -157,7 +158,21 @@ def load(prediction, size):
     model = ExactDensityModel(ExactDensity.load(WEIGHTS, size), prediction, latent_format)
     patcher = comfy.model_patcher.ModelPatcher(
         model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+    if find_spec("comfy.pixel_space_convert") is None:
+        return patcher, PixelVAE()
     return patcher, comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+
+
+class PixelVAE:
+    """What VAEDecode and VAEEncode need of a VAE whose latents are pixels, for hosts older than their own one."""
+
+    def decode(self, samples):
+        """Pixels (B, 3, height, width) from -1 to 1 -> images (B, height, width, 3) from 0 to 1."""
+        return ((samples + 1) / 2).clamp(0, 1).movedim(1, -1)
+
+    def encode(self, images):
+        """The inverse of `decode`."""
+        return images.movedim(-1, 1)[:, :3] * 2 - 1
 
 
 def read(model, samples, sigmas, weights=None):

@@ -1,9 +1,15 @@
 """One sampling run under density guidance: the settings, and what is hung into the host for their sake."""
 
+import itertools
 import logging
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, field
 
+import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from tqdm.auto import tqdm
@@ -12,6 +18,48 @@ from ..dg_core import guidance, solver
 from ..dg_core.coordinates import Coordinates, coordinates_of
 from ..dg_core.statistics import compute_dtype, dimension, region_of
 from ..dg_core.units import quantile_to_z, require_number
+
+WRAPPER_KEY = "density_guidance"
+
+
+def require_window(start_percent, end_percent):
+    """Raise ValueError unless both are shares of the sampling, the first smaller than the second."""
+    require_number("start_percent", start_percent, 0.0, 1.0)
+    require_number("end_percent", end_percent, 0.0, 1.0)
+    if start_percent >= end_percent:
+        raise ValueError(
+            f"start_percent is {start_percent} and end_percent is {end_percent}; "
+            "start_percent must be smaller than end_percent")
+
+
+def require_batch(name, values, batch):
+    """Raise ValueError unless `values` is None or has one number, or one for each of `batch` images."""
+    if values and len(values) not in (1, batch):
+        raise ValueError(f"{name} has {len(values)} numbers and the latent has {batch} images; "
+                         f"give one number for all, or {batch}")
+
+
+def repeated(values, count):
+    """A single value `count` times; more are returned as they are."""
+    return values * count if len(values) == 1 else values
+
+
+def require_one_part(guider):
+    """Raise ValueError where the latent of a run is several, packed."""
+    if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
+        raise ValueError(
+            "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
+            "without it, or with quantile 0.5 and detail_shift 0")
+
+
+def range_of_percents(model_sampling, sigmas, coordinates, start_percent, end_percent):
+    """The `GuidedRange` of the steps of a schedule (list of floats) between two shares of the model's sampling."""
+    return guidance.guided_range(
+        sigmas, coordinates, model_sampling.percent_to_sigma(start_percent), model_sampling.percent_to_sigma(end_percent))
+
+
+QUANTILES = (0.001, 0.999)
+DETAIL_SHIFTS = (-2.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -22,20 +70,40 @@ class GuidanceSettings:
     detail_shift: float = 0.0
     start_percent: float = 0.0
     end_percent: float = 1.0
+    quantiles: tuple[float, ...] | None = None  # one for each image, in the place of quantile
+    detail_shifts: tuple[float, ...] | None = None  # likewise
+    mask: torch.Tensor | None = field(default=None, compare=False)  # (N, height, width), from 0 to 1: where to guide
+    curve: tuple[float, ...] | None = None  # strength from the beginning to the end of the guided range
 
     def __post_init__(self):
-        require_number("quantile", self.quantile, 0.001, 0.999)
-        require_number("detail_shift", self.detail_shift, -2.0, 2.0)
-        require_number("start_percent", self.start_percent, 0.0, 1.0)
-        require_number("end_percent", self.end_percent, 0.0, 1.0)
-        if self.start_percent >= self.end_percent:
-            raise ValueError(
-                f"start_percent is {self.start_percent} and end_percent is {self.end_percent}; "
-                "start_percent must be smaller than end_percent")
+        require_number("quantile", self.quantile, *QUANTILES)
+        require_number("detail_shift", self.detail_shift, *DETAIL_SHIFTS)
+        for i, value in enumerate(self.quantiles or ()):
+            require_number(f"quantiles, for image {i},", value, *QUANTILES)
+        for i, value in enumerate(self.detail_shifts or ()):
+            require_number(f"detail_shifts, for image {i},", value, *DETAIL_SHIFTS)
+        if self.curve is not None:
+            guidance.strength_curve([require_number("curve", v, 0.0, math.inf) for v in self.curve])
+        require_window(self.start_percent, self.end_percent)
 
     @property
     def neutral(self):
-        return quantile_to_z(self.quantile) == 0 and self.detail_shift == 0
+        quantiles, detail_shifts = self.quantiles or (self.quantile,), self.detail_shifts or (self.detail_shift,)
+        return not any(quantile_to_z(q) for q in quantiles) and not any(detail_shifts)
+
+    @property
+    def per_image(self):
+        return bool(self.quantiles or self.detail_shifts)
+
+    def require_batch(self, batch):
+        """Raise ValueError unless the lists have one number or one for each of `batch` images."""
+        require_batch("quantiles", self.quantiles, batch)
+        require_batch("detail_shifts", self.detail_shifts, batch)
+
+    def of_images(self, batch):
+        """[(quantile, detail_shift)] of every image of a batch."""
+        quantiles, detail_shifts = self.quantiles or (self.quantile,), self.detail_shifts or (self.detail_shift,)
+        return list(zip(repeated(quantiles, batch), repeated(detail_shifts, batch)))
 
 
 @dataclass(frozen=True)
@@ -44,50 +112,122 @@ class Steering:
 
     coordinates: Coordinates
     guided: guidance.GuidedRange
-    z: float | torch.Tensor  # (B,) where there is a mask
-    dim: int | torch.Tensor  # D, likewise
+    z: float | torch.Tensor  # (B,), float64 on the CPU, where there is a mask or settings for each image
+    dim: int | torch.Tensor  # D; (B,), likewise, where there is a mask
     mask: torch.Tensor | None  # of the inpainting, broadcastable to the latent
+    weights: torch.Tensor | None = None  # likewise: how strongly each element is guided and counts
+    curve: tuple[float, ...] | None = None
 
     @classmethod
     def of_run(cls, settings, guider, sigmas, latent, denoise_mask):
         """None where the run has no guided step. Reads the schedule once, before any model call."""
+        settings.require_batch(len(latent))
         if settings.neutral:
             return None
         model_sampling = guider.inner_model.model_sampling
         coordinates = coordinates_of(model_sampling)
-        guided = guidance.guided_range(
-            sigmas.tolist(), coordinates,
-            model_sampling.percent_to_sigma(settings.start_percent), model_sampling.percent_to_sigma(settings.end_percent))
+        guided = range_of_percents(
+            model_sampling, sigmas.tolist(), coordinates, settings.start_percent, settings.end_percent)
         if guided.log_range == 0:
             return None
-        if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
-            raise ValueError(
-                "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
-                "without it, or with quantile 0.5 and detail_shift 0")
+        require_one_part(guider)
         mask = None if denoise_mask is None else denoise_mask.to(latent.device)
-        dim = dimension(latent, None if mask is None else region_of(mask))
-        wanted = guidance.z_value(settings.quantile, settings.detail_shift, dim, guided.log_range)
-        z = guidance.limit_smoothing(wanted, dim, guided.log_range)
-        if bool(torch.as_tensor(z < wanted).any()):
+        weights = None if mask is None else region_of(mask)
+        if settings.mask is not None:
+            region = mask_for(settings.mask, latent)
+            weights = region if weights is None else weights * region
+        dim = dimension(latent, weights)
+        curve = None if settings.curve is None else guidance.strength_curve(settings.curve)
+        images = settings.of_images(len(latent))
+        if torch.is_tensor(dim):
+            dim = dim.cpu().double()  # the gain is rounded once, in the end
+            dims = dim.tolist()
+        else:
+            dims = [dim] * len(latent)
+        if not any(dims):
+            return None
+        peak = max(curve or (1.0,))
+        wanted = [guidance.z_value(*image, d, guided.log_range, peak) for image, d in zip(images, dims)]
+        z = [guidance.limit_smoothing(v, d, guided.log_range) for v, d in zip(wanted, dims)]
+        for quantile, detail_shift in dict.fromkeys(image for image, a, b in zip(images, z, wanted) if a < b):
             logging.warning(
                 "Density guidance: quantile %g with detail_shift %g asks for an image smoother than the peak of a density; "
                 "guided to %g bits per dimension, the most that can be reached.",
-                settings.quantile, settings.detail_shift, guidance.SMOOTHEST)
-        return cls(coordinates, guided, z, dim, mask)
+                quantile, detail_shift, guidance.SMOOTHEST)
+        single = weights is None and not settings.per_image
+        z = z[0] if single else torch.tensor(z, dtype=torch.float64)
+        return cls(coordinates, guided, z, dim, mask, weights, curve)
+
+
+def mask_for(mask, latent):
+    """A mask (N, height, width) in the shape of a latent (B, channels, ...), resized as the host resizes noise masks.
+
+    A video takes N masks as frames; a latent of one dimension takes the mean over the height.
+    """
+    mask = mask.float()
+    if latent.ndim == 3:
+        mask = mask.mean(1, keepdim=True)
+    elif latent.ndim == 4:
+        mask = mask.unsqueeze(1)
+    return comfy.sampler_helpers.prepare_mask(mask, latent.shape, latent.device)
+
+
+STOCHASTIC = re.compile(r"ancestral|sde|^(lcm|ddpm|seeds_\d|sa_solver.*)$")
+OVERLAPPING = {"EpsilonScaling": "Epsilon Scaling", "TemporalScoreRescaling": "Temporal Score Rescaling"}
+
+
+def advice(sampler_name, model_options):
+    """What a user should know about guidance in this run: sentences for the log.
+
+    sampler_name: as in the host's list of samplers, "" for another's. How much each sampler makes of the asked-for shift is
+    in docs/detail_shift.md.
+    """
+    sentences = []
+    if "cfg_pp" in sampler_name:
+        sentences.append(
+            f"{sampler_name} renoises with a prediction that is not guided, so that the shift is not the one asked for (measured "
+            "from 0.6 to 43 times as much): use a smaller one, or the sampler without _cfg_pp")
+    elif STOCHASTIC.search(sampler_name):
+        sentences.append(
+            f"{sampler_name} adds noise at every step and so forgets part of the guidance (measured, mostly 0.3 to 0.5 of the "
+            "asked-for shift is left): deterministic samplers like euler, heun, dpmpp_2m or the pack's own keep it")
+    for function in model_options.get("sampler_post_cfg_function", ()):
+        node = OVERLAPPING.get(getattr(function, "__qualname__", "").split(".")[0])
+        if node:
+            sentences.append(f"{node} scales the predicted noise too, so that the amounts add up")
+    return sentences
+
+
+def _name_of(sample):
+    """The host's name of the sampler behind a `Sampler.sample` or an executor of it; "" where it has none."""
+    sampler = getattr(sample, "class_obj", None) or getattr(sample, "__self__", None)
+    while hasattr(sampler, "sampler"):  # of a `GuidedSampler`
+        sampler = sampler.sampler
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", "").removeprefix("sample_")
+
+
+def outermost(model_options, kind, wrapper):
+    """Copy of `model_options` in which `wrapper` surrounds all the others of its kind (a `WrappersMP`)."""
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+    present = wrappers.get(kind, {})
+    wrappers[kind] = {WRAPPER_KEY: [wrapper, *present.get(WRAPPER_KEY, [])],
+                      **{key: value for key, value in present.items() if key != WRAPPER_KEY}}
+    return options
 
 
 class _GuidePrediction:
-    """Post-CFG function: guides the final prediction, and remembers the unguided one for previews."""
+    """PREDICT_NOISE wrapper: guides what the guider returns, and remembers the unguided prediction for previews."""
 
     def __init__(self, steering):
-        region = None if steering.mask is None else region_of(steering.mask)
-        self._guide = guidance.PredictionGuide(steering.coordinates, steering.z, steering.dim, steering.guided, region)
+        self._guide = guidance.PredictionGuide(
+            steering.coordinates, steering.z, steering.dim, steering.guided, steering.weights, steering.curve)
         self._mask = steering.mask
         self.unguided = self.guided = None
 
-    def __call__(self, args):
-        self.unguided = args["denoised"]
-        self.guided = self._guide(args["input"], self.unguided, args["sigma"])
+    def __call__(self, executor, x, sigma, *args, **kwargs):
+        self.unguided = executor(x, sigma, *args, **kwargs)
+        self.guided = self._guide(x, self.unguided, sigma)
         return self.guided
 
     def preview(self, denoised):
@@ -104,22 +244,24 @@ class _GuidePrediction:
 
 def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                *args, **kwargs):
-    """Call `sample`, a `Sampler.sample` or an executor of it, with the guidance as the last post-CFG function.
+    """Call `sample`, a `Sampler.sample` or an executor of it, with guidance of all that the guider predicts.
 
-    Neutral settings, or a range without a step, call `sample` with what came in. Arguments and result as in the
-    host's `Sampler.sample`.
+    Post-CFG functions would come too early: some guiders combine predictions after those. Neutral settings, or a range
+    without a step, call `sample` with what came in. Arguments and result as in the host's `Sampler.sample`.
     """
     steering = Steering.of_run(settings, guider, sigmas, noise, denoise_mask)
     if steering is None:
         return sample(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
+    for sentence in advice(_name_of(sample), guider.model_options):
+        logging.warning("Density guidance: %s.", sentence)
     guide = _GuidePrediction(steering)
-    options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-    extra_args = {
-        **extra_args,
-        "model_options": comfy.model_patcher.set_model_options_post_cfg_function(options, guide),
-    }
     show = callback and (lambda step, denoised, x, total: callback(step, guide.preview(denoised), x, total))
-    return sample(guider, sigmas, extra_args, show, noise, latent_image, denoise_mask, *args, **kwargs)
+    options = guider.model_options
+    guider.model_options = outermost(options, comfy.patcher_extension.WrappersMP.PREDICT_NOISE, guide)
+    try:
+        return sample(guider, sigmas, extra_args, show, noise, latent_image, denoise_mask, *args, **kwargs)
+    finally:
+        guider.model_options = options
 
 
 class GuidedSampler(comfy.samplers.Sampler):
@@ -133,24 +275,31 @@ class GuidedSampler(comfy.samplers.Sampler):
         return run_guided(self.settings, self.sampler.sample, *args, **kwargs)
 
 
-def solver_sampler(settings):
-    """The pack's own solver as a sampler of the host."""
-    return comfy.samplers.KSAMPLER(sample_density_guided, {"settings": settings})
+def solver_sampler(settings, variation=None):
+    """The pack's own solver as a sampler of the host; variation: see `sample_density_guided`."""
+    return comfy.samplers.KSAMPLER(sample_density_guided, {"settings": settings, "variation": variation})
 
 
 @torch.no_grad()
-def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disable=None, settings=GuidanceSettings()):
-    """`dg_core.solver.solve` with the signature of the host's sampler functions."""
+def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disable=None, settings=GuidanceSettings(),
+                          variation=None):
+    """`dg_core.solver.solve` with the signature of the host's sampler functions.
+
+    variation: None, or an object whose of_run(guider, sigmas, batch) is a `dg_core.variation.Variation` or None.
+    """
     extra_args = extra_args or {}
     guider = model.inner_model
     steering = Steering.of_run(settings, guider, sigmas, x, extra_args.get("denoise_mask"))
-    schedule = sigmas.tolist()
+    schedule = list(itertools.accumulate(sigmas.tolist(), min))  # the last one may rise by a rounding
     if steering is None:
         coordinates = coordinates_of(guider.inner_model.model_sampling)
         steering = Steering(coordinates, guidance.guided_range(schedule, coordinates), 0.0, 1, extra_args.get("denoise_mask"))
     dtype, wide = x.dtype, compute_dtype(x.dtype)
+    variation = variation and variation.of_run(guider, schedule, len(x))
 
     def predict(x, sigma):
+        if variation is not None:  # there may be many calls between two callbacks
+            comfy.model_management.throw_exception_if_processing_interrupted()
         return model(x.to(dtype), x.new_full((len(x),), sigma, dtype=dtype), **extra_args).to(wide)
 
     with tqdm(total=len(schedule) - 1, disable=disable) as bar:
@@ -160,4 +309,5 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
 
         return solver.solve(predict, x.to(wide), schedule, steering.coordinates, steering.guided,
-                            steering.z, steering.dim, steering.mask, step_done).to(dtype)
+                            steering.z, steering.dim, steering.mask, step_done, steering.weights, steering.curve,
+                            variation=variation).to(dtype)

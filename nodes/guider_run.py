@@ -25,47 +25,52 @@ from .schema import require
 class GuiderModel:
     """What `run_in_guider` hands to the function that it runs.
 
-    x: the latent in the model's own space, (B, ...), on its device, in float32 or wider.
+    x: the latent in the model's own space, (B, ...), on its device, in float32 or wider. noise: likewise, after every
+    patch of it; zeros where the caller gave none.
     """
 
     x: torch.Tensor
+    noise: torch.Tensor
     coordinates: Coordinates
     model_sampling: object  # of the host, with its patches
     dtype: torch.dtype  # in which the network computes
     predict: object  # (x, sigma) -> denoised, both (n B, ...); sigma a float
+    expect: object  # (calls): tell how many there are to be in all, where that is known only now
 
 
-def run_in_guider(guider, samples, function, calls, sigmas, seed=0):
+def run_in_guider(guider, samples, function, calls, sigmas, seed=0, noise=None):
     """function(GuiderModel) as it returns, with the model of a GUIDER of the host; `samples`: a LATENT's tensor.
 
     The prediction is what samplers get: after CFG and every patch of it, except this pack's density guidance, which would
     not be the model's own density. x may come in several copies of the latent's batch, one after the other: the network
     never sees more than one at once, so memory stays what sampling the latent takes, and the conditioning of each image
     goes with it. calls: how many of them to expect, for progress. sigmas: floats, descending, the noise levels that will
-    be visited, for patches that look at the schedule.
+    be visited, for patches that look at the schedule. noise: of samples' shape, for work that begins with noise; the latent
+    may then be empty.
 
     Shows progress and previews; a request to interrupt ends it at the next call. Raises ValueError, before any call,
     for what is not a guider and for latents that it cannot take.
     """
     require("guider", guider, "sample", "a GUIDER, for instance of CFGGuider or BasicGuider")
     patcher = require("guider", guider, "model_patcher", "a GUIDER, for instance of CFGGuider or BasicGuider").model_patcher
-    check_latent(patcher, samples)
+    check_latent(patcher, samples, empty_allowed=noise is not None)
     coordinates_of(patcher.get_model_object("model_sampling"))
     sampler = _Work(function, calls, sigmas)
     # Without a step between two noise levels above zero no guidance of this pack is armed.
     schedule = torch.tensor([sigmas[0], 0.0])
     guider.sample(
-        torch.zeros_like(samples), samples, sampler, schedule, callback=latent_preview.prepare_callback(patcher, calls),
+        torch.zeros_like(samples) if noise is None else noise, samples, sampler, schedule, callback=latent_preview.prepare_callback(patcher, calls),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
     return sampler.result
 
 
-def check_latent(patcher, samples):
-    """Raise ValueError unless `samples` are finite, not empty, and of the model's channels and dimensions."""
+def check_latent(patcher, samples, empty_allowed=False):
+    """Raise ValueError unless `samples` are finite, of the model's channels and dimensions, and hold images (or zeros,
+    where those are allowed)."""
     if getattr(samples, "is_nested", False):
         raise ValueError("the latent packs several parts (video and audio) into one; its density is not defined: "
                          "take it apart and connect one part")
-    if samples.numel() == 0 or not samples.any():
+    if samples.numel() == 0 or not (empty_allowed or samples.any()):
         raise ValueError(f"the latent of shape {tuple(samples.shape)} is empty; connect one that holds images, from "
                          "VAEEncode or a sampler")
     if not samples.isfinite().all():
@@ -89,12 +94,15 @@ class _Work(comfy.samplers.Sampler):
     def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         # Derivatives do not exist in inference mode, in which the host runs nodes.
         with torch.inference_mode(False), torch.no_grad():
-            x = latent_image.to(compute_dtype(latent_image.dtype), copy=True)
+            x, noise = (v.to(compute_dtype(v.dtype), copy=True) for v in (latent_image, noise))
             with tqdm(total=self._calls, disable=disable_pbar) as bar:
+                def expect(calls):
+                    self._calls = bar.total = calls
+
                 predict = Predict(guider, extra_args, len(x), self._sigmas, self._shown(callback, bar))
                 self.result = self._function(GuiderModel(
-                    x, coordinates_of(guider.inner_model.model_sampling), guider.inner_model.model_sampling,
-                    network_dtype(guider.inner_model), predict))
+                    x, noise, coordinates_of(guider.inner_model.model_sampling), guider.inner_model.model_sampling,
+                    network_dtype(guider.inner_model), predict, expect))
         return x
 
     def _shown(self, callback, bar):

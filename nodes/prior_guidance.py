@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import comfy.nested_tensor
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.utils
@@ -44,7 +43,7 @@ class ScaledNoise:
     def generate_noise(self, input_latent):
         noise = self._noise.generate_noise(input_latent)
         if getattr(noise, "is_nested", False):
-            return comfy.nested_tensor.NestedTensor([self._settings.apply(part) for part in noise.unbind()])
+            return type(noise)([self._settings.apply(part) for part in noise.unbind()])
         return self._settings.apply(noise, input_latent.get("noise_mask"))
 
 

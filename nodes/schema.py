@@ -1,5 +1,8 @@
 """Inputs that several nodes share, and the category."""
 
+import math
+
+import torch
 from comfy_api.latest import io
 
 CATEGORY = "sampling/density guidance"
@@ -13,8 +16,94 @@ def require(name, value, attribute, hint):
     return value
 
 
+def floats(name, values):
+    """A FLOATS input as a tuple, None as None; raises ValueError, naming the input, unless it is a list with a number."""
+    if values is None:
+        return None
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"{name} is {values!r}; connect a list with a number for each image, for instance the "
+                         "all_values of DensityLevels")
+    return tuple(values)
+
+
+def numbers(name, text):
+    """The numbers of a text, separated by commas or lines; raises ValueError, naming the input, where there are none."""
+    found = []
+    for word in text.replace("\n", ",").split(","):
+        if not word.strip():
+            continue
+        try:
+            number = float(word)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{name} has {word.strip()!r}; write numbers separated by commas, like 0.05, 0.5, 0.95")
+        found.append(number)
+    if not found:
+        raise ValueError(f"{name} is empty; write numbers separated by commas, like 0.05, 0.5, 0.95")
+    return found
+
+
+def per_image_inputs():
+    """quantiles and detail_shifts, one number for each image of the batch."""
+    return [
+        Floats.Input(
+            "quantiles", optional=True,
+            tooltip="Quantiles q, one for each image of the batch, in the place of quantile; a single number goes to all. "
+                    "No unit. Not connected (neutral): quantile."),
+        Floats.Input(
+            "detail_shifts", optional=True,
+            tooltip="Shifts in bits per dimension, one for each image of the batch, in the place of detail_shift; a single "
+                    "number goes to all. Not connected (neutral): detail_shift."),
+    ]
+
+
+def mask_of(value):
+    """A MASK input as a tensor (N, height, width), None as None; raises ValueError unless its numbers are from 0 to 1."""
+    if value is None:
+        return None
+    if not torch.is_tensor(value) or value.ndim < 2 or not value.numel():
+        shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+        raise ValueError(f"mask is {shape}; connect a MASK: (number of masks, height, width)")
+    low, high = value.min().item(), value.max().item()
+    if not (0 <= low and high <= 1):
+        raise ValueError(f"mask has numbers from {low:g} to {high:g}; they must be from 0 to 1")
+    return value.reshape(-1, *value.shape[-2:])
+
+
+def region_inputs():
+    """mask and curve: where and when guidance acts."""
+    return [
+        io.Mask.Input(
+            "mask", optional=True,
+            tooltip="Where guidance acts and how strongly, from 0 to 1: any size, soft edges, one mask for all or one per image "
+                    "(per frame of a video). quantile and detail_shift then count this region. Not connected (neutral): "
+                    "everywhere."),
+        Floats.Input(
+            "curve", optional=True,
+            tooltip="How the strength is spread over the guided part of the sampling: numbers from its beginning to its end, "
+                    "evenly spaced in log-SNR. Only their ratios count; the whole shift stays the same. Not connected "
+                    "(neutral): evenly."),
+    ]
+
+
 def guidance_inputs():
     """quantile, detail_shift, start_percent, end_percent."""
+    return [
+        *level_inputs(),
+        io.Float.Input(
+            "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
+            tooltip="Share of the sampling at which guidance begins. 0 (neutral) is pure noise. Guidance late in the "
+                    "sampling changes texture only."),
+        io.Float.Input(
+            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
+            tooltip="Share of the sampling at which guidance ends. 1 (neutral) is the finished image. The last step to "
+                    "zero noise is never guided."),
+    ]
+
+
+def level_inputs():
+    """quantile and detail_shift."""
     return [
         io.Float.Input(
             "quantile", default=0.5, min=0.001, max=0.999, step=0.01, round=0.001,
@@ -25,12 +114,4 @@ def guidance_inputs():
             tooltip="Extra detail in bits per dimension (-log2 p / D), added to what the quantile gives. 0 is neutral; "
                     "positive gives more detail. Means the same amount at every resolution. A short guided range allows "
                     "only a small shift."),
-        io.Float.Input(
-            "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
-            tooltip="Share of the sampling at which guidance begins. 0 (neutral) is pure noise. Guidance late in the "
-                    "sampling changes texture only."),
-        io.Float.Input(
-            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
-            tooltip="Share of the sampling at which guidance ends. 1 (neutral) is the finished image. The last step to "
-                    "zero noise is never guided."),
     ]

@@ -3,12 +3,14 @@
 Everything goes through the host's own node classes, in inference mode as the host runs them.
 """
 
+import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import comfy.latent_formats
 import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models_base
@@ -17,13 +19,14 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.nodes import DensityGuidanceModel, DensityGuidanceSampler, LoadExactDensityModel
+from density_guidance.nodes.guided_run import outermost
 
 PREDICTIONS = ["eps", "v", "flow"]
 SIZE = 32
 SEED = 7
 
-# The host collects garbage, at length, whenever the model that it ran last is gone.
-_recent = deque(maxlen=16)
+# The host collects garbage, at length, whenever a model that it holds as loaded is gone.
+_recent = deque(maxlen=64)
 
 
 def kept(model):
@@ -32,10 +35,35 @@ def kept(model):
     return model
 
 
+def forget_models():
+    """Unload what the host holds as loaded: call it before a long series of runs of another model."""
+    comfy.model_management.unload_all_models()
+
+
 def outputs(node, *args, **kwargs):
     """What a node returns, as a tuple."""
     with torch.inference_mode():
         return tuple(node.execute(*args, **kwargs).result)
+
+
+@lru_cache
+def _node_classes():
+    import nodes
+
+    asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+def core_node(name, **inputs):
+    """The outputs of one of the host's own nodes, by its id; a single output as itself."""
+    node = _node_classes()[name]
+    with torch.inference_mode():
+        if hasattr(node, "define_schema"):
+            result = node.execute(**inputs)
+            result = tuple(getattr(result, "result", result))
+        else:
+            result = getattr(node(), node.FUNCTION)(**inputs)
+    return result[0] if len(result) == 1 else result
 
 
 @lru_cache
@@ -71,15 +99,15 @@ def core_sampler(name):
     return outputs(custom.KSamplerSelect, name)[0]
 
 
-def guided_sampler(quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, sampler=None):
+def guided_sampler(quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, sampler=None, **lists):
     """DensityGuidanceSampler; `sampler`: a SAMPLER, a core sampler's name, or None for the pack's own."""
     if isinstance(sampler, str):
         sampler = core_sampler(sampler)
-    return outputs(DensityGuidanceSampler, quantile, detail_shift, start, end, sampler)[0]
+    return outputs(DensityGuidanceSampler, quantile, detail_shift, start, end, sampler, **lists)[0]
 
 
-def guided_model(model, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0):
-    return kept(outputs(DensityGuidanceModel, model, quantile, detail_shift, start, end)[0])
+def guided_model(model, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, **lists):
+    return kept(outputs(DensityGuidanceModel, model, quantile, detail_shift, start, end, **lists)[0])
 
 
 def random_noise(seed=SEED):
@@ -121,9 +149,9 @@ class Recorder:
     calls: int = 0  # of the network
     x: list = field(default_factory=list)  # (B, ...) of every prediction
     sigma: list = field(default_factory=list)
-    denoised: list = field(default_factory=list)  # combined by CFG, before any post-CFG function
-    final: list = field(default_factory=list)  # after all of them
-    options: list = field(default_factory=list)  # the model options of the run
+    denoised: list = field(default_factory=list)  # combined, after every function and wrapper of the model
+    final: list = field(default_factory=list)  # what the sampler gets
+    options: list = field(default_factory=list)  # the model options of the guider
 
 
 def recording(model):
@@ -134,21 +162,32 @@ def recording(model):
         seen.calls += 1
         return executor(*args, **kwargs)
 
-    def predict(executor, x, sigma, model_options={}, *args, **kwargs):
-        seen.x.append(x.clone())
-        seen.sigma.append(sigma.clone())
-        seen.options.append(model_options)
-        result = executor(x, sigma, model_options, *args, **kwargs)
-        seen.final.append(result.clone())
+    def combined(executor, *args, **kwargs):
+        result = executor(*args, **kwargs)
+        seen.denoised.append(result.clone())
         return result
 
-    def post_cfg(args):
-        seen.denoised.append(args["denoised"].clone())
-        return args["denoised"]
+    def run(executor, *args, **kwargs):
+        guider = executor.class_obj
+        predict = guider.outer_predict_noise
+
+        def final(x, sigma, *rest, **named):
+            seen.x.append(x.clone())
+            seen.sigma.append(sigma.clone())
+            seen.options.append(guider.model_options)
+            result = predict(x, sigma, *rest, **named)
+            seen.final.append(result.clone())
+            return result
+
+        guider.model_options = outermost(guider.model_options, WrappersMP.PREDICT_NOISE, combined)
+        guider.outer_predict_noise = final
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.outer_predict_noise = predict
 
     model.add_wrapper(WrappersMP.APPLY_MODEL, apply_model)
-    model.add_wrapper(WrappersMP.PREDICT_NOISE, predict)
-    model.set_model_sampler_post_cfg_function(post_cfg)
+    model.add_wrapper(WrappersMP.OUTER_SAMPLE, run)
     return model, seen
 
 

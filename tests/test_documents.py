@@ -2,7 +2,7 @@
 
 import json
 
-from density_guidance.benchmarks import detail_shift, log_density
+from density_guidance.benchmarks import detail_shift, log_density, score_alignment, variation
 from density_guidance.launcher.environment import PACK
 
 
@@ -20,3 +20,32 @@ def test_log_density_tables_come_from_the_benchmark():
     results = json.loads((PACK / "docs" / "log_density.json").read_text())
     assert (PACK / "docs" / "log_density.md").read_text() == log_density.page(results)
     assert log_density.readme_table(results) in (PACK / "README.md").read_text()
+
+
+def test_score_alignment_table_comes_from_the_benchmark():
+    results = json.loads((PACK / "docs" / "score_alignment.json").read_text())
+    assert (PACK / "docs" / "score_alignment.md").read_text() == score_alignment.page(results)
+    assert score_alignment.readme_table(results) in (PACK / "README.md").read_text()
+
+
+def test_tables_of_variation_come_from_the_benchmark():
+    results = json.loads((PACK / "docs" / "variation.json").read_text())
+    assert (PACK / "docs" / "variation.md").read_text() == variation.page(results)
+    _, hosts, _ = variation.tables(results)
+    assert hosts in (PACK / "README.md").read_text()
+
+
+def test_measured_claims_of_variation():
+    """What the documents say of it, on the numbers of the long run."""
+    results = json.loads((PACK / "docs" / "variation.json").read_text())
+    for by_sampler in results["host_samplers"].values():
+        ours, *others = by_sampler.values()
+        assert ours["spread"] <= min(r["spread"] for r in others) / 5
+        assert all(r["distance"] < 1.05 * ours["distance"] for r in others)  # with more noise they would spread more
+    for rows in results["diversity"].values():
+        seeds, structure = rows["seeds"], rows["structure"]["1.0"]
+        assert structure["low"] ** 2 + structure["high"] ** 2 >= (seeds["low"] ** 2 + seeds["high"] ** 2) / 4
+        assert rows["fine details"]["0.5"]["share_high"] >= 0.75 and rows["structure"]["0.5"]["share_high"] <= 0.3
+        for vary in ("fine details", "structure"):
+            sizes = [r["low"] ** 2 + r["high"] ** 2 for c, r in rows[vary].items() if float(c) <= 1]
+            assert sizes == sorted(sizes)

@@ -57,6 +57,33 @@ def test_guidance_settings(values, words):
     fails(words, h.outputs, nodes.DensityGuidanceModel, h.exact_model("flow"), *values)
 
 
+@pytest.mark.parametrize("lists, words", [
+    ({"quantiles": []}, ["quantiles", "[]", "list", "DensityLevels"]),
+    ({"detail_shifts": 0.5}, ["detail_shifts", "0.5", "list", "DensityLevels"]),
+    ({"quantiles": [0.5, 1.5]}, ["quantiles", "image 1", "1.5", "0.001", "0.999"]),
+    ({"quantiles": [NAN]}, ["quantiles", "image 0", "nan"]),
+    ({"detail_shifts": [0.1, 0.2, "more"]}, ["detail_shifts", "image 2", "'more'", "-2", "2"]),
+], ids=str)
+def test_guidance_lists(lists, words):
+    fails(words, h.guided_sampler, **lists)
+    fails(words, h.guided_sampler, sampler="euler", **lists)
+    fails(words, h.guided_model, h.exact_model("flow"), **lists)
+
+
+@pytest.mark.parametrize("way", ["euler", None, "patch"])
+@pytest.mark.parametrize("lists, words", [
+    ({"quantiles": [0.3, 0.4, 0.7]}, ["quantiles", "3 numbers", "2 images"]),
+    ({"quantiles": [0.3, 0.3], "detail_shifts": [0.1] * 4}, ["detail_shifts", "4 numbers", "2 images"]),
+], ids=["quantiles", "detail_shifts"])
+def test_lists_that_do_not_fit_the_batch(way, lists, words):
+    model, seen = h.recording(h.exact_model("flow"))
+    sampler = h.core_sampler("euler") if way == "patch" else h.guided_sampler(sampler=way, **lists)
+    if way == "patch":
+        model = h.guided_model(model, **lists)
+    fails(words, h.sample, model, sampler, h.schedule(model, 3))
+    assert seen.calls == 0
+
+
 @pytest.mark.parametrize("values, words", PRIOR, ids=lambda v: str(v)[:30])
 def test_prior_settings(values, words):
     fails(words, h.outputs, nodes.PriorGuidanceScale, h.random_noise(), *values)
@@ -133,7 +160,7 @@ def test_density_levels(values, words):
 
 
 def test_density_levels_reads_numbers():
-    assert h.outputs(nodes.DensityLevels, " .05, 3e-1,\n-2,, ")[0] == [0.05, 0.3, -2.0]
+    assert h.outputs(nodes.DensityLevels, " .05, 3e-1,\n-2,, ") == ([0.05, 0.3, -2.0],) * 2
 
 
 @pytest.mark.parametrize("sigmas, words", [

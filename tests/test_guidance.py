@@ -179,9 +179,17 @@ def test_pure_noise_of_a_flow_next_to_a_close_sigma():
 def test_smoothing_stops_short_of_the_peak():
     """A typical Gaussian sample is D / 2 nats below the peak."""
     assert -guidance.SMOOTHEST * math.log(2) < 0.5
-    for dim, as_tensor in ((3072, False), (12288, True)):
-        d = torch.tensor([float(dim)]) if as_tensor else dim
+    for d in (3072, 12288):
         z = guidance.limit_smoothing(50.0, d, 6.0)
-        assert float(units.nats_to_bits_per_dim(guidance.predicted_shift(z, d, 6.0), d)) == pytest.approx(guidance.SMOOTHEST)
-        assert float(guidance.limit_smoothing(-50.0, d, 6.0)) == -50.0
-        assert float(guidance.limit_smoothing(0.5, d, 6.0)) == 0.5
+        assert units.nats_to_bits_per_dim(guidance.predicted_shift(z, d, 6.0), d) == pytest.approx(guidance.SMOOTHEST)
+        assert guidance.limit_smoothing(-50.0, d, 6.0) == -50.0
+        assert guidance.limit_smoothing(0.5, d, 6.0) == 0.5
+
+
+def test_a_schedule_that_begins_a_rounding_below_pure_noise():
+    """sigma = 1 - 2^-24 counts as pure noise: the guided range begins at the next step."""
+    below_one = 1 - 2**-24
+    sigmas = [below_one, 0.9, 0.5, 0.0]
+    assert FLOW.s(below_one) > 1e7
+    assert guidance.guided_range(sigmas, FLOW) == guidance.guided_range([1.0, *sigmas[1:]], FLOW)
+    assert guidance.guided_range(sigmas, FLOW).first == 1

@@ -84,11 +84,17 @@ def test_prior_guidance_of_the_model_is_left_out():
 
 
 def test_patches_see_the_noise_levels_that_come():
-    model, seen = h.recording(h.exact_model("eps"))
+    model, levels = h.kept(h.exact_model("eps").clone()), []
+
+    def attention_patches(executor, x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs):
+        levels.append(transformer_options["sample_sigmas"].tolist())
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs)
+
+    model.add_wrapper(WrappersMP.APPLY_MODEL, attention_patches)
     with torch.inference_mode():
         guider_run.run_in_guider(
             basic(model, h.conditioning()), torch.ones(1, 3, h.SIZE, h.SIZE), lambda m: m.predict(m.x, 2.0), 1, [4.0, 2.0])
-    assert seen.options[0]["transformer_options"]["sample_sigmas"].tolist() == [4.0, 2.0]
+    assert levels == [[4.0, 2.0]]
 
 
 def test_an_interrupt_stops_at_the_next_call():

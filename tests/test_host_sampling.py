@@ -96,14 +96,15 @@ def test_neutral_hangs_nothing_into_the_host(settings):
         h.sample(model, sampler, h.schedule(model, 3))
         wrappers = seen.options[0]["transformer_options"]["wrappers"]
         per_point = {point: sum(map(len, keys.values())) for point, keys in wrappers.items()}
-        return len(seen.options[0]["sampler_post_cfg_function"]), {k: n for k, n in per_point.items() if k != "sampler_sample"}
+        return len(seen.options[0].get("sampler_post_cfg_function", ())), {
+            k: n for k, n in per_point.items() if k != "sampler_sample"}
 
     model = h.exact_model("flow")
     plain = hooks(model, "euler")
-    assert plain[0] == 1
+    assert plain == (0, {"apply_model": 1, "outer_sample": 1, "predict_noise": 1})  # the recorder's
     assert hooks(model, h.guided_sampler(*settings, sampler="euler")) == plain
     assert hooks(h.guided_model(model, *settings), "euler") == plain
-    assert hooks(model, h.guided_sampler(0.2, sampler="euler"))[0] == 2  # the comparison can tell
+    assert hooks(model, h.guided_sampler(0.2, sampler="euler"))[1]["predict_noise"] == 2  # the comparison can tell
 
 
 def test_neutral_model_patch_returns_the_model():
@@ -383,6 +384,47 @@ def test_a_picture_does_not_depend_on_its_batch(prediction, name):
     together = batch([0, 1, 2, 3])
     for i in range(4):
         assert_close(batch([i]), together[i:i + 1], 5e-6)
+
+
+IMAGES = [(0.1, 0.0), (0.5, 0.0), (0.5, 0.4), (0.999, -0.6)]  # the last one runs into the peak of the density
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", [None, "euler", "dpmpp_2m", "patch"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_each_image_of_a_batch_has_settings_of_its_own(prediction, name, masked):
+    """To the last bit the pictures of a run in which all have those settings; a neutral one is the unguided picture."""
+    model = h.exact_model(prediction)
+    schedule = h.schedule(model, 5)
+    latent = h.empty_latent(4)
+    if masked:
+        latent["noise_mask"] = inpaint_latent(soft=True)["noise_mask"].repeat(2, 1, 1, 1)
+        latent["noise_mask"][2:, :, 3:9] = 1
+
+    def pictures(*settings, **lists):
+        if name == "patch":
+            return h.picture(h.guided_model(model, *settings, **lists), "euler", schedule, latent)
+        return h.picture(model, h.guided_sampler(*settings, sampler=name, **lists), schedule, latent)
+
+    quantiles, detail_shifts = zip(*IMAGES)
+    together = pictures(quantiles=list(quantiles), detail_shifts=list(detail_shifts))
+    singles = [pictures(*settings) for settings in IMAGES]
+    for i, single in enumerate(singles):
+        assert torch.equal(together[i], single[i])
+    plain = h.picture(model, "euler" if name == "patch" else name or h.guided_sampler(), schedule, latent)
+    assert torch.equal(together[1], plain[1]) and not torch.equal(together[0], plain[0])
+    assert torch.equal(pictures(0.9, 0.9, quantiles=[0.1], detail_shifts=[0.0]), singles[0])
+    assert torch.equal(pictures(0.5, 0.4, quantiles=[0.5] * 4), singles[2])
+
+
+@pytest.mark.parametrize("name", [None, "euler", "dpmpp_sde"])
+def test_neutral_lists_are_the_wrapped_sampler_bit_for_bit(name):
+    lists = {"quantiles": [0.5, 0.5], "detail_shifts": [0.0]}
+    plain, calls = run("flow", name) if name else run("flow", None, 0.5)
+    model, seen = h.recording(h.exact_model("flow"))
+    assert torch.equal(h.picture(model, h.guided_sampler(0.1, 1.0, sampler=name, **lists), h.schedule(model, 6)), plain)
+    assert seen.calls == calls
+    assert h.guided_model(model, 0.1, 1.0, **lists) is model
 
 
 @EVERY_KIND

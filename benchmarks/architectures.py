@@ -1,0 +1,143 @@
+"""Every model family of the host, tiny and with random weights, under every node of the pack.
+
+    python3 run.py bench architectures
+
+Writes docs/architectures.json and from it docs/architectures.md. Under a minute.
+"""
+
+import json
+from functools import lru_cache
+
+import torch
+
+from ..dg_core.prior import prior_norm
+from ..launcher.environment import PACK
+from ..tests import host_runs as h
+from ..tests import steering, tiny_models
+from ..tests.ways import WAYS, Run
+
+DOCS = PACK / "docs"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STEPS, QUANTILE = 4, 0.2
+
+
+@lru_cache(maxsize=1)
+def _built(name, dtype):
+    return tiny_models.build(name, DTYPES[dtype])
+
+
+def picture(name, run):
+    """(samples, what the host asked of the model)."""
+    family = tiny_models.FAMILIES[name]
+    model, seen = h.recording(run.model)
+    samples = h.picture(
+        model, run.sampler, h.schedule(model, STEPS), {"samples": tiny_models.latent(name)}, noise=run.noise,
+        positive=tiny_models.conditioning(name, 1), negative=tiny_models.conditioning(name, 2), cfg=family.cfg)
+    return samples, seen
+
+
+@lru_cache(maxsize=1)
+def plain(name, dtype):
+    """The run without the pack: (`Run`, samples, what was seen)."""
+    h.forget_models()
+    run = Run(h.kept(_built(name, dtype).clone()), h.core_sampler("euler"), h.random_noise())
+    return run, *picture(name, run)
+
+
+def measure(name, dtype, node):
+    """What one node does to one family with weights of `dtype` ("fp32", "bf16").
+
+    neutral: whether neutral settings leave every bit; finite; calls: model calls against the plain run; error: of the
+    guidance (or of the noise's norm) against its definition, relative; eta: smallest and largest eta of the run.
+    """
+    way = WAYS[node]
+    run, unguided, before = plain(name, dtype)
+    neutral, _ = picture(name, way.apply(run, None))
+    guided, seen = picture(name, way.apply(run, QUANTILE))
+    sigmas = h.schedule(run.model, STEPS).tolist()
+    result = {
+        "neutral": torch.equal(neutral, unguided),
+        "finite": bool(torch.isfinite(guided).all()) and not torch.equal(guided, unguided),
+        "calls": seen.calls - before.calls,
+    }
+    if way.steers:
+        error, shares = steering.deviation(run.model, seen, sigmas, QUANTILE)
+        return {**result, "error": error, "eta": [1 + share for share in shares]}
+    # The first state is the noise, scaled by the model's own factor.
+    latent = {"samples": tiny_models.latent(name)}
+    wanted = prior_norm(QUANTILE, latent["samples"][0].numel()) / run.noise.generate_noise(latent).flatten(1).norm(dim=1)
+    ratio = seen.x[0].flatten(1).norm(dim=1) / before.x[0].flatten(1).norm(dim=1)
+    return {**result, "error": float((ratio / wanted - 1).abs().max())}
+
+
+def refusal(name, node):
+    """(message of the error, model calls before it) of a family that cannot be guided."""
+    run = Run(h.kept(_built(name, "fp32").clone()), h.core_sampler("euler"), h.random_noise())
+    run = WAYS[node].apply(run, QUANTILE)
+    model, seen = h.recording(run.model)
+    try:
+        picture(name, run._replace(model=model))
+    except ValueError as error:
+        return str(error), seen.calls
+    return "", seen.calls
+
+
+def describe(name):
+    model = _built(name, "fp32")
+    return {
+        "title": tiny_models.FAMILIES[name].title,
+        "class": f"{type(model.model).__name__}, {model.model.model_type.name}",
+        "latent": list(tiny_models.FAMILIES[name].shape),
+        "weights": sum(p.numel() for p in model.model.parameters()),
+        "cfg": tiny_models.FAMILIES[name].cfg,
+    }
+
+
+def page(results):
+    lines = [
+        "| family | class in ComfyUI, sampling | latent of one image | " + " | ".join(DTYPES) + " | eta at quantile "
+        f"{results['quantile']:g} |", "|---|---|---|" + "---|" * len(DTYPES) + "---|"]
+    for name, family in results["families"].items():
+        shape = " x ".join(map(str, family["latent"]))
+        if "refused" in family:
+            lines.append(f"| {family['title']} | {family['class']} | {shape} |" + " refused |" * len(DTYPES) + " |")
+            continue
+        cells, etas = [], []
+        for dtype in DTYPES:
+            nodes = family["runs"][dtype]
+            works = all(r["neutral"] and r["finite"] and r["calls"] == 0 for r in nodes.values())
+            cells.append(f"{max(r['error'] for r in nodes.values()):.0e}" if works else "fails")
+            etas += [eta for r in nodes.values() for eta in r.get("eta", ())]
+        lines.append(f"| {family['title']} | {family['class']} | {shape} | {' | '.join(cells)} | "
+                     f"{min(etas):.4f} to {max(etas):.4f} |")
+    refused = [f["refused"] for f in results["families"].values() if "refused" in f]
+    return f"""# Every model family
+
+Made by `python3 run.py bench architectures` from [architectures.json](architectures.json), inside ComfyUI: its own model
+classes, made tiny, with random weights. It shows that everything fits together, and nothing about pictures.
+
+For each family and weight type, with every node that changes a run ({", ".join(results["nodes"])}):
+{results["steps"]} Euler steps with ComfyUI's schedule for that family, with classifier-free guidance unless the model has its own. Neutral settings give the
+plain run bit for bit, guided runs are finite and need no further model call. The numbers are the largest relative error of
+the change that a node makes against its definition: the change of the final prediction, or the norm of the noise.
+
+{chr(10).join(lines)}
+
+Where a network with random weights predicts little noise, eta is far from 1; with trained weights ||eps||^2 is close to D.
+
+Refused before any model call: {" ".join(f'"{text}."' for text in refused)}
+"""
+
+
+def main():
+    families = {}
+    for name in tiny_models.FAMILIES:
+        families[name] = describe(name)
+        if name in tiny_models.REFUSED:
+            families[name]["refused"] = refusal(name, "DensityGuidanceSampler")[0]
+        else:
+            families[name]["runs"] = {d: {node: measure(name, d, node) for node in WAYS} for d in DTYPES}
+        print(name, json.dumps(families[name], default=str)[:160], flush=True)
+    results = {"steps": STEPS, "quantile": QUANTILE, "nodes": list(WAYS), "families": families}
+    (DOCS / "architectures.json").write_text(json.dumps(results, indent=1) + "\n")
+    (DOCS / "architectures.md").write_text(page(results))

@@ -1,0 +1,224 @@
+"""Score alignment on the built-in model: cost against accuracy, agreement of the ways, predicted and measured response.
+
+    python3 run.py bench score_alignment
+
+Writes docs/score_alignment.json and from it docs/score_alignment.md and docs/score_alignment.png. About eight minutes.
+"""
+
+import json
+import math
+
+import matplotlib
+import numpy as np
+import torch
+from comfy_extras import nodes_custom_sampler as custom
+
+from ..dg_core import alignment, jacobian
+from ..dg_core.coordinates import VE, coordinates_of
+from ..dg_core.exact_density import ExactDensity
+from ..launcher.environment import PACK
+from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
+from ..nodes.exact_model import PREDICTIONS, WEIGHTS, read
+from ..nodes.score_alignment import CheckSettings, examine
+
+DOCS = PACK / "docs"
+OURS, AUTHORS = "fourth-order, VP state", "Euler, uniform in log-SNR"
+S_START, S_END = 60.0, 0.15
+SIZE, SEEDS = 16, 12  # of the comparison of solvers
+EVALUATIONS = {OURS: (16, 24, 32, 48, 64, 96), AUTHORS: (32, 64, 128, 256, 512, 1024)}
+CONVERGED = 768
+CALLS = 3  # of the model for each evaluation of velocity and tangent: one, and a two-sided difference
+BATCH, STEPS = 64, (32, 64)  # of the runs in the host
+STEP_FACTORS = [2.0**k for k in range(-6, 5)]
+BENDING = (10.0, 16.0, 25.0)  # noise levels at which the density chooses between its components
+
+
+class Flow:
+    """The exact density of small pictures, its derivative in closed form, from noise that is the same for all solvers."""
+
+    def __init__(self, component):
+        self.density = ExactDensity.load(WEIGHTS, SIZE)
+        self.weights = None if component is None else self.density.one_hot(component)
+        self.noise = torch.randn(
+            SEEDS, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def differentiate(self, y, s, tangent):
+        """(denoised, derivative): d denoised = tangent + s^2 H tangent."""
+        bend = self.density.hessian_product(y, s, tangent, self.weights)
+        return self.density.denoised(y, s, self.weights), tangent + s**2 * bend
+
+    def ours(self, evaluations):
+        x = self.noise * math.hypot(1, S_START)
+        levels = np.geomspace(S_START, S_END, evaluations).tolist()
+        _, profile = alignment.trace_alignment(
+            lambda *a: (*self.differentiate(*a), None), None, x, -x, levels, VE, evaluations - 1)
+        return profile.alignment[-1]
+
+    def authors(self, evaluations):
+        """Euler steps of the variance-preserving state and its tangent, uniform in log-SNR, and the score at the end.
+
+        du = (cos(theta) eps - sin(theta) denoised) dtheta with dtheta = sin(theta) cos(theta) dln(s).
+        """
+        u, w = self.noise, -self.noise
+        levels = np.geomspace(S_START, S_END, evaluations).tolist()
+        for s, lower in zip(levels, [*levels[1:], None]):
+            radius = math.hypot(1, s)
+            denoised, derivative = self.differentiate(u * radius, s, w * radius)
+            eps, eps_w = (u * radius - denoised) / s, (w * radius - derivative) / s
+            if lower is None:
+                return -((eps / s) * (w * radius)).flatten(1).sum(1)
+            step = math.log(lower / s) * s / radius**2
+            u, w = u + step * (eps - s * denoised) / radius, w + step * (eps_w - s * derivative) / radius
+
+
+def solver_errors():
+    """{density: {solver: {evaluations: [RMS, median] relative error of A over the seeds}}}."""
+    results = {}
+    for name, component in (("one Gaussian", 5), ("whole mixture", None)):
+        flow = Flow(component)
+        true = flow.ours(CONVERGED)
+        relative = lambda a: ((a - true) / true).abs()
+        results[name] = {"converged to": float(relative(flow.ours(CONVERGED // 2)).max())}
+        for solver, run in ((OURS, flow.ours), (AUTHORS, flow.authors)):
+            errors = {n: relative(run(n)) for n in EVALUATIONS[solver]}
+            results[name][solver] = {n: [float(e.square().mean().sqrt()), float(e.median())] for n, e in errors.items()}
+        print(name, results[name], flush=True)
+    return results
+
+
+def host_runs(prediction, steps):
+    """64 seeds in the host: the two ways, and the response that 1% of scaling really has."""
+    model, _, conditioning, latent = LoadExactDensityModel.execute(prediction, "32", -1, BATCH).args
+    sampling = model.get_model_object("model_sampling")
+    sigmas = custom.BasicScheduler.execute(model, "simple", steps, 1.0).args[0]
+    guider = custom.BasicGuider.execute(model, conditioning).args[0]
+    noise = custom.RandomNoise.execute(7).args[0]
+    check = examine(guider, noise, latent, sigmas, CheckSettings("both"))
+    dim = check.samples[0].numel()
+    cosine, other = (c[-1] for c in check.cosines.values())
+    with_score, without = check.alignment, check.alignment * other / cosine
+
+    cut = sigmas[: len(check.sigmas)]
+    sampler = DensityGuidanceSampler.execute(0.5, 0.0, 0.0, 1.0).args[0]
+    # The measured change is that of the converged flow, not of the steps that a user would take.
+    fine = torch.cat([torch.logspace(math.log10(a), math.log10(b), 5)[:-1] for a, b in zip(cut.tolist(), cut[1:].tolist())]
+                     + [cut[-1:]])
+
+    def bits(scale):
+        scaled = PriorGuidanceScale.execute(noise, 0.5, scale, False).args[0]
+        result = custom.SamplerCustomAdvanced.execute(scaled, guider, sampler, fine, latent).args[0]
+        return torch.tensor(read(model, result["samples"], fine), dtype=torch.float64)
+
+    measured = bits(1.005) - bits(0.995)
+    predicted = alignment.percent_response(with_score, dim)
+    bias = without - with_score
+    return {
+        "correlation": float(torch.corrcoef(torch.stack([with_score, without]))[0, 1]),
+        "bias in standard errors": float(bias.mean() / (bias.std() / BATCH**0.5)),
+        "bias": float((bias / with_score).mean()),
+        "spread": float((bias / with_score).std()),
+        "response within 5%": float(((predicted / measured - 1).abs() < 0.05).double().mean()),
+        "response error, median": float((predicted / measured - 1).abs().median()),
+        "response": float(predicted.mean()),
+        "aligned": float((with_score > 0).double().mean()),
+        "s_end": coordinates_of(sampling).s(check.sigmas[-1]),
+    }
+
+
+def step_errors():
+    """{order: relative RMS error of the derivative by differences in float32, for multiples of the chosen step}."""
+    density = ExactDensity.load(WEIGHTS, SIZE)
+    generator = torch.Generator().manual_seed(3)
+    results = {"first": {}, "second": {}}
+    first, second = [], []
+    for s in BENDING:
+        x = density.sample(SEEDS, s, generator)
+        v = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+        p = jacobian.rademacher(x, 0, 0)
+        predict = lambda x: density.denoised(x, s).float()
+        exact = v + s**2 * density.hessian_product(x, s, v)
+        h = 1e-4 * s
+        exact_t = jacobian.probe_trace(p, (s**2 / (2 * h)) * (
+            density.hessian_product(x + h * v, s, p) - density.hessian_product(x - h * v, s, p)))
+        step = jacobian.difference_step(x, v, torch.float32, s)
+        steps = jacobian.trace_steps(x, v, torch.float32, jacobian.DIFFERENCES, s)
+        rms = lambda error, size: float((error.square().mean() / size.square().mean()).sqrt())
+        first.append([rms(jacobian.directional_derivative(predict, x.float(), v.float(), jacobian.DIFFERENCES, k * step)[1]
+                          - exact, exact) for k in STEP_FACTORS])
+        second.append([rms(jacobian.trace_derivative(
+            predict, x.float(), v.float(), lambda _: [p.float()], jacobian.DIFFERENCES, tuple(k * a for a in steps))[2] - exact_t,
+            exact_t) for k in STEP_FACTORS])
+    for name, rows in (("first", first), ("second", second)):
+        results[name] = dict(zip(map(str, STEP_FACTORS), np.median(rows, axis=0).tolist()))
+    return results
+
+
+def page(results):
+    """docs/score_alignment.md."""
+    lines = ["# Score alignment: what was measured", "", "Made by `python3 run.py bench score_alignment`.", "",
+             "![errors](score_alignment.png)", "", *solver_table(results), "",
+             f"Relative error of the alignment A over {SEEDS} seeds against the converged one, pictures of {SIZE} x {SIZE}, "
+             f"s from {S_START:g} to {S_END:g}. Model calls for each image: {CALLS} for each evaluation of velocity and tangent, "
+             "the same for both.", "",
+             "| model | steps | correlation | bias, standard errors | bias | spread | response within 5% | its median error |",
+             "|---|---|---|---|---|---|---|---|"]
+    for name, steps, row in ((name, n, row) for name, rows in results["host"].items() for n, row in rows.items()):
+        lines.append(
+            f"| {name} | {steps} | {row['correlation']:.4f} | {row['bias in standard errors']:+.1f} | {row['bias']:+.2%} | "
+            f"{row['spread']:.2%} | {row['response within 5%']:.0%} | {row['response error, median']:.2%} |")
+    lines += ["", f"With and without the score, one probe, {BATCH} seeds, 32 x 32, in the host; and the predicted "
+              "change of exact bits per dimension for 1% more noise against the measured one.", ""]
+    return "\n".join(lines)
+
+
+def solver_table(results):
+    rows = ["| density | solver | evaluations | model calls | RMS error | median |", "|---|---|---|---|---|---|"]
+    for density, solvers in results["solvers"].items():
+        for solver in (OURS, AUTHORS):
+            rows += [f"| {density} | {solver} | {n} | {CALLS * int(n)} | {rms:.1e} | {median:.1e} |"
+                     for n, (rms, median) in solvers[solver].items()]
+    return rows
+
+
+def readme_table(results):
+    """A few rows of `solver_table`, of the whole mixture."""
+    solvers = results["solvers"]["whole mixture"]
+    rows = ["| solver | model calls | RMS error | median |", "|---|---|---|---|"]
+    for solver, evaluations in ((OURS, (32, 48, 96)), (AUTHORS, (128, 1024))):
+        rows += [f"| {solver} | {CALLS * n} | {solvers[solver][str(n)][0]:.1e} | {solvers[solver][str(n)][1]:.1e} |"
+                 for n in evaluations]
+    return "\n".join(rows)
+
+
+def figure(results):
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for density, style in (("one Gaussian", "--"), ("whole mixture", "-")):
+        for solver, colour in ((OURS, "C0"), (AUTHORS, "C1")):
+            points = results["solvers"][density][solver]
+            left.loglog([CALLS * int(n) for n in points], [rms for rms, _ in points.values()], style, marker=".", color=colour,
+                        label=f"{solver}, {density}")
+    left.set_xlabel("model calls for each image")
+    left.set_ylabel("RMS relative error of A")
+    left.legend(fontsize=8)
+    for name, colour in (("first", "C2"), ("second", "C3")):
+        points = results["steps"][name]
+        right.loglog([float(k) for k in points], list(points.values()), marker=".", color=colour, label=f"{name} derivative")
+    right.axvline(1, color="grey", linewidth=0.8)
+    right.set_xlabel("step of the differences, in units of the chosen one")
+    right.set_ylabel("relative error in float32")
+    right.legend(fontsize=8)
+    figure.savefig(DOCS / "score_alignment.png", dpi=100)
+
+
+def main():
+    results = {"steps": step_errors(), "solvers": solver_errors(),
+               "host": {p: {n: host_runs(p, n) for n in STEPS} for p in PREDICTIONS}}
+    text = json.dumps(results, indent=1)
+    (DOCS / "score_alignment.json").write_text(text + "\n")
+    results = json.loads(text)
+    (DOCS / "score_alignment.md").write_text(page(results))
+    figure(results)
+    print(page(results))

@@ -1,0 +1,199 @@
+"""Score alignment: does scaling the starting noise change the final log-density, and by how much?
+
+Pushing the prior's score v_T = grad log p_T through the probability-flow ODE gives the tangent v with dv/ds = J v, and
+
+    SA = < grad log p_0(y_0), v_0 >          (arXiv 2502.05807, section on prior guidance):
+
+where SA > 0, less noise at the start means a higher log-density at the end. The computation runs in the
+variance-preserving state u = x / sqrt(alpha^2 + sigma^2) over theta = atan(s), which are regular also where alpha = 0, and
+in units of the noise's own scale (derived here):
+
+symbol      name            meaning
+n           -               starting noise, u_T = n up to what the host adds to it
+w           tangent         change of u per unit of ln(1 / noise scale): w_T = -n
+A           alignment       <grad log p_u, w> with grad log p_u = -eps / sin(theta); A = s_T^2 SA, in nats per unit of
+                            ln(1 / noise scale), so that log p_0 changes by -A dr / r
+cosine      cosine          A / (||grad log p_u|| ||w||), the same in all coordinates
+t           curvature       derivative along w of the trace of the denoiser's Jacobian, see `jacobian.trace_derivative`
+
+With the score: (u, w) is integrated and A is read off. Without it: d/ds <grad log p, v> = -<grad div eps, v> by the
+product rule; the identity part of div eps is constant, which leaves in u, with the derivatives taken by x,
+
+    dA/dtheta = sqrt(alpha^2 + sigma^2) t / sin(theta),
+
+so that the score is needed at the start only, where it is the prior's.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.interpolate import CubicSpline
+
+from . import jacobian
+from .coordinates import eps_from_denoised, log_snr
+from .guidance import GuidedRange
+from .solver import solve
+from .units import bits_per_dim_to_nats, nats_to_bits_per_dim
+
+ORDER = 4
+_UNGUIDED = GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
+SCALE_RANGE = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Score alignment along a run: N noise levels, B images, float64 on the CPU, from the start to where it stopped."""
+
+    s: tuple  # (N,) floats, descending; the first may be infinite
+    alignment: torch.Tensor  # (N, B), A with the score
+    norms: torch.Tensor  # (N, B), ||grad log p_u|| ||w||
+    curvature: torch.Tensor | None = None  # (N, B), dA/dtheta of the product rule
+
+    @property
+    def log_snr(self):
+        """-2 ln s of every node, (N,); -inf where there is only noise."""
+        return [-math.inf if math.isinf(s) else log_snr(s) for s in self.s]
+
+    @property
+    def cosine(self):
+        """Cosine of the angle between score and tangent, (N, B)."""
+        return self.alignment / self.norms
+
+    @property
+    def alignment_without_score(self):
+        """A from the product rule, (N, B): the first A plus the integral of `curvature` over theta."""
+        rising = np.arctan(self.s)[::-1]
+        if len(rising) < 3:
+            rate = np.trapezoid(self.curvature.numpy()[::-1], rising, axis=0)
+            return torch.stack([self.alignment[0], self.alignment[0] - torch.from_numpy(np.asarray(rate))])
+        integral = CubicSpline(rising, self.curvature.numpy()[::-1]).antiderivative()
+        return self.alignment[0] - torch.from_numpy(integral(rising[-1]) - integral(rising[::-1]))
+
+
+class Differentiate:
+    """(x, sigma, tangent) -> (denoised, derivative along the tangent, t or None), what `trace_alignment` asks for.
+
+    predict(x, sigma) -> denoised. method, dtype: as in `jacobian`, of the network. probes: how many for each t, 0 for the
+    way with the score alone; seed and indices give their signs, see `jacobian.rademacher`.
+    """
+
+    def __init__(self, predict, method, dtype=torch.float32, probes=0, seed=0, indices=None):
+        self._predict, self._method, self._dtype = predict, method, dtype
+        self._probes, self._seed, self._indices = probes, seed, indices
+        self._drawn, self._latest = 0, None
+
+    def __call__(self, x, sigma, tangent):
+        predict = lambda x: self._predict(x, sigma)
+        if not self._probes:
+            step = jacobian.difference_step(x, tangent, self._dtype, sigma)
+            return *jacobian.directional_derivative(predict, x, tangent, self._method, step), None
+        steps = jacobian.trace_steps(x, tangent, self._dtype, self._method, sigma)
+        denoised, derivative, t = jacobian.trace_derivative(
+            predict, x, tangent, lambda derivative: self._draw(x, derivative), self._method, steps)
+        self._latest = derivative
+        return denoised, derivative, t
+
+    def _draw(self, x, derivative):
+        """Probes stratified along what the denoiser's Jacobian just stretched, here or at the node before: it changes most
+        where it is largest."""
+        direction = self._latest if derivative is None else derivative
+        probes = []
+        for _ in range(self._probes):
+            probe = jacobian.rademacher(x, self._seed, self._drawn, self._indices)
+            if direction is not None:
+                signs = jacobian.random_signs(self._seed, self._drawn, self._indices, x)
+                probe = jacobian.stratified(probe, direction, signs)
+            probes.append(probe)
+            self._drawn += 1
+        return probes
+
+
+def calls_per_evaluation(method, probes=0):
+    """Predictions that `Differentiate` asks for at each noise level; with forward-mode AD each costs about two."""
+    forward = method == jacobian.FORWARD
+    return 1 + (2 if forward else 4) * probes if probes else 1 if forward else 3
+
+
+def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, stop, callback=None):
+    """(samples, `Profile`): the flow down `sigmas`, with its tangent as far as node `stop`.
+
+    differentiate(x, sigma, tangent) -> (denoised, derivative of it along tangent, t or None), see `Differentiate`; called
+    once at each of the nodes 0 to stop. predict(x, sigma) -> denoised: for the rest of the schedule, one call per step.
+    x, tangent: (B, ...) in the host's units at sigmas[0]. sigmas: strictly descending floats, of which only the last may
+    be 0; stop: index of a sigma above 0. callback(i, x, denoised): after the calls at node i.
+    Raises ValueError where sigmas or stop are not so.
+    """
+    if any(b >= a for a, b in zip(sigmas, sigmas[1:])) or not 1 <= stop < len(sigmas) or not sigmas[stop] > 0:
+        raise ValueError(f"stop is {stop} and sigmas are {sigmas}; the sigmas must descend strictly, and stop must be the "
+                         "index of one above 0 that is not the first")
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    batch = len(x)
+    alignment, norms, curvature = [], [], []  # of each node, (B,)
+    latest = {}
+
+    def model(pair, sigma):
+        x, tangent = pair.split(batch)
+        if len(alignment) > stop:
+            return torch.cat([predict(x, sigma), torch.zeros_like(tangent)])
+        denoised, derivative, t = differentiate(x, sigma, tangent)
+        latest.update(sigma=sigma, eps=eps_from_denoised(x, denoised, sigma, coordinates.alpha(sigma)), t=t)
+        return torch.cat([denoised, derivative])
+
+    def corrected(i, pair, denoised):
+        """The solver has corrected state and tangent with the call at this node."""
+        x, tangent = pair.split(batch)
+        if len(alignment) <= stop:
+            sigma, eps = latest["sigma"], latest["eps"].flatten(1)
+            # <-eps / sin(theta), w>, where the radius sqrt(alpha^2 + sigma^2) of sin and w cancels
+            alignment.append(-(eps * tangent.flatten(1)).sum(1, dtype=wide) / sigma)
+            norms.append(torch.linalg.vector_norm(eps, dim=1, dtype=wide)
+                         * torch.linalg.vector_norm(tangent.flatten(1), dim=1, dtype=wide) / sigma)
+            if latest["t"] is not None:
+                curvature.append(latest["t"].to(wide) * (coordinates.alpha(sigma)**2 + sigma**2) / sigma)
+        if callback is not None:
+            callback(i, x, denoised[:batch])
+
+    # The last node is reached by a prediction alone; repeating it makes the solver call there and correct.
+    schedule = [*sigmas, sigmas[-1]] if stop == len(sigmas) - 1 else sigmas
+    end = solve(model, torch.cat([x, tangent]), schedule, coordinates, _UNGUIDED, callback=corrected, order=ORDER)
+    table = lambda rows: torch.stack(rows).double().cpu() if rows else None
+    s = tuple(coordinates.s(v) for v in sigmas[:stop + 1])
+    return end[:batch], Profile(s, table(alignment), table(norms), table(curvature))
+
+
+def finite_alignment(less, more, score, scale_step):
+    """(A, cosine), (B,) each, from two runs without any derivative.
+
+    less, more: the ends y (B, ...) of runs with the noise times 1 - `scale_step` and 1 + `scale_step`; score: grad log p
+    halfway between them. Agrees with A to second order in `scale_step`.
+    """
+    dtype = torch.float32 if score.device.type == "mps" else torch.float64
+    tangent, score = ((less - more).to(dtype) / (2 * scale_step)).flatten(1), score.to(dtype).flatten(1)
+    dot = (score * tangent).sum(1)
+    return dot, dot / (score.norm(dim=1) * tangent.norm(dim=1))
+
+
+def percent_response(alignment, dim):
+    """Predicted change of bits per dimension for 1% more noise: 0.01 A / (D ln 2), any shape."""
+    return nats_to_bits_per_dim(-0.01 * alignment, dim)
+
+
+def scale_for_shift(shift, alignment, dim):
+    """Noise scale that changes the log-density by `shift` bits per dimension (positive: more detail), shape of alignment.
+
+    Scaling by r changes the prior's own log-density by -||n||^2 (r^2 - 1) / 2, and to first order the final one by
+    A / ||n||^2 times that, hence r = sqrt(1 - 2 shift_nats / A) (derived here; exact for centred Gaussian data). Clamped to
+    `SCALE_RANGE`; NaN where A <= 0: not aligned, no scale is to be trusted.
+    """
+    square = 1 - 2 * bits_per_dim_to_nats(shift, dim) / alignment
+    low, high = SCALE_RANGE
+    return torch.where(alignment > 0, square.clamp(low**2, high**2).sqrt(), torch.nan)
+
+
+def lost_at(cosine):
+    """Index of the node after which the cosine (N, B) stays at or below 0, (B,) ints; -1 where it ends above 0."""
+    below = ~(cosine > 0)  # NaN counts as lost
+    trailing = below.flip(0).int().cumprod(0).sum(0)
+    return torch.where(trailing > 0, len(cosine) - trailing, -1)

@@ -1,0 +1,156 @@
+"""Variation: noise that leaves the log-density where it is.
+
+Noise orthogonal to the score does not change log p to first order (arXiv 2502.05807, section 6). A step of the
+Euler-Maruyama scheme leaves the level set at second order, and its bias falls only with the step. Here a step from s to
+s' < s first jumps to a raised noise level, where the model is called, and then follows the deterministic flow down:
+
+    s_up^2 = s^2 + r^2,     r^2 = c^2 (s^2 - s'^2)              noise of variance r^2 raises the level by as much
+    foot   = the flow from (y, s) up to s_up                   its log-density is that of y, by definition
+    top    = y + r P xi,    P = I - eps eps^T / ||eps||^2       eps that of the foot
+    top'   = top + a eps_top,   a = -<eps_foot + eps_top, top - foot> / (2 ||eps_top||^2)   (to first order)
+
+The trapezoid rule gives log p(top) - log p(foot) = -<eps_foot + eps_top, top - foot> / (2 s_up), exactly where the
+density is Gaussian; a is the step along the score that undoes it. <P xi, eps_top - eps_foot> is r times Hutchinson's
+estimate of tr(P J P) with the noise itself as the probe, so that the second-order change of this very noise is
+undone, not that of an average one; the projection carries the term -<eps, J eps> / ||eps||^2 of the trace along.
+The scheme is derived here.
+
+correction    eps at the foot is                                           model calls of a step with noise
+expected      what the flow so far leads to; every second step has noise   1, as without
+hutchinson    the same, after a call at (y, s)                             1 + probes
+exact         called for                                                   1 + 2 probes
+
+symbol     name           unit
+c          strength       1; noise relative to the reverse SDE's
+r          -              noise level, as s
+xi         noise          1; standard normal
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Callable
+
+import numpy as np
+import torch
+
+from .coordinates import per_image
+from .guidance import GuidedRange
+from .units import require_number
+
+# name -> (a call at the state before the noise; a call at the foot of every piece of noise)
+CORRECTIONS = {"expected": (False, False), "hutchinson": (True, False), "exact": (True, True)}
+MAX_STRENGTH = 3.0
+MAX_PROBES = 16
+_SALT = 0x5EED_0F_DE7A11  # keeps the noise apart from that of other uses of the same seed
+
+
+@dataclass(frozen=True)
+class Variation:
+    """Noise in some steps of a run. Raises ValueError, naming the input, where one is out of range.
+
+    steps: the `GuidedRange` of the steps that get noise. strength: c. correction: one of `CORRECTIONS`. probes: pieces into
+    which "hutchinson" and "exact" cut the noise of a step, each with a projection and a correction of its own.
+    noise(like): the next standard normal noise, of the shape, dtype and device of `like`.
+    """
+
+    steps: GuidedRange
+    strength: float
+    noise: Callable
+    correction: str = "expected"
+    probes: int = 1
+
+    def __post_init__(self):
+        require_strength(self.strength)
+        require_correction(self.correction, self.probes)
+
+    @property
+    def calls_before(self):
+        return CORRECTIONS[self.correction][0]
+
+    @property
+    def calls_foot(self):
+        return CORRECTIONS[self.correction][1]
+
+    def levels(self, sigmas, step, coordinates):
+        """The noise levels s to which step number `step` of the schedule is raised, one for each piece; [] without noise.
+
+        Nothing is raised above the first level of the schedule, since models know no other: the first step has no noise.
+        """
+        if not (self.strength and self.steps.first <= step < self.steps.last):
+            return []
+        # Without a call before the noise, every second step goes without, to see where the flow leads.
+        stride = 1 if self.calls_before else 2
+        if (step - max(self.steps.first, 1)) % stride:
+            return []
+        stop = min(step + stride, self.steps.last)
+        s, s_next, s_first = (coordinates.s(sigmas[i]) for i in (step, stop, 0))
+        variance = min(self.strength**2 * (s**2 - s_next**2), s_first**2 - s**2)
+        if not variance > 0:
+            return []
+        pieces = self.probes if self.calls_before else 1
+        return [math.sqrt(s**2 + variance * (k + 1) / pieces) for k in range(pieces)]
+
+
+def require_strength(strength):
+    """Return `strength` as a float; raise ValueError unless it is a number from 0 to `MAX_STRENGTH`."""
+    return require_number("strength", strength, 0.0, MAX_STRENGTH)
+
+
+def require_correction(correction, probes):
+    """Raise ValueError unless `correction` is one of `CORRECTIONS` and `probes` a whole number from 1 to `MAX_PROBES`."""
+    if correction not in CORRECTIONS:
+        raise ValueError(f"correction is {correction!r}; it must be one of {', '.join(CORRECTIONS)}")
+    if require_number("probes", probes, 1, MAX_PROBES) != int(probes):
+        raise ValueError(f"probes is {probes!r}; it must be a whole number from 1 to {MAX_PROBES}")
+
+
+def inner(a, b, weight=None):
+    """<a, b> of every image, (B, 1, ...); elements count with their `weight`."""
+    product = a * b if weight is None else a * b * weight
+    return per_image(product.flatten(1).sum(1), a.ndim)
+
+
+def displacement(u, foot, eps, theta, raised, noise, weight=None):
+    """From the foot to the top, in the units of the variance-preserving state u = y cos(theta); shape of u.
+
+    u: the state at theta before the jump. foot, eps: the flow's state and eps at `raised`. noise: xi. weight: None, or the
+    weight in [0, 1] of the jump at each element.
+    """
+    s_up, s = math.tan(raised), math.tan(theta)
+    across = noise - inner(noise, eps, weight) / inner(eps, eps, weight).clamp_min(1e-30) * eps
+    change = math.sqrt(s_up**2 - s**2) * math.cos(raised) * across + math.cos(raised) / math.cos(theta) * u - foot
+    return change if weight is None else change * weight
+
+
+def level_set_step(foot, change, eps_foot, eps_top, weight=None):
+    """(top', eps there): the top stepped along the score to the log-density of the foot; shape of u.
+
+    change: top - foot, both in the units of u. The step a solves a + k a^2 / 2 = a_1, to second order, with a_1 the step of
+    the trapezoid rule and k = <eps_top - eps_foot, change> / ||change||^2 the mean curvature that the change has met.
+    """
+    k = inner(eps_top - eps_foot, change) / inner(change, change).clamp_min(1e-30)
+    a = -inner(eps_foot + eps_top, change) / (2 * inner(eps_top, eps_top, weight)).clamp_min(1e-30)
+    step = (a - k * a.square() / 2) * (eps_top if weight is None else eps_top * weight)
+    return foot + change + step, eps_top + k * step
+
+
+class ImageNoise:
+    """Standard normal noise, one generator for each image.
+
+    The noise of an image depends on (seed, its index) and on how often it was asked for, never on the batch. It is drawn
+    on the CPU in float32, so that it is the same on every device.
+    """
+
+    def __init__(self, seed, indices):
+        """seed: int. indices: one int for each image."""
+        self._generators = [torch.Generator().manual_seed(_state(seed, index)) for index in indices]
+
+    def __call__(self, like):
+        with torch.inference_mode(False):
+            images = [torch.randn(like.shape[1:], generator=g) for g in self._generators]
+            return torch.stack(images).to(like)
+
+
+def _state(seed, index):
+    key = [_SALT, *(int(k) % 2**64 for k in (seed, index))]
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) & (2**63 - 1)

@@ -1,0 +1,105 @@
+"""What a score alignment check found, in words and as a picture."""
+
+import math
+
+import numpy as np
+import torch
+
+from ..dg_core.alignment import SCALE_RANGE, lost_at
+
+ROWS = 8  # of the profile in the report
+ENOUGH_STEPS = 24
+LEGEND = 8  # images with a label of their own in the picture
+SIZE, DPI = (7.2, 4.8), 100
+
+
+def verdict(check):
+    """One sentence."""
+    good = check.final_cosine > 0
+    if good.all():
+        return "Aligned: less noise makes smoother images, more noise more detailed ones."
+    if not good.any():
+        return "Not aligned: use density guidance, not scaling."
+    return f"Not aligned for image {_images(~good)}: use density guidance, not scaling."
+
+
+def text(check, settings, dim, scales, response):
+    """The report: verdict, numbers of each image, profile, cost, advice."""
+    lines = [verdict(check), ""]
+    for i, cosine in enumerate(check.final_cosine.tolist()):
+        lines.append(
+            f"image {i}: cosine {cosine:+.3f}; 1% more noise changes the image by {response[i]:+.5f} bits per dimension; "
+            + _scale_words(settings.detail_shift, float(scales[i])))
+    if len(check.cosines) == 2:
+        a, b = (c[-1] for c in check.cosines.values())
+        lines.append(f"with and without the score: cosines differ by at most {(a - b).abs().max():.3f}")
+    for name, cosine in check.cosines.items():
+        for i, node in enumerate(lost_at(cosine).tolist()):
+            if node >= 0:
+                lines.append(f"image {i}, {name}: alignment is lost at log-SNR {check.log_snr[node]:+.2f} "
+                             f"(sigma {check.sigmas[node]:.4g})")
+        lines += ["", f"cosine, {name}:", *_profile(check, cosine)]
+    lines += [
+        "",
+        f"read at sigma {check.sigmas[-1]:.4g}, log-SNR {check.log_snr[-1]:+.2f}, of {dim} numbers for each image",
+        f"derivatives: {check.derivatives}",
+        f"cost: {check.calls} model calls for each image"
+        + (f", {check.dual_calls} of them in forward mode, at about twice the price" if check.dual_calls else "")
+        + f"; plain sampling takes {check.plain_calls}",
+    ]
+    if check.plain_calls < ENOUGH_STEPS:
+        lines.append(f"only {check.plain_calls} steps: an image that changes early in the run may get a wrong number; take 32 or more")
+    if not (check.final_cosine > 0).all():
+        lines += ["", "What to do: scaling the noise (Prior Guidance) does not change the detail of these images steadily. "
+                      "Use the Density Guidance Sampler, which steers log-density along the whole run."]
+    return "\n".join(lines)
+
+
+def _scale_words(shift, scale):
+    if math.isnan(scale):
+        return "no scale: not aligned"
+    end = ", the limit: the wanted shift is out of reach" if scale in SCALE_RANGE else ""
+    return f"noise scale {scale:.4f} for {shift:+g} bits per dimension{end}"
+
+
+def _profile(check, cosine):
+    rows = sorted({round(i) for i in np.linspace(0, len(cosine) - 1, ROWS)})
+    return [f"  log-SNR {check.log_snr[i]:+6.2f}: " + " ".join(f"{v:+.3f}" for v in cosine[i].tolist()) for i in rows]
+
+
+def _images(chosen):
+    return ", ".join(str(i) for i in torch.nonzero(chosen)[:, 0].tolist())
+
+
+def plot(check):
+    """Cosine against log-SNR as an IMAGE (1, H, W, 3); a blank one where matplotlib is not installed."""
+    try:  # not of ComfyUI's own requirements
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return torch.ones(1, 8, 8, 3)
+
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhspan(-1.05, 0, color="tab:red", alpha=0.08)
+    axes.axhline(0, color="black", linewidth=0.8)
+    shown = [i for i, v in enumerate(check.log_snr) if math.isfinite(v)]
+    x = [check.log_snr[i] for i in shown]
+    for cosine, style in zip(check.cosines.values(), ("-", "--")):
+        for i, line in enumerate(cosine[shown].T.tolist()):
+            axes.plot(x, line, style, marker="o" if len(x) == 1 else None, color=f"C{i % 10}",
+                      label=f"image {i}" if style == "-" and i < LEGEND else None)
+    if len(check.cosines) == 2:
+        axes.plot([], [], "-", color="grey", label="with score")
+        axes.plot([], [], "--", color="grey", label="without score")
+    if len(x) == 1:
+        axes.set_xlim(x[0] - 5, x[0] + 1)
+    axes.set_ylim(-1.05, 1.05)
+    axes.set_xlabel("log-SNR (noise on the left, picture on the right)")
+    axes.set_ylabel("cosine: above 0, scaling works")
+    axes.set_title(verdict(check), fontsize=11, color="darkgreen" if (check.final_cosine > 0).all() else "darkred", wrap=True)
+    axes.legend(loc="lower left", fontsize=8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    return torch.from_numpy(pixels.astype(np.float32) / 255)[None]

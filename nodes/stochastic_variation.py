@@ -1,0 +1,181 @@
+"""Variations of an image at an unchanged log-density, as a sampler, and the batch for a grid of them."""
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+
+from ..dg_core.coordinates import coordinates_of
+from ..dg_core.units import require_number
+from ..dg_core.variation import CORRECTIONS, MAX_PROBES, MAX_STRENGTH, ImageNoise, Variation, require_correction
+from .guided_run import (
+    GuidanceSettings,
+    range_of_percents,
+    repeated,
+    require_batch,
+    require_one_part,
+    require_window,
+    solver_sampler,
+)
+from .schema import CATEGORY, Floats, floats, level_inputs, numbers, per_image_inputs, require
+
+CUSTOM = "custom"
+# Shares of the sampling, by the slope of alpha: variance exploding (0) and flow matching (1), whose shares mean other
+# log-SNRs. Chosen so that the changes lie in high and in low spatial frequencies (docs/variation.md).
+WINDOWS = {
+    "fine details": {0.0: (0.65, 1.0), 1.0: (0.75, 1.0)},
+    "structure": {0.0: (0.0, 0.3), 1.0: (0.0, 0.3)},
+    "everything": {0.0: (0.0, 1.0), 1.0: (0.0, 1.0)},
+}
+VARY = [*WINDOWS, CUSTOM]
+MAX_SEED = 2**64 - 1
+MAX_INDEX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class VariationSettings:
+    """The inputs of the variation. Raises ValueError, naming the input, where one is out of range."""
+
+    vary: str = "fine details"
+    strength: float = 0.5
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    variation_seed: int = 0
+    correction: str = "expected"
+    probes: int = 1
+    variation_index: tuple[float, ...] | None = None  # one for each image, in the place of its place in the batch
+
+    def __post_init__(self):
+        if self.vary not in VARY:
+            raise ValueError(f"vary is {self.vary!r}; it must be one of {', '.join(VARY)}")
+        if self.vary == CUSTOM:
+            require_window(self.start_percent, self.end_percent)
+        require_number("strength", self.strength, 0.0, MAX_STRENGTH)
+        require_number("variation_seed", self.variation_seed, 0, MAX_SEED)
+        require_correction(self.correction, self.probes)
+        for i, value in enumerate(self.variation_index or ()):
+            name = f"variation_index, for image {i},"
+            if require_number(name, value, 0, MAX_INDEX) != int(value):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number")
+
+    def of_run(self, guider, sigmas, batch):
+        """The `Variation` of a run, None where no step gets noise. sigmas: list of floats."""
+        require_batch("variation_index", self.variation_index, batch)
+        if self.strength == 0:
+            return None
+        model_sampling = guider.inner_model.model_sampling
+        coordinates = coordinates_of(model_sampling)
+        percents = WINDOWS.get(self.vary, {}).get(coordinates.slope, (self.start_percent, self.end_percent))
+        steps = range_of_percents(model_sampling, sigmas, coordinates, *percents)
+        if steps.log_range == 0:
+            return None
+        require_one_part(guider)
+        indices = repeated(self.variation_index, batch) if self.variation_index else range(batch)
+        return Variation(steps, self.strength, ImageNoise(self.variation_seed, indices), self.correction, self.probes)
+
+
+class StochasticDetailVariation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="StochasticDetailVariation",
+            display_name="Stochastic Detail Variation",
+            category=CATEGORY,
+            description="A sampler that gives variations of an image, in its texture or in its structure, with as much "
+                        "detail as it had: noise along the surfaces of equal log-density. Connect it to "
+                        "SamplerCustomAdvanced or SamplerCustom.",
+            inputs=[
+                *level_inputs(),
+                io.Combo.Input(
+                    "vary", options=VARY, default="fine details",
+                    tooltip="When noise is added: late for fine details, early for structure. custom takes start_percent "
+                            "and end_percent. Neutral: any, with strength 0."),
+                io.Float.Input(
+                    "strength", default=0.5, min=0.0, max=MAX_STRENGTH, step=0.05, round=0.001,
+                    tooltip="Strength c of the noise, as a multiple of the reverse SDE's. 0 is neutral: the plain image; 1 "
+                            "is as much as an SDE sampler adds. No unit."),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
+                    tooltip="For custom: share of the sampling at which noise begins. 0 (default) is pure noise."),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
+                    tooltip="For custom: share of the sampling at which noise ends. 1 (default) is the finished image. The "
+                            "last step to zero noise gets none."),
+                io.Int.Input(
+                    "variation_seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
+                    tooltip="Which variation. Each image of a batch has noise of its own, from this seed and its place in "
+                            "the batch. No unit; neutral: any, with strength 0."),
+                io.Combo.Input(
+                    "correction", options=list(CORRECTIONS), default="expected",
+                    tooltip="How the change of log-density by the noise is undone. expected: at no extra model call, with "
+                            "noise in every second step. hutchinson: 1 + probes calls in a step with noise, more exact. "
+                            "exact: 1 + 2 probes calls."),
+                io.Int.Input(
+                    "probes", default=1, min=1, max=MAX_PROBES,
+                    tooltip="Pieces into which hutchinson and exact cut the noise of a step, each corrected by itself. More "
+                            "are more exact and cost model calls. 1 is the least."),
+                *per_image_inputs(),
+                Floats.Input(
+                    "variation_index", optional=True,
+                    tooltip="Which variation of the seed each image of the batch gets, from 0; images with the same number "
+                            "get the same noise. Not connected (neutral): its place in the batch."),
+            ],
+            outputs=[io.Sampler.Output(
+                display_name="sampler",
+                tooltip="The sampler. With strength 0 it does exactly what Density Guidance Sampler does without a sampler "
+                        "connected.")],
+        )
+
+    @classmethod
+    def execute(cls, quantile, detail_shift, vary, strength, start_percent, end_percent, variation_seed, correction,
+                probes, quantiles=None, detail_shifts=None, variation_index=None):
+        settings = GuidanceSettings(quantile, detail_shift, quantiles=floats("quantiles", quantiles),
+                                    detail_shifts=floats("detail_shifts", detail_shifts))
+        return io.NodeOutput(solver_sampler(settings, VariationSettings(
+            vary, strength, start_percent, end_percent, variation_seed, correction, probes,
+            floats("variation_index", variation_index))))
+
+
+class VariationGrid(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="VariationGrid",
+            display_name="Variation Grid",
+            category=CATEGORY,
+            description="Repeats one latent for a grid of quantiles (rows) and variations (columns), all from the same "
+                        "starting noise, to be sampled as one batch.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="The latent to vary; the first image of it is taken."),
+                io.String.Input(
+                    "quantiles", default="0.3, 0.5, 0.7",
+                    tooltip="The quantile of each row, separated by commas, between 0.001 and 0.999. 0.5 is neutral."),
+                io.Int.Input("variations", default=4, min=1, max=64, tooltip="Number of variations in each row."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The batch, row by row, for the sampler."),
+                Floats.Output(display_name="quantiles", tooltip="For the input quantiles of the variation node."),
+                Floats.Output(display_name="variation_index",
+                              tooltip="For the input variation_index of the variation node."),
+                io.Float.Output(display_name="levels", is_output_list=True,
+                                tooltip="The quantile of each row, for the labels of a contact sheet."),
+                io.Int.Output(display_name="columns", tooltip="Images in a row, for the batch size of RebatchImages."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent, quantiles, variations):
+        require("latent", latent, "keys", "a LATENT")
+        rows = numbers("quantiles", quantiles)
+        for value in rows:
+            GuidanceSettings(quantile=value)
+        count = len(rows) * variations
+        grid = {**latent, "samples": _repeat_first(latent["samples"], count),
+                "batch_index": [latent.get("batch_index", [0])[0]] * count}
+        if "noise_mask" in latent:
+            grid["noise_mask"] = _repeat_first(latent["noise_mask"], count)
+        return io.NodeOutput(grid, [q for q in rows for _ in range(variations)],
+                             [float(i) for _ in rows for i in range(variations)], rows, variations)
+
+
+def _repeat_first(tensor, count):
+    return tensor[:1].repeat(count, *[1] * (tensor.ndim - 1))

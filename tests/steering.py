@@ -1,0 +1,63 @@
+"""The guided prediction, written again from its definition, and how far a recorded run is from it."""
+
+import math
+
+import scipy.stats
+import torch
+
+
+def alpha_of(model, sigma):
+    """alpha of one of the host's models: flow models are those whose noise is scaled by sigma and data by 1 - sigma."""
+    probe = model.get_model_object("model_sampling").noise_scaling(
+        torch.tensor([0.25]), torch.zeros(1, 1), torch.ones(1, 1), False)
+    return 1 - sigma if float(probe) == 0.75 else 1.0
+
+
+def guided_steps(model, sigmas):
+    """Numbers of the steps that guidance over the whole run acts on."""
+    return [i for i in range(len(sigmas) - 1) if sigmas[i + 1] > 0 and alpha_of(model, sigmas[i]) > 1e-6]
+
+
+def steered(model, x, denoised, sigma, quantile, weights=None):
+    """x0~ = x0 - (sigma / alpha) (eta - 1) w eps with eta - 1 = sqrt(2 D) z / <w eps, eps>, D the sum of w; float64."""
+    x, denoised = x.double(), denoised.double()
+    alpha = alpha_of(model, sigma)
+    eps = (x - alpha * denoised) / sigma
+    w = torch.ones_like(x) if weights is None else torch.as_tensor(weights).double() * torch.ones_like(x)
+    dim = w.flatten(1).sum(1)
+    strength = (2 * dim).sqrt() * scipy.stats.norm.ppf(quantile) / (w * eps.square()).flatten(1).sum(1)
+    return denoised - sigma / alpha * strength.view(-1, *[1] * (x.ndim - 1)) * w * eps
+
+
+def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=None):
+    """How far a recorded run is from guidance of its final prediction.
+
+    sigmas: the schedule. within: None, or the mask outside of which the host replaces the prediction. factors: of the
+    strength, {step: number}; 1 where there are none.
+    Returns (largest error of the change relative to the change, share eta - 1 of each guided step, smallest and largest).
+    The error is the part of (guided - unguided) that differs from the wanted one, projected on that.
+    Raises AssertionError where an unguided step is changed.
+    """
+    guided, inside = guided_steps(model, sigmas), 1.0 if within is None else within
+    assert guided, "the schedule has no step to guide"
+    worst, shares = 0.0, []
+    for x, sigma, denoised, final in zip(seen.x, seen.sigma, seen.denoised, seen.final):
+        level = float(sigma[0])
+        step = min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - level))
+        if not math.isclose(sigmas[step], level, rel_tol=1e-5) or step not in guided:
+            assert torch.equal(final, denoised), f"changed at sigma {level}, which is not guided"
+            continue
+        unguided = denoised.double()
+        wanted = (steered(model, x, denoised, level, quantile, weights) - unguided) * inside
+        wanted *= 1 if factors is None else factors[step]
+        change = (final.double() - unguided) * inside
+        wanted, change = wanted.flatten(1), change.flatten(1)
+        scale = wanted.square().sum(1)
+        assert (scale > 0).all(), f"nothing to steer at sigma {level}"
+        rounding = 4e-7 * unguided.abs().amax()
+        assert ((change - wanted).abs() <= 1e-5 * wanted.abs().amax() + rounding).all(), f"not the wanted change at {level}"
+        worst = max(worst, float(((change * wanted).sum(1) / scale - 1).abs().max()))
+        eps = (x.double() - alpha_of(model, level) * unguided).flatten(1)
+        share = -alpha_of(model, level) * (change * eps).sum(1) / eps.square().sum(1)
+        shares += [float(share.min()), float(share.max())]
+    return worst, (min(shares), max(shares))

@@ -1,0 +1,56 @@
+"""Every model family of the host, with its real classes: see tiny_models.py and benchmarks/architectures.py."""
+
+import json
+
+import pytest
+import torch
+from density_guidance.benchmarks import architectures
+from density_guidance.launcher.environment import PACK
+from density_guidance.tests import host_runs as h
+from density_guidance.tests import tiny_models
+from density_guidance.tests.ways import STEERING, WAYS
+
+ACCEPTED = [name for name in tiny_models.FAMILIES if name not in tiny_models.REFUSED]
+RUNS = [(name, dtype) for name in ACCEPTED for dtype in architectures.DTYPES]
+
+
+@pytest.mark.parametrize("name, dtype", RUNS, ids=str)
+def test_every_node_on_every_family(name, dtype):
+    """Neutral to the bit, no further model call, and the change that the definition asks for: measured in float64."""
+    assert torch.isfinite(architectures.plain(name, dtype)[1]).all()
+    for node in WAYS:
+        result = architectures.measure(name, dtype, node)
+        assert result["neutral"] and result["finite"] and result["calls"] == 0, (node, result)
+        assert result["error"] < 1e-4, (node, result)
+        if "eta" in result:  # more detail: less of the noise is taken away
+            assert all(0 < eta < 1 for eta in result["eta"]), (node, result)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_own_solver_on_every_family(name):
+    """Without a sampler connected: finite, one call per step, and different from the unguided solver."""
+    run, _, _ = architectures.plain(name, "fp32")
+    pictures = {}
+    for quantile in (0.5, 0.2):
+        pictures[quantile], seen = architectures.picture(name, run._replace(sampler=h.guided_sampler(quantile)))
+        assert torch.isfinite(pictures[quantile]).all() and len(seen.x) == architectures.STEPS
+    assert not torch.equal(pictures[0.5], pictures[0.2])
+
+
+@pytest.mark.parametrize("name", tiny_models.REFUSED)
+@pytest.mark.parametrize("node", STEERING)
+def test_models_without_a_noise_path_are_refused_by_name(name, node):
+    message, calls = architectures.refusal(name, node)
+    assert tiny_models.REFUSED[name] in message and "no Gaussian noise path" in message and calls == 0
+
+
+def test_tiny_models_are_the_same_every_time():
+    first, second = (tiny_models.build("flux").model.diffusion_model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first) and len(first) > 20
+
+
+def test_table_comes_from_the_benchmark():
+    results = json.loads((PACK / "docs" / "architectures.json").read_text())
+    assert (PACK / "docs" / "architectures.md").read_text() == architectures.page(results)
+    assert list(results["families"]) == list(tiny_models.FAMILIES) and results["nodes"] == list(WAYS)
+    assert "docs/architectures.md" in (PACK / "README.md").read_text()

@@ -1,0 +1,36 @@
+"""The host's own guidance methods, guiders, caches and conditionings with the pack: see benchmarks/composability.py."""
+
+import json
+
+import pytest
+from density_guidance.benchmarks import composability
+from density_guidance.launcher.environment import PACK
+from density_guidance.tests.ways import STEERING
+
+
+@pytest.mark.parametrize("name", composability.METHODS)
+def test_guidance_acts_on_the_final_prediction(name):
+    """In both orders: neutral to the bit, the method's own prediction guided as a whole, no further model call."""
+    assert composability.acts(name)
+    for node in STEERING:
+        result = composability.measure(name, node)
+        assert result["neutral"] and result["finite"] and result["same_method"], (node, result)
+        assert result["same_calls"] or composability.METHODS[name].own_state, (node, result)
+        assert result["error"] < 1e-4, (node, result)
+
+
+def test_caches_do_reuse_predictions():
+    """Otherwise the two would be tested in name only."""
+    calls = {name: composability.plain(name)[1].calls for name in ("Context windows", "LazyCache")}
+    assert calls["LazyCache"] < composability.STEPS < calls["Context windows"]
+
+
+def test_two_stages_equal_one_run():
+    assert composability.two_stages() < 2e-6
+
+
+def test_table_comes_from_the_benchmark():
+    results = json.loads((PACK / "docs" / "composability.json").read_text())
+    assert (PACK / "docs" / "composability.md").read_text() == composability.page(results)
+    assert list(results["methods"]) == list(composability.METHODS) and results["nodes"] == STEERING
+    assert "docs/composability.md" in (PACK / "README.md").read_text()

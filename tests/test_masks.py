@@ -1,0 +1,248 @@
+"""Guidance by region (mask) and by time (curve), in the real host."""
+
+import math
+
+import pytest
+import torch
+from density_guidance.dg_core import guidance
+from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.dg_core.units import quantile_to_z
+from density_guidance.nodes import exact_model
+from density_guidance.tests import host_runs as h
+from density_guidance.tests import steering, tiny_models
+
+KINDS = pytest.mark.parametrize("prediction", h.PREDICTIONS)
+NODES = pytest.mark.parametrize("node", ["sampler", "model"])
+STEPS = 6
+
+
+def soft_disc(size, x=0.5, y=0.5, radius=0.35):
+    """(1, size, size): 1 inside, soft edge, 0 outside."""
+    grid = torch.linspace(0, 1, size)
+    distance = torch.hypot(grid[None, :] - x, grid[:, None] - y)
+    return ((radius - distance) * 8 + 0.5).clamp(0, 1)[None]
+
+
+def resized(mask, shape):
+    """What a mask (N, H, W) is on an image latent (B, C, height, width): bilinear, repeated over channels and images."""
+    small = torch.nn.functional.interpolate(mask[:, None], size=shape[-2:], mode="bilinear")
+    return small.repeat(math.ceil(shape[0] / len(small)), 1, 1, 1)[:shape[0]].expand(shape)
+
+
+def guided(model, node, quantile, sampler="euler", **more):
+    """(model, sampler) with one of the two nodes in it."""
+    if node == "model":
+        return h.guided_model(model, quantile, **more), h.core_sampler(sampler)
+    return model, h.guided_sampler(quantile, sampler=sampler, **more)
+
+
+def recorded(model, sampler, latent=None, **more):
+    """(samples, what was seen, sigmas)."""
+    model, seen = h.recording(model)
+    sigmas = h.schedule(model, STEPS)
+    return h.picture(model, sampler, sigmas, latent, **more), seen, sigmas.tolist()
+
+
+MASKS = {
+    "larger, soft": soft_disc(200),
+    "as large": soft_disc(h.SIZE),
+    "one per image": torch.cat([soft_disc(64, 0.3), soft_disc(64, 0.7, radius=0.2)]),
+    "weak": 0.4 * torch.ones(1, 8, 8),
+    "not square": soft_disc(64)[:, ::2],
+}
+
+
+@KINDS
+@NODES
+@pytest.mark.parametrize("which", MASKS)
+def test_the_mask_weights_the_guidance_and_its_statistics(prediction, node, which):
+    model = h.exact_model(prediction)
+    result, seen, sigmas = recorded(*guided(model, node, 0.2, mask=MASKS[which]))
+    weights = resized(MASKS[which], result.shape)
+    error, _ = steering.deviation(model, seen, sigmas, 0.2, weights)
+    assert error < 1e-4
+    outside = weights == 0
+    assert all(torch.equal(a[outside], b[outside]) for a, b in zip(seen.denoised, seen.final))
+
+
+@pytest.mark.parametrize("family", ["wan21", "stable_audio"])
+def test_masks_of_video_and_audio(family):
+    """Masks are frames of a video, interpolated in time; on audio the height is averaged."""
+    frames = torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])
+    latent, model = tiny_models.latent(family), h.kept(tiny_models.build(family))
+    weights = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 3, 1, 1)
+    if family == "stable_audio":
+        frames = torch.linspace(0, 2, 8)[None, :, None].clamp(max=1) * torch.linspace(0, 1, 32)[None, None]
+        weights = frames.mean(1)
+    _, seen, sigmas = recorded(
+        model, h.guided_sampler(0.2, sampler="euler", mask=frames), {"samples": latent},
+        positive=tiny_models.conditioning(family, 1))
+    assert steering.deviation(model, seen, sigmas, 0.2, weights.expand(latent.shape))[0] < 1e-4
+
+
+@NODES
+@pytest.mark.parametrize("sampler", ["euler", None], ids=["euler", "own"])
+def test_masks_that_change_nothing(node, sampler):
+    if node == "model" and sampler is None:
+        pytest.skip("the model patch needs a sampler")
+    model = h.exact_model("flow")
+
+    def run(quantile, **more):
+        return recorded(*guided(model, node, quantile, sampler, **more))[0]
+
+    plain = run(0.5)
+    assert torch.equal(run(0.5, mask=soft_disc(64)), plain)
+    assert torch.equal(run(0.2, mask=torch.zeros(1, 64, 64)), plain)
+    whole = run(0.2)
+    assert torch.allclose(run(0.2, mask=torch.ones(1, 64, 64)), whole, atol=1e-5) and not torch.equal(whole, plain)
+    # An image whose mask is empty is left alone, to the bit.
+    one = run(0.2, mask=torch.stack([torch.zeros(8, 8), torch.ones(8, 8)]))
+    assert torch.equal(one[0], plain[0]) and torch.allclose(one[1], whole[1], atol=1e-5)
+
+
+@KINDS
+def test_two_regions_by_chaining(prediction):
+    """At the first guided step every region is guided as if it were alone; the results differ, region by region."""
+    model = h.exact_model(prediction)
+    left = torch.zeros(1, 32, 32)
+    left[..., :16] = 1
+    both = h.guided_sampler(0.8, mask=1 - left, sampler=h.guided_sampler(0.1, mask=left, sampler="euler"))
+    runs = {"both": both, "left": h.guided_sampler(0.1, mask=left, sampler="euler"),
+            "right": h.guided_sampler(0.8, mask=1 - left, sampler="euler")}
+    seen = {name: recorded(model, sampler)[1] for name, sampler in runs.items()}
+    first = steering.guided_steps(model, h.schedule(model, STEPS).tolist())[0]
+    final = {name: s.final[first] for name, s in seen.items()}
+    assert torch.equal(final["both"][..., :16], final["left"][..., :16])
+    assert torch.equal(final["both"][..., 16:], final["right"][..., 16:])
+    assert not torch.equal(final["both"], final["left"]) and not torch.equal(final["both"], final["right"])
+    patched = h.guided_model(h.guided_model(model, 0.1, mask=left), 0.8, mask=1 - left)
+    expected, _, _ = recorded(model, h.guided_sampler(0.1, mask=left, sampler=h.guided_sampler(
+        0.8, mask=1 - left, sampler="euler")))
+    assert torch.allclose(recorded(patched, h.core_sampler("euler"))[0], expected, atol=1e-5)
+
+
+def inpainting():
+    """A latent with a soft noise mask, and that mask as (B, 1, height, width)."""
+    noise_mask = soft_disc(h.SIZE, 0.4)[None].clone()
+    samples = h.picture(h.exact_model("flow"), "euler", h.schedule(h.exact_model("flow"), 4))
+    return {"samples": samples, "noise_mask": noise_mask}, noise_mask
+
+
+@KINDS
+@pytest.mark.parametrize("sampler", ["euler", None], ids=["euler", "own"])
+def test_with_inpainting_the_common_region_counts(prediction, sampler):
+    model, (latent, noise_mask) = h.exact_model(prediction), inpainting()
+    mask = soft_disc(64, 0.7, 0.6)
+    result, seen, sigmas = recorded(*guided(model, "sampler", 0.2, sampler, mask=mask), latent)
+    plain, _, _ = recorded(*guided(model, "sampler", 0.5, sampler), latent)
+    region = (noise_mask > 0).float().expand(result.shape)
+    if sampler:
+        weights = resized(mask, result.shape) * region
+        assert steering.deviation(model, seen, sigmas, 0.2, weights, region)[0] < 1e-4
+    assert torch.equal(result[region == 0], plain[region == 0]) and not torch.equal(result, plain)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_previews_with_a_mask_are_unguided(name):
+    model, seen = h.recording(h.exact_model("flow"))
+    shown = []
+    guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
+    with torch.inference_mode():
+        guider.sample(h.random_noise().generate_noise(h.empty_latent()), h.empty_latent()["samples"],
+                      h.guided_sampler(0.05, sampler=name, mask=soft_disc(64)), h.schedule(model, STEPS), None,
+                      lambda i, denoised, x, total: shown.append(denoised.clone()), True, h.SEED)
+    assert len(shown) == STEPS and all(torch.equal(a, b) for a, b in zip(shown, seen.denoised))
+
+
+# --- what it is for: the exact density ---------------------------------------------------------------------------
+
+
+def shift_over_predicted(prediction, quantile, sampler, steps=40, **more):
+    """Measured over predicted change of log p, mean over 4 seeds: one component, read at the last level above zero."""
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, steps)[:-1]
+    latent, positive = h.empty_latent(4), h.conditioning(prediction, 5)
+    log_range = guidance.guided_range(sigmas.tolist(), coordinates_of(model.get_model_object("model_sampling"))).log_range
+    mask = more.get("mask")
+    dim = latent["samples"][0].numel() if mask is None else float(resized(mask, latent["samples"].shape)[0].double().sum())
+    weights = model.model.density.one_hot(5)
+
+    def nats(q):
+        picture = h.picture(model, h.guided_sampler(q, sampler=sampler, **more), sigmas, latent, positive=positive)
+        bits = torch.tensor(exact_model.read(model, picture, sigmas, weights))
+        return -bits * math.log(2) * latent["samples"][0].numel()
+
+    return float((nats(quantile) - nats(0.5)).mean()) / guidance.predicted_shift(quantile_to_z(quantile), dim, log_range)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_curve_keeps_the_whole_shift(prediction):
+    even = shift_over_predicted(prediction, 0.3, None)
+    late, early = (shift_over_predicted(prediction, 0.3, None, curve=c) for c in ((0.0, 1.0), (2.0, 1.0, 0.0)))
+    assert all(abs(v - 1) < 0.005 for v in (even, late, early)), (even, late, early)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+@pytest.mark.parametrize("sampler", ["euler", None], ids=["euler", "own"])
+def test_region_shifts_its_share(prediction, sampler):
+    """A Gaussian whose guidance covers a part: the predicted shift is that of the region's D."""
+    ratio = shift_over_predicted(prediction, 0.3, sampler, mask=soft_disc(64))
+    assert abs(ratio - 1) < (0.02 if sampler else 0.002), ratio
+
+
+# --- the curve ---------------------------------------------------------------------------------------------------
+
+
+@KINDS
+@NODES
+def test_the_curve_weights_the_steps(prediction, node):
+    """Straight lines in ln s through the numbers, scaled to a mean of 1 (by the trapezoid rule)."""
+    model, curve = h.exact_model(prediction), (1.0, 4.0, 0.5)
+    _, seen, sigmas = recorded(*guided(model, node, 0.2, curve=curve))
+    steps = steering.guided_steps(model, sigmas)
+    logs = {i: math.log(sigmas[i] / steering.alpha_of(model, sigmas[i])) for i in [*steps, steps[-1] + 1]}
+    first, last = logs[steps[0]], logs[steps[-1] + 1]
+    factors = {}
+    for i in steps:
+        t = 2 * (first - logs[i]) / (first - last)
+        value = 1 + 3 * t if t <= 1 else 4 - 3.5 * (t - 1)
+        factors[i] = value / ((1 + 2 * 4 + 0.5) / 4)
+    assert steering.deviation(model, seen, sigmas, 0.2, factors=factors)[0] < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["euler", None], ids=["euler", "own"])
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_an_even_curve_changes_nothing(sampler, prediction):
+    """Also at sigma = 1 of a flow, where ln s is infinite."""
+    model = h.exact_model(prediction)
+    plain, even, single = (recorded(model, h.guided_sampler(0.2, sampler=sampler, **more))[0]
+                           for more in ({}, {"curve": [3.0, 3.0, 3.0]}, {"curve": [0.2]}))
+    assert torch.allclose(even, plain, atol=1e-5) and torch.allclose(single, plain, atol=1e-5)
+    assert torch.equal(recorded(model, h.guided_sampler(0.5, sampler="euler", curve=[1.0, 0.0]))[0],
+                       recorded(model, h.core_sampler("euler"))[0])
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more, words", [
+    ({"mask": 2 * torch.ones(1, 8, 8)}, ["mask", "2", "0 to 1"]),
+    ({"mask": torch.full((1, 8, 8), math.nan)}, ["mask", "nan", "0 to 1"]),
+    ({"mask": torch.ones(8)}, ["mask", "(8,)", "height"]),
+    ({"mask": "face"}, ["mask", "str", "height"]),
+    ({"curve": [1.0, -1.0]}, ["curve", "-1"]),
+    ({"curve": [0.0, 0.0]}, ["curve", "0.0", "above 0"]),
+    ({"curve": [1.0, math.inf]}, ["curve", "inf"]),
+    ({"curve": []}, ["curve", "[]"]),
+])
+@NODES
+def test_bad_masks_and_curves(node, more, words):
+    with pytest.raises(ValueError) as error:
+        guided(h.exact_model("flow"), node, 0.3, **more)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_steep_curve_allows_a_smaller_shift():
+    model = h.exact_model("flow")
+    with pytest.raises(ValueError, match="detail_shift is 2.0"):
+        recorded(model, h.guided_sampler(0.5, 2.0, sampler="euler", curve=[8.0, 0.0, 0.0, 0.0]))

@@ -1,0 +1,119 @@
+"""Every sampler with every scheduler, and what the log says about guidance in them."""
+
+import json
+import logging
+import math
+import statistics
+
+import comfy.samplers
+import pytest
+import torch
+from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
+from density_guidance.launcher.environment import PACK
+from density_guidance.nodes.guided_run import advice
+from density_guidance.tests import host_runs as h
+
+SAMPLERS = comfy.samplers.SAMPLER_NAMES
+STEPS = 4
+
+
+def towards_a_pattern(x, t):
+    """Output of a flow network whose prediction is nonlinear in x; t is 1000 sigma."""
+    sigma = t.view(-1, 1, 1, 1) / 1000
+    return (x - torch.tanh(1.5 * x + 0.3)) / sigma.clamp(min=1e-3)
+
+
+def noise_of_a_pattern(x, t):
+    """Output of an eps network: bounded, nonlinear in x."""
+    return torch.tanh(x + 0.2) + 0.3 * x
+
+
+NETWORKS = {"EPS": noise_of_a_pattern, "FLOW": towards_a_pattern}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_with_every_scheduler(name, scheduler, kind):
+    """Neutral to the bit, reproducible, finite wherever the plain run is, and not one model call more."""
+    model, seen = h.recording(h.free_model(kind, NETWORKS[kind]))
+    schedule = h.schedule(model, STEPS, scheduler)  # every run of uni_pc writes into it, as it does in a graph
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def run(sampler):
+        before = seen.calls
+        return h.free_run(model, sampler, schedule, noise), seen.calls - before
+
+    plain, calls = run(h.core_sampler(name))
+    neutral, neutral_calls = run(h.guided_sampler(0.5, sampler=name))
+    assert torch.equal(neutral, plain) or not torch.isfinite(plain).all()
+    assert neutral_calls == calls
+    first, guided_calls = run(h.guided_sampler(0.3, 0.1, sampler=name))
+    again, _ = run(h.guided_sampler(0.3, 0.1, sampler=name))
+    assert torch.isfinite(plain).all() and torch.isfinite(first).all()
+    assert torch.equal(first, again) and not torch.equal(first, plain)
+    assert guided_calls == calls or name == "dpm_adaptive"  # chooses its own steps
+
+
+@pytest.mark.parametrize("sampler", [None, "euler"], ids=["own", "euler"])
+def test_a_schedule_that_rises_by_a_rounding(sampler):
+    """uni_pc leaves 0.001 where the schedule ended in 0: with the exponential scheduler that is 1e-10 above the one before."""
+    model = h.free_model("FLOW", towards_a_pattern)
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    risen = torch.tensor([1.0, 0.1, 0.01, 0.001, 0.001])
+    risen[-1] *= 1 + 2**-23
+    assert risen[-1] > risen[-2]
+    level = torch.tensor([1.0, 0.1, 0.01, 0.001, 0.001])
+    a, b = (h.free_run(model, h.guided_sampler(0.3, sampler=sampler), s, noise) for s in (risen, level))
+    assert torch.allclose(a, b, atol=1e-6)
+    with pytest.raises(ValueError, match="only descends"):
+        h.free_run(model, h.guided_sampler(0.3, sampler=sampler), torch.tensor([1.0, 0.1, 0.10001, 0.0]), noise)
+
+
+def measured():
+    """{sampler: ratios of the measured to the predicted shift, one for each kind of model}."""
+    table = json.loads((PACK / "docs" / "detail_shift.json").read_text())["measured_over_predicted"]
+    return {name: [ratios[name] for ratios in table.values()] for name in SAMPLERS}
+
+
+def test_advice_agrees_with_what_was_measured():
+    ratios = measured()
+    said = {name: " ".join(advice(name, {})) for name in SAMPLERS}
+    silent = [r for name in SAMPLERS if not said[name] and name != "dpm_adaptive" for r in ratios[name]]
+    forget = [r for name in SAMPLERS if "forgets" in said[name] for r in ratios[name]]
+    renoise = [r for name in SAMPLERS if "renoises" in said[name] for r in ratios[name]]
+    assert 0.6 < min(silent) and max(silent) < 1.5
+    low, *_, high = statistics.quantiles(forget, n=10)
+    assert 0.3 <= round(low, 1) and round(statistics.quantiles(forget, n=4)[2], 1) <= 0.5
+    assert round(min(renoise), 1) == 0.6 and math.ceil(max(renoise)) == 43
+    assert len(silent) + len(forget) + len(renoise) == 3 * (len(SAMPLERS) - 1)
+
+
+def warnings_of(caplog, model, sampler, steps=5):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        h.picture(model, sampler, h.schedule(model, steps))
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Density guidance: ")]
+
+
+@pytest.mark.parametrize("name, word", [
+    ("euler_cfg_pp", "renoises"), ("euler_ancestral", "forgets"), ("dpmpp_2m_sde", "forgets"), ("lcm", "forgets"),
+    ("euler", None), ("dpmpp_2m", None), (None, None)])
+def test_one_warning_per_run(caplog, name, word):
+    """By the node and by the model patch; nothing where guidance does nothing."""
+    model = h.exact_model("flow")
+    found = warnings_of(caplog, model, h.guided_sampler(0.3, sampler=name))
+    assert len(found) == (word is not None) and all(word in text and name in text for text in found)
+    assert warnings_of(caplog, model, h.guided_sampler(0.5, sampler=name)) == []
+    if name:
+        assert warnings_of(caplog, h.guided_model(model, 0.3), name) == found
+
+
+@pytest.mark.parametrize("node, args", [(EpsilonScaling, (1.01,)), (TemporalScoreRescaling, (0.95, 1.0))])
+def test_nodes_that_do_a_similar_thing_are_named(caplog, node, args):
+    model = h.kept(h.outputs(node, h.exact_model("flow"), *args)[0])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        h.picture(model, h.guided_sampler(0.3, sampler="euler"), h.schedule(model, 3), h.empty_latent(1))
+    found = [r.getMessage() for r in caplog.records if "add up" in r.getMessage()]
+    assert len(found) == 1 and node.define_schema().node_id.replace("TemporalScoreRescaling", "Temporal Score") in found[0]

@@ -1,0 +1,256 @@
+"""ScoreAlignmentCheck in the real host: on the built-in model, on small real networks, and with bad input."""
+
+import math
+import re
+
+import comfy.model_management
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_custom_sampler as custom
+from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
+from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.nodes import PriorGuidanceScale, ScoreAlignmentCheck, exact_model
+from density_guidance.tests import host_runs as h
+from density_guidance.tests import networks
+from density_guidance.tests.test_errors import fails
+from torch.autograd import forward_ad
+
+PREDICTIONS = pytest.mark.parametrize("prediction", h.PREDICTIONS)
+WAYS = ("with score", "without score", "finite scale")
+COMPONENT = 5
+
+
+def guider(model, positive=None):
+    return h.outputs(custom.BasicGuider, model, h.conditioning() if positive is None else positive)[0]
+
+
+def check(model, method="with score", steps=32, batch=2, positive=None, end_percent=0.95, probes=1, seed=0, latent=None,
+          noise=None, sigmas=None, **optional):
+    """The node's outputs: aligned, cosine, report, plot, latent, scale, response."""
+    latent = h.empty_latent(batch) if latent is None else latent
+    return h.outputs(
+        ScoreAlignmentCheck, guider(model, positive), h.random_noise() if noise is None else noise, latent,
+        h.schedule(model, steps) if sigmas is None else sigmas, method, end_percent, probes, seed, **optional)
+
+
+def read_level(model, sigmas, end_percent=0.95):
+    """The schedule down to where alignment is read."""
+    level = model.get_model_object("model_sampling").percent_to_sigma(end_percent)
+    return sigmas[sigmas >= level * (1 - 1e-6)]
+
+
+def without_forward_mode(model):
+    """The model with its tangent dropped, as by a patch that leaves the graph."""
+    model = h.kept(model.clone())
+    model.add_wrapper(WrappersMP.APPLY_MODEL, lambda executor, x, *args, **kwargs: executor(
+        forward_ad.unpack_dual(x).primal, *args, **kwargs))
+    return model
+
+
+# --- the built-in model -----------------------------------------------------------------------------------------
+
+
+@PREDICTIONS
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "differences"])
+def test_gaussian_closed_form(prediction, forward):
+    model = h.exact_model(prediction)
+    oracle = GaussianOracle(model.model.density, COMPONENT)
+    coordinates = coordinates_of(model.get_model_object("model_sampling"))
+    sigmas = h.schedule(model, 32)
+    s = [coordinates.s(float(v)) for v in read_level(model, sigmas)]
+    unit = h.random_noise().generate_noise(h.empty_latent()).double()
+    moved = oracle.coefficients(unit) + oracle.mean
+    if math.isinf(s[0]):
+        ratio = (oracle.variance + s[-1]**2).sqrt()
+        centred = moved
+    else:
+        ratio = ((oracle.variance + s[-1]**2) / (oracle.variance + s[0]**2)).sqrt()
+        moved = moved * math.hypot(1, s[0])
+        centred = moved - oracle.mean
+    score, tangent = -centred * ratio / (oracle.variance + s[-1]**2), -moved * ratio
+    exact = (score * tangent).sum(1)
+    cosine = exact / (score.norm(dim=1) * tangent.norm(dim=1))
+    bits = 0.01 * exact / (oracle.dim * math.log(2))
+    positive = h.conditioning(prediction, COMPONENT)
+    for way in WAYS:
+        aligned, found, report, _, _, _, response = check(
+            model if forward else without_forward_mode(model), way, positive=positive)
+        print(prediction, way, [r / float(b) - 1 for r, b in zip(response, bits)], found - float(cosine.min()))
+        assert response == pytest.approx(bits.tolist(), rel=1e-2), way
+        assert found == pytest.approx(float(cosine.min()), abs=1e-2) and aligned
+        assert way == "finite scale" or ("forward-mode AD, which" in report) == forward
+
+
+@PREDICTIONS
+def test_response_and_scale_against_the_exact_density(prediction):
+    """1% more noise, and the scale for a wanted change, sampled by the host and read from the exact density."""
+    model, batch = h.exact_model(prediction), 8
+    sigmas = h.schedule(model, 24)
+    cut = read_level(model, sigmas)
+
+    def bits(scale):
+        noise = h.outputs(PriorGuidanceScale, h.random_noise(), 0.5, scale, False)[0]
+        latent = h.sample(model, h.guided_sampler(), cut, h.empty_latent(batch), noise=noise)[0]
+        return torch.tensor(exact_model.read(model, latent["samples"], cut), dtype=torch.float64)
+
+    *_, scale, response = check(model, steps=24, batch=batch, detail_shift=0.05)
+    plain, measured = bits(1.0), bits(1.005) - bits(0.995)
+    error = (torch.tensor(response) / measured - 1).abs()
+    print(prediction, "response", error.tolist(), "shift", (bits(scale) - plain).tolist())
+    assert (error < 0.05).sum() >= 7
+    assert float((bits(scale) - plain).mean()) == pytest.approx(0.05, rel=0.05)
+
+
+@PREDICTIONS
+def test_both_ways_agree(prediction):
+    _, cosine, report, *_ = check(h.exact_model(prediction), "both", batch=4)
+    assert "cosine, with score:" in report and "cosine, without score:" in report
+    gap = float(re.search(r"cosines differ by at most ([0-9.]+)", report).group(1))
+    assert gap < 0.02 and cosine > 0.3
+
+
+def test_more_probes_and_other_seeds_agree():
+    model = h.exact_model("flow")
+    few, other, many = (torch.tensor(check(model, "without score", steps=12, batch=1, probes=n, seed=s)[6])
+                        for n, s in ((1, 0), (1, 1), (4, 0)))
+    assert few != other
+    assert many.tolist() == pytest.approx(few.tolist(), rel=0.05)
+
+
+def test_the_sample_is_a_finished_one():
+    model = h.exact_model("flow")
+    latent = check(model)[4]
+    sampled = h.sample(model, h.guided_sampler(), h.schedule(model, 32))[0]["samples"]
+    other = h.sample(model, h.guided_sampler(), h.schedule(model, 32), seed=h.SEED + 1)[0]["samples"]
+    gap, apart = (float((latent["samples"] - v).norm()) for v in (sampled, other))
+    assert gap < 0.02 * apart
+    assert torch.equal(check(model, "finite scale")[4]["samples"], sampled)
+
+
+def test_finite_scale_takes_any_sampler():
+    model = h.exact_model("eps")
+    for name in ("euler", "dpmpp_2m", "uni_pc"):
+        response = check(model, "finite scale", batch=1, sampler=h.core_sampler(name))[6]
+        assert response == pytest.approx(check(model, batch=1)[6], rel=0.1), name
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way, forward, each", [
+    ("with score", True, 1), ("with score", False, 3), ("without score", True, 3), ("without score", False, 5),
+    ("both", False, 5)])
+def test_calls_and_memory(way, forward, each):
+    """Never more images at once than the latent has, and as many calls as the report says."""
+    model = h.exact_model("flow")
+    model, seen = h.recording(model if forward else without_forward_mode(model))
+    sigmas = h.schedule(model, 12)
+    report = check(model, way, steps=12, batch=3)[2]
+    nodes = len(read_level(model, sigmas))
+    calls = nodes * each + 12 - nodes
+    assert f"cost: {calls} model calls" in report
+    assert seen.calls == calls + 4  # those that find out how to take derivatives
+    assert {len(x) for x in seen.x} == {3}
+
+
+def test_an_interrupt_ends_it_at_the_next_call():
+    model, seen = h.recording(h.exact_model("flow"))
+    model.add_wrapper(WrappersMP.APPLY_MODEL, lambda executor, *a, **k: (
+        comfy.model_management.interrupt_current_processing(seen.calls == 20), executor(*a, **k))[1])
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        check(model)
+    assert seen.calls == 20
+
+
+# --- one image, one result --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["with score", "without score"])
+def test_an_image_is_the_same_alone_and_in_a_batch(way):
+    model = h.exact_model("eps")
+    together = check(model, way, steps=8, batch=3)
+    alone = check(model, way, steps=8, latent={**h.empty_latent(1), "batch_index": [2]})
+    assert alone[6] == pytest.approx(together[6][2:], rel=1e-5)
+    torch.testing.assert_close(alone[4]["samples"], together[4]["samples"][2:], rtol=1e-4, atol=1e-4)
+    assert check(model, way, steps=8, batch=3)[6] == together[6]
+
+
+def test_density_guidance_of_the_model_is_left_out():
+    model = h.exact_model("eps")
+    assert check(h.guided_model(model, 0.05), steps=8)[6] == check(model, steps=8)[6]
+
+
+def test_an_image_in_the_latent_does_not_count_as_noise():
+    """At maximum noise the host adds the latent to the noise of an eps model; only the noise is scaled."""
+    model = h.exact_model("eps")
+    latent = {"samples": torch.rand(1, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(0))}
+    finite = check(model, "finite scale", latent=latent, scale_step=0.005)[6]
+    assert check(model, latent=latent)[6] == pytest.approx(finite, rel=5e-3)
+
+
+# --- real networks ----------------------------------------------------------------------------------------------
+
+NETWORKS = {
+    "unet": (networks.unet, networks.unet_conditioning, 4),
+    "dit": (networks.dit, networks.dit_conditioning, 16),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_real_networks(name, dtype):
+    """The derivatives and finite scaling agree on networks that attend, normalise and round."""
+    make, positive, channels = NETWORKS[name]
+    model = make(dtype)
+    latent = {"samples": torch.zeros(2, channels, 8, 8)}
+    run = lambda way, model=model, **k: check(model, way, steps=40, positive=positive(), latent=latent, **k)
+    by_default = run("with score")
+    differences = run("with score", without_forward_mode(model))
+    finite = run("finite scale", scale_step=0.01 if dtype is torch.float32 else 0.05)
+    without = run("without score")
+    print(name, dtype, by_default[6], differences[6], finite[6], without[6], by_default[2].splitlines()[-2:])
+    rel = 0.01 if dtype is torch.float32 else 0.1
+    assert differences[6] == pytest.approx(by_default[6], rel=rel)
+    assert finite[6] == pytest.approx(by_default[6], rel=2 * rel)
+    assert all(map(math.isfinite, without[6]))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_before_any_call():
+    model, seen = h.recording(h.exact_model("flow"))
+    full = h.schedule(model, 12)
+    latent = h.empty_latent()
+    cases = [
+        (["sigmas begin at", "maximum is 1"], {"sigmas": full[3:]}),
+        (["sigmas", "three"], {"sigmas": torch.tensor([1.0, 0.0])}),
+        (["sigmas", "descend"], {"sigmas": full.flip(0)}),
+        (["sigmas", "finite"], {"sigmas": torch.tensor([1.0, math.nan, 0.0])}),
+        (["sigmas", "[]"], {"sigmas": torch.tensor([])}),
+        (["end_percent is 0.05"], {"end_percent": 0.05}),
+        (["end_percent", "nan", "1.0"], {"end_percent": math.nan}),
+        (["method is 'fast'", "with score"], {"method": "fast"}),
+        (["probes is 0"], {"probes": 0}),
+        (["detail_shift is 3"], {"detail_shift": 3}),
+        (["scale_step is 0"], {"scale_step": 0}),
+        (["sampler is a str", "KSamplerSelect"], {"sampler": "euler"}),
+        (["noise is zero", "DisableNoise"], {"noise": h.outputs(custom.DisableNoise)[0]}),
+        (["noise is a int", "RandomNoise"], {"noise": 3}),
+        (["noise_mask"], {"latent": {**latent, "noise_mask": torch.ones(2, h.SIZE, h.SIZE)}}),
+        (["NaN"], {"latent": {"samples": latent["samples"] / 0}}),
+        (["channels"], {"latent": {"samples": torch.ones(1, 5, h.SIZE, h.SIZE)}}),
+    ]
+    for words, wrong in cases:
+        fails(words, check, model, **wrong)
+    fails(["guider is a int", "GUIDER"], h.outputs, ScoreAlignmentCheck, 3, h.random_noise(), latent, full, "both", 0.95, 1, 0)
+    assert seen.calls == 0
+
+
+def test_report_and_plot():
+    aligned, cosine, report, plot, latent, scale, response = check(h.exact_model("flow"), "both", steps=20)
+    assert aligned is True and 0 < cosine <= 1 and scale > 1
+    assert report.startswith("Aligned") and "log-SNR" in report and "model calls" in report
+    assert plot.ndim == 4 and plot.shape[-1] == 3 and 0 <= plot.min() < plot.max() <= 1
+    assert latent["samples"].shape == (2, 3, h.SIZE, h.SIZE) and len(response) == 2

@@ -1,0 +1,288 @@
+"""StochasticDetailVariation and VariationGrid in the real host, on the model whose density is known."""
+
+import math
+from functools import lru_cache
+
+import comfy.model_management
+import numpy as np
+import pytest
+import torch
+from density_guidance.benchmarks.euler_maruyama import fine_details_change
+from density_guidance.dg_core.variation import CORRECTIONS
+from density_guidance.nodes import StochasticDetailVariation, VariationGrid, exact_model
+from density_guidance.tests import host_runs as h
+
+EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
+EVERY_CORRECTION = pytest.mark.parametrize("correction", CORRECTIONS)
+VARIATIONS = 32
+STEPS = 32
+
+
+def varied(vary="fine details", strength=0.5, correction="expected", quantile=0.5, detail_shift=0.0, seed=1, probes=1,
+           window=(0.0, 1.0), **lists):
+    return h.outputs(StochasticDetailVariation, quantile, detail_shift, vary, strength, *window, seed, correction, probes,
+                     **lists)[0]
+
+
+def same_noise(count):
+    """A latent of images that all start from the noise of the first."""
+    return {**h.empty_latent(count), "batch_index": [0] * count}
+
+
+def schedule(model, to_zero=False):
+    sigmas = h.schedule(model, STEPS)
+    return sigmas if to_zero else sigmas[:-1]
+
+
+def nats_per_dim(model, samples, sigmas):
+    return -math.log(2) * np.array(exact_model.read(model, samples, sigmas))
+
+
+@lru_cache
+def log_density_run(prediction, vary, strength, correction):
+    """(log-density change of 32 variations against the deterministic run, model calls)."""
+    model, seen = h.recording(h.exact_model(prediction))
+    sigmas = schedule(model)
+    plain = h.picture(model, h.guided_sampler(), sigmas, same_noise(1))
+    seen.calls = 0
+    pictures = h.picture(model, varied(vary, strength, correction), sigmas, same_noise(VARIATIONS))
+    change = nats_per_dim(model, pictures, sigmas) - nats_per_dim(model, plain, sigmas)
+    return change, seen.calls
+
+
+@lru_cache
+def euler_maruyama_run(prediction, calls):
+    """The same for Euler-Maruyama with the exact correction in the window of "fine details", at `calls` model calls."""
+    model = h.exact_model(prediction)
+    return fine_details_change(model, schedule(model).tolist(), 0.5, calls, VARIATIONS).numpy()
+
+
+# --- the log-density is kept -------------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@EVERY_CORRECTION
+def test_fine_details_keep_the_log_density(prediction, correction):
+    """Bias and spread over variation seeds at 32 steps, and Euler-Maruyama at as many model calls, in nats per dimension."""
+    change, calls = log_density_run(prediction, "fine details", 0.5, correction)
+    reference = euler_maruyama_run("eps" if prediction == "v" else prediction, calls)  # the same density and schedule
+    error = change.std(ddof=1) / math.sqrt(VARIATIONS)
+    print(f"{prediction} {correction}: bias {change.mean():+.2e} +- {error:.0e}, spread {change.std(ddof=1):.1e}, "
+          f"{calls} calls; Euler-Maruyama {reference.mean():+.2e}, {reference.std(ddof=1):.1e}")
+    allowed = 2 if correction == "expected" else 1
+    assert abs(change.mean()) + 3 * error <= allowed * 5e-3
+    assert change.std(ddof=1) <= allowed * 2e-3
+    assert abs(change.mean()) + 3 * error <= abs(reference.mean()) / 4
+    assert change.std(ddof=1) <= reference.std(ddof=1) / 4
+    assert (calls == STEPS - 1) == (correction == "expected")
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("vary", ["structure", "everything"])
+def test_other_windows_keep_the_log_density(prediction, vary):
+    change, calls = log_density_run(prediction, vary, 0.5, "expected")
+    print(f"{prediction} {vary}: bias {change.mean():+.2e}, spread {change.std(ddof=1):.1e}")
+    assert calls == STEPS - 1
+    assert abs(change.mean()) <= 1e-2 and change.std(ddof=1) <= 5e-3
+
+
+@EVERY_KIND
+def test_variations_keep_the_guided_level(prediction):
+    """Quantile and shift act under the noise as without it."""
+    model = h.exact_model(prediction)
+    sigmas = schedule(model)
+    guided = nats_per_dim(model, h.picture(model, h.guided_sampler(0.3, 0.2), sigmas, same_noise(1)), sigmas)
+    plain = nats_per_dim(model, h.picture(model, h.guided_sampler(), sigmas, same_noise(1)), sigmas)
+    level = nats_per_dim(model, h.picture(model, varied(quantile=0.3, detail_shift=0.2, correction="hutchinson"), sigmas,
+                                          same_noise(8)), sigmas)
+    assert abs(guided - plain).min() > 0.1
+    assert level == pytest.approx(np.repeat(guided, 8), abs=5e-3)
+
+
+# --- where the change is -----------------------------------------------------------------------------------------
+
+
+def high_share(difference):
+    """Share of the energy above half of the Nyquist frequency, by radius."""
+    energy = torch.fft.fft2(difference.double()).abs().square().sum((0, 1))
+    f = torch.fft.fftfreq(difference.shape[-1], dtype=torch.float64)
+    return float(energy[torch.hypot(f[:, None], f[None, :]) > 0.25].sum() / energy.sum())
+
+
+@lru_cache
+def pictures_of(prediction, vary, strength):
+    """Variations of 16 pictures minus the pictures."""
+    model = h.exact_model(prediction)
+    sigmas = schedule(model, to_zero=True)
+    plain = h.picture(model, h.guided_sampler(), sigmas, h.empty_latent(16))
+    return h.picture(model, varied(vary, strength), sigmas, h.empty_latent(16)) - plain
+
+
+@EVERY_KIND
+def test_presets_change_what_they_say(prediction):
+    fine, structure = (high_share(pictures_of(prediction, vary, 0.5)) for vary in ("fine details", "structure"))
+    print(f"{prediction}: share of high frequencies {fine:.3f} in fine details, {structure:.3f} in structure")
+    assert fine >= 0.75
+    assert structure <= 0.3
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("vary", ["fine details", "structure"])
+def test_strength_scales_the_change(prediction, vary):
+    size = [float(pictures_of(prediction, vary, c).square().mean().sqrt()) for c in (0.125, 0.25, 0.5, 1.0)]
+    assert size[0] > 0 and all(b > a for a, b in zip(size, size[1:])), size
+
+
+# --- neutral, seeds, batches -------------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@EVERY_CORRECTION
+def test_neutral_is_the_own_solver_bit_for_bit(prediction, correction):
+    model, seen = h.recording(h.exact_model(prediction))
+    sigmas = h.schedule(model, 6)
+    for quantile, shift in ((0.5, 0.0), (0.3, 0.2)):
+        plain = h.picture(model, h.guided_sampler(quantile, shift), sigmas)
+        calls, seen.calls = seen.calls, 0
+        for settings in ({"strength": 0.0}, {"vary": "custom", "window": (0.001, 0.002)}):
+            sampler = varied(correction=correction, quantile=quantile, detail_shift=shift, **settings)
+            assert torch.equal(h.picture(model, sampler, sigmas), plain)
+            assert seen.calls == calls
+            seen.calls = 0
+    assert not torch.equal(h.picture(model, varied("everything", correction=correction), sigmas), plain)
+
+
+@EVERY_KIND
+def test_same_seed_gives_the_same_picture(prediction):
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, 8)
+    first, again, other = (h.picture(model, varied("everything", seed=s), sigmas) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@EVERY_KIND
+@EVERY_CORRECTION
+def test_a_variation_does_not_depend_on_its_batch(prediction, correction):
+    """Image and variation by their numbers: alone, in another order, among others."""
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, 8)[:-1]
+
+    def batch(images, **lists):
+        latent = {**h.empty_latent(len(images)), "batch_index": images}
+        return h.picture(model, varied("everything", correction=correction, **lists), sigmas, latent)
+
+    together = batch([0, 1, 2, 3])
+    mixed = batch([3, 1], variation_index=[3.0, 1.0])
+    assert torch.allclose(mixed[0], together[3], atol=1e-4) and torch.allclose(mixed[1], together[1], atol=1e-4)
+    alone = batch([2], variation_index=[2.0])
+    assert torch.allclose(alone[0], together[2], atol=1e-4)
+    twins = batch([0, 0, 0], variation_index=[5.0, 5.0, 6.0])
+    assert torch.allclose(twins[0], twins[1], atol=1e-4) and not torch.allclose(twins[0], twins[2], atol=1e-2)
+
+
+# --- the host's other features -----------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@EVERY_CORRECTION
+def test_inpainting(prediction, correction):
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, 8)
+    latent = {**h.empty_latent(2), "samples": h.picture(model, "euler", sigmas)}
+    latent["noise_mask"] = torch.zeros(2, 1, h.SIZE, h.SIZE)
+    latent["noise_mask"][:, :, 8:24, 8:24] = 1
+    samplers = varied("everything", correction=correction), h.guided_sampler()
+    result, plain = (h.picture(model, sampler, sigmas, latent) for sampler in samplers)
+    outside = (latent["noise_mask"] == 0).expand_as(result)
+    assert torch.equal(result[outside], plain[outside])
+    assert float((result - plain)[~outside].abs().mean()) > 0.01
+
+
+def half(x, t):
+    """Output of a flow network whose denoised prediction is x / 2; t is 1000 sigma."""
+    return x / (0.002 * t.view(-1, *[1] * (x.ndim - 1)))
+
+
+@EVERY_CORRECTION
+@pytest.mark.parametrize("shape", [(2, 16, 3, 8, 8), (1, 8, 40), (2, 4, 8, 8)], ids=["5-D", "3-D", "4-D"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_latents_of_any_kind(shape, dtype, correction):
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    model = h.free_model("FLOW", half)
+    sigmas = h.schedule(model, 8)
+    samplers = varied("everything", correction=correction), h.guided_sampler()
+    result, plain = (h.free_run(model, sampler, sigmas, noise, cfg=2.0) for sampler in samplers)
+    assert result.shape == noise.shape and torch.isfinite(result).all()
+    assert float((result - plain).float().std()) > 0.01
+
+
+@EVERY_KIND
+def test_cfg(prediction):
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, 8)
+    conds = {"positive": h.conditioning(component=3), "negative": h.conditioning(component=40), "cfg": 3.0}
+    result, plain = (h.picture(model, s, sigmas, **conds) for s in (varied("everything"), h.guided_sampler()))
+    assert torch.isfinite(result).all() and not torch.allclose(result, plain, atol=1e-2)
+
+
+def test_interrupt_stops_before_the_next_model_call():
+    model, seen = h.recording(h.exact_model("flow"))
+    model.set_model_sampler_post_cfg_function(
+        lambda args: comfy.model_management.interrupt_current_processing(seen.calls == 6) or args["denoised"])
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        h.sample(model, varied("everything", correction="exact", probes=8), h.schedule(model, 4))
+    assert seen.calls == 6
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    ({"vary": "colour"}, ["vary", "'colour'", "fine details", "custom"]),
+    ({"strength": 3.5}, ["strength", "3.5", "0.0", "3.0"]),
+    ({"strength": math.nan}, ["strength", "nan"]),
+    ({"seed": -1}, ["variation_seed", "-1"]),
+    ({"correction": "best"}, ["correction", "'best'", "hutchinson"]),
+    ({"probes": 0}, ["probes", "0", "16"]),
+    ({"quantile": 0.0}, ["quantile", "0.0", "0.001"]),
+    ({"detail_shift": 3.0}, ["detail_shift", "3.0", "2"]),
+    ({"vary": "custom", "window": (0.5, 0.5)}, ["start_percent", "end_percent", "smaller"]),
+    ({"vary": "custom", "window": (-0.5, 0.5)}, ["start_percent", "-0.5"]),
+    ({"variation_index": [0.5]}, ["variation_index", "image 0", "0.5", "whole"]),
+    ({"variation_index": [-1.0]}, ["variation_index", "image 0", "-1"]),
+    ({"variation_index": 3}, ["variation_index", "3", "list"]),
+], ids=str)
+def test_bad_input_is_named(kwargs, words):
+    with pytest.raises(ValueError) as error:
+        varied(**kwargs)
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
+
+
+def test_variation_index_that_does_not_fit_the_batch():
+    model, seen = h.recording(h.exact_model("flow"))
+    with pytest.raises(ValueError, match="variation_index has 3 numbers and the latent has 2 images"):
+        h.sample(model, varied(variation_index=[0.0, 1.0, 2.0]), h.schedule(model, 3))
+    assert seen.calls == 0
+
+
+# --- grid --------------------------------------------------------------------------------------------------------
+
+
+def test_grid_is_what_its_rows_would_be():
+    """One run of a batch: rows differ by quantile only, columns by variation only."""
+    model, seen = h.recording(h.exact_model("flow"))
+    sigmas = h.schedule(model, 8)
+    latent = {**h.empty_latent(3), "batch_index": [4, 5, 6]}
+    grid, quantiles, index, levels, columns = h.outputs(VariationGrid, latent, "0.3, 0.5", 3)
+    assert levels == [0.3, 0.5] and columns == 3 and quantiles == [0.3] * 3 + [0.5] * 3 and index == [0, 1, 2] * 2
+    assert grid["samples"].shape == (6, 3, h.SIZE, h.SIZE) and grid["batch_index"] == [4] * 6
+    together = h.picture(model, varied(quantiles=quantiles, variation_index=index), sigmas, grid)
+    assert seen.calls == 8
+    for row, quantile in enumerate(levels):
+        alone = h.picture(model, varied(quantile=quantile), sigmas, {**h.empty_latent(3), "batch_index": [4] * 3})
+        assert torch.allclose(together[3 * row:3 * row + 3], alone, atol=1e-4)
+
+
+def test_grid_repeats_the_mask_and_names_bad_input():
+    latent = {**h.empty_latent(2), "noise_mask": torch.ones(2, 1, h.SIZE, h.SIZE)}
+    assert h.outputs(VariationGrid, latent, "0.5", 4)[0]["noise_mask"].shape == (4, 1, h.SIZE, h.SIZE)
+    for text, word in (("0.5, 2", "quantile is 2"), ("a", "quantiles has 'a'"), ("", "quantiles is empty")):
+        with pytest.raises(ValueError, match=word):
+            h.outputs(VariationGrid, latent, text, 2)
