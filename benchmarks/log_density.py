@@ -221,7 +221,7 @@ def draw(results, path):
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("RMS error of log p, nats per dimension")
-    axes[0].legend()
+    axes[1].legend(loc="lower right")
     figure.savefig(path, dpi=110)
 
 

@@ -61,8 +61,9 @@ class LogDensity(io.ComfyNode):
             outputs=[
                 Floats.Output(display_name="bits_per_dim",
                               tooltip="-log2 p / D of every image: larger means more detail, the direction of detail_shift."),
-                io.String.Output(display_name="report", tooltip="Values with standard errors, ||eps||^2 / D, and how they were "
-                                                                "computed."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Values with standard errors, the squared norm of eps over D, and how they were computed."),
                 io.Image.Output(display_name="plot", tooltip="Rate of log-density against log-SNR, one curve for each image."),
             ],
         )

@@ -2,7 +2,7 @@
 
 import json
 
-from density_guidance.benchmarks import detail_shift, score_alignment, variation
+from density_guidance.benchmarks import detail_shift, log_density, score_alignment, variation
 from density_guidance.launcher.environment import PACK
 
 
@@ -14,6 +14,12 @@ def test_tables_come_from_the_benchmark():
     assert mixture in readme
     own = results["measured_over_predicted"]["flow"][detail_shift.OWN]
     assert f"{abs(own - 1):.1%}" in readme
+
+
+def test_log_density_tables_come_from_the_benchmark():
+    results = json.loads((PACK / "docs" / "log_density.json").read_text())
+    assert (PACK / "docs" / "log_density.md").read_text() == log_density.page(results)
+    assert log_density.readme_table(results) in (PACK / "README.md").read_text()
 
 
 def test_score_alignment_table_comes_from_the_benchmark():

@@ -101,7 +101,8 @@ def _detached(x):
     (_NoForward.apply, "differences", ["failed"]),
     (_detached, "differences", ["differs", "%"]),
     (lambda x: x.detach() * 0 + 3.0, "forward", ["0.00%"]),
-], ids=["smooth", "refused", "wrong", "constant"])
+    (lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x), "forward", ["0.0"]),
+], ids=["smooth", "refused", "wrong", "constant", "attention"])
 def test_the_method_is_found_out(network, method, words):
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     found, reason = jacobian.method_of(network, x, jacobian.rademacher(x, 0, 0))
