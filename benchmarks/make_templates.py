@@ -51,17 +51,21 @@ async def convert(page, paths):
 
 
 def picture(files):
-    """The saved contact sheet, or several pictures in two columns, small."""
+    """What was saved, small, on one sheet."""
     images = [Image.open(file).convert("RGB") for file in files]
     if len(images) == 1:
         small = images[0]
         small.thumbnail(PICTURE, Image.LANCZOS)
         return small
-    side = (PICTURE[0] - MARGIN) // 2
-    rows = -(-len(images) // 2)
-    sheet = Image.new("RGB", (PICTURE[0], rows * (side + MARGIN) - MARGIN), "white")
+    # Sheets go below each other, single pictures in two columns.
+    columns = 1 if max(image.width / image.height for image in images) > 1.5 else 2
+    width = (PICTURE[0] - (columns - 1) * MARGIN) // columns
+    height = round(width * images[0].height / images[0].width)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (PICTURE[0], rows * (height + MARGIN) - MARGIN), "white")
     for i, image in enumerate(images):
         # Small pictures stay pixels: smoothing would hide the detail that they are about.
-        method = Image.NEAREST if image.width < side else Image.LANCZOS
-        sheet.paste(image.resize((side, side), method), (i % 2 * (side + MARGIN), i // 2 * (side + MARGIN)))
+        method = Image.NEAREST if image.width < width else Image.LANCZOS
+        place = i % columns * (width + MARGIN), i // columns * (height + MARGIN)
+        sheet.paste(image.resize((width, height), method), place)
     return sheet

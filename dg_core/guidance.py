@@ -57,10 +57,15 @@ class GuidedRange:
 def guided_range(sigmas, coordinates, sigma_high=math.inf, sigma_low=0.0):
     """The `GuidedRange` of a schedule: steps that start at sigma_low < sigma <= sigma_high.
 
-    sigmas: floats, descending, in the units of the host. Raises ValueError if they are not finite or ascend.
+    sigmas: floats, descending, in the units of the host. Raises ValueError if they are not finite, ascend, or go beyond pure
+    noise.
     """
     if not all(math.isfinite(v) and v >= 0 for v in sigmas):
         raise ValueError(f"sigmas are {_brief(sigmas)}; they must be finite and not negative")
+    if any(coordinates.alpha(v) < -ROUNDING for v in sigmas):
+        raise ValueError(
+            f"sigmas are {_brief(sigmas)}; a flow model has none above 1, which is pure noise: connect a scheduler with this "
+            "model")
     if any(b > a * (1 + ROUNDING) for a, b in zip(sigmas, sigmas[1:])):
         raise ValueError(
             f"sigmas are {_brief(sigmas)}; density guidance needs a schedule that only descends "

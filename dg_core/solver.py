@@ -69,10 +69,13 @@ class _History:
         self._theta, self._values = [], []
         self._guessed = 0  # how many of them, the oldest, are to be left again
 
-    def add(self, theta, value, next_theta):
+    def _forget_guesses(self):
         if self._guessed:
             del self._theta[-self._guessed:], self._values[-self._guessed:]
             self._guessed = 0
+
+    def add(self, theta, value, next_theta):
+        self._forget_guesses()
         # Extrapolating far through two nodes that almost coincide amplifies their difference.
         kept = [j for j, t in enumerate(self._theta) if abs(t - theta) > _MIN_SPACING * (theta - next_theta)]
         kept = kept[:self._predictor_nodes]
@@ -86,6 +89,7 @@ class _History:
         next value only. Where the value at the foot of the jump is extrapolated over a whole step, the error of that is
         taken for part of the jump, and grows if the moved past is kept.
         """
+        self._forget_guesses()
         if self._theta:
             change = value - self.at(theta)
             kept = [j for j, t in enumerate(self._theta) if t - theta > _MIN_SPACING * (theta - next_theta)]
@@ -159,6 +163,10 @@ class _Flow:
         """The eps that the path leads to at theta."""
         return self._noise.at(theta)
 
+    def denoised_at(self, theta):
+        """The denoised prediction that the path leads to at theta."""
+        return self._picture.at(theta)
+
 
 def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None, weights=None,
           curve=None, order=ORDER, variation=None):
@@ -170,7 +178,9 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     the step, asked after the model's call at its sigma. guided: the `GuidedRange` of these sigmas. mask: None, or in [0, 1]
     the share of each element that the model replaces, the rest being given (inpainting). weights, curve: see
     `guidance.PredictionGuide`. mask and weights are broadcastable to x.
-    callback(i, x, denoised): after the model call of each step; x is the corrected state, denoised the unguided prediction.
+    callback(i, x, denoised): once for each step, after the model's call at its sigma; x is the corrected state, denoised the
+    unguided prediction. A step whose only call lies at a raised noise level reports before it, with what the calls so far
+    lead to.
     order: how many model calls a prediction of the plain flow interpolates.
     variation: None, or a `variation.Variation`: noise at an unchanged log-density in some steps. Its model calls may lie
     at noise levels between those of the schedule.
@@ -222,10 +232,10 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
             start = u, thetas[i]
         else:
             start, drift = (x / scales[i], thetas[i]), 0.0
+            if callback is not None:
+                callback(i, x, flow.denoised_at(thetas[i]))
         for s in levels:
             *start, denoised = jump(*start, i, s)
-        if levels and not variation.calls_before and callback is not None:
-            callback(i, x, denoised)
         if sigmas[i + 1] == 0:
             # The prediction was made before the correction: keep its eps and move with the state.
             return denoised + (drift if mask is None else drift * region) / alphas[i] if alphas[i] > 0 else denoised

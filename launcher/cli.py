@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from . import environment, existing
@@ -82,7 +83,7 @@ def _demo(options: argparse.Namespace, _: list[str]) -> int:
         guest, variables = ["--guest"], dict(os.environ)
         output = _make_folder(options.output)
     else:
-        output = _make_folder(options.output)  # before the long part
+        output = _make_folder(options.output)
         where = environment.prepare()
         guest, variables = [], _without_pythonpath()
     inner = ["demo-in-host-python", *guest, str(where.comfyui), str(output)]
@@ -131,10 +132,16 @@ def _bench_in_host_python(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _make_folder(output: Path) -> Path:
+    """Make it and see that files can be written there, before the long part."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LauncherError(f"--output {output}: no folder can be made there ({error.strerror}).") from error
+    try:
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise LauncherError(f"--output {output}: nothing can be written there ({error.strerror}).") from error
     return output.resolve()
 
 

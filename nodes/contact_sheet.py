@@ -62,6 +62,8 @@ class DensityContactSheet(io.ComfyNode):
                 io.String.Input("label", default="q", tooltip="What the levels are, written before each of them."),
                 io.Int.Input("picture_size", default=192, min=32, max=2048,
                              tooltip="Width of each picture on the sheet, in pixels."),
+                io.String.Input("column_label", default="seed", optional=True,
+                                tooltip="What differs from column to column, written above each of them with its number."),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The contact sheet, for SaveImage.")],
             is_input_list=True,
@@ -69,7 +71,7 @@ class DensityContactSheet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, label, picture_size, bits_per_dim=None, levels=None):
+    def execute(cls, images, label, picture_size, bits_per_dim=None, levels=None, column_label=("seed",)):
         if bits_per_dim is not None and len(bits_per_dim) == 1 and len(bits_per_dim[0]) == sum(map(len, images)):
             numbers_left = iter(bits_per_dim[0])  # of a grid that was sampled as one batch
             bits_per_dim = [list(itertools.islice(numbers_left, len(batch))) for batch in images]
@@ -84,7 +86,7 @@ class DensityContactSheet(io.ComfyNode):
                 raise ValueError(f"bits_per_dim has {len(bits_per_dim[i])} numbers in row {i} and images has {len(batch)} "
                                  "pictures; connect the log-density of the same latents")
         labels = [f"{label[0]} {v:g}" for v in levels] if levels else [f"row {i}" for i in range(len(images))]
-        columns = [f"seed {i}" for i in range(max(map(len, images)))]
+        columns = [f"{column_label[0]} {i}" for i in range(max(map(len, images)))]
         table = {
             "columns": columns,
             "rows": [{"label": text, "bits_per_dim": bits} for text, bits in zip(labels, bits_per_dim or [])],

@@ -44,6 +44,10 @@ class LoadExactDensityModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, prediction, size, component, batch_size):
+        for name, value, options in (("prediction", prediction, list(exact_model.PREDICTIONS)),
+                                     ("size", size, [str(s) for s in SIZES])):
+            if value not in options:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(options)}")
         model, vae = exact_model.load(prediction, int(size))
         density = model.model.density
         weights = density.log_weights.exp()[None] if component < 0 else density.one_hot(component)

@@ -129,6 +129,10 @@ class Steering:
         guided = range_of_percents(
             model_sampling, sigmas.tolist(), coordinates, settings.start_percent, settings.end_percent)
         if guided.log_range == 0:
+            logging.warning(
+                "Density guidance: no step of this run of %d lies between start_percent %g and end_percent %g, the last step to "
+                "zero noise and pure noise not counted; nothing is guided.",
+                max(len(sigmas) - 1, 0), settings.start_percent, settings.end_percent)
             return None
         require_one_part(guider)
         mask = None if denoise_mask is None else denoise_mask.to(latent.device)
@@ -190,7 +194,7 @@ def advice(sampler_name, model_options):
     elif STOCHASTIC.search(sampler_name):
         sentences.append(
             f"{sampler_name} adds noise at every step and so forgets part of the guidance (measured, mostly 0.3 to 0.5 of the "
-            "asked-for shift is left): deterministic samplers like euler, heun, dpmpp_2m or the pack's own keep it")
+            "asked-for shift is left): deterministic samplers like euler, deis, uni_pc or the pack's own keep it")
     for function in model_options.get("sampler_post_cfg_function", ()):
         node = OVERLAPPING.get(getattr(function, "__qualname__", "").split(".")[0])
         if node:
@@ -293,14 +297,15 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
     schedule = list(itertools.accumulate(sigmas.tolist(), min))  # the last one may rise by a rounding
     if steering is None:
         coordinates = coordinates_of(guider.inner_model.model_sampling)
-        steering = Steering(coordinates, guidance.guided_range(schedule, coordinates), 0.0, 1, extra_args.get("denoise_mask"))
+        guided = guidance.guided_range(sigmas.tolist(), coordinates)  # refuses a schedule that ascends
+        steering = Steering(coordinates, guided, 0.0, 1, extra_args.get("denoise_mask"))
     dtype, wide = x.dtype, compute_dtype(x.dtype)
     variation = variation and variation.of_run(guider, schedule, len(x))
 
     def predict(x, sigma):
         if variation is not None:  # there may be many calls between two callbacks
             comfy.model_management.throw_exception_if_processing_interrupted()
-        return model(x.to(dtype), x.new_full((len(x),), sigma, dtype=dtype), **extra_args).to(wide)
+        return model(x.to(dtype), x.new_full((len(x),), sigma, dtype=torch.float32), **extra_args).to(wide)
 
     with tqdm(total=len(schedule) - 1, disable=disable) as bar:
         def step_done(i, x, denoised):

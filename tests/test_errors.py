@@ -147,6 +147,48 @@ def test_schedules(way, prediction, sigmas, words):
     assert seen.calls == 0
 
 
+@EVERY_WAY
+def test_sigmas_of_another_model(way):
+    model, seen = h.recording(h.exact_model("flow"))
+    fails(["sigmas", "60.0", "above 1", "scheduler"], h.sample, *guided_runs(model, way), torch.tensor([60.0, 8.0, 1.0, 0.1]))
+    assert seen.calls == 0
+
+
+@pytest.mark.parametrize("prediction, size, words", [
+    ("x0", "32", ["prediction", "'x0'", "eps, v, flow"]), ("eps", "40", ["size", "'40'", "64, 48, 32"]),
+    (None, "32", ["prediction", "None"]), ("eps", None, ["size", "None"])])
+def test_choices_of_the_loader(prediction, size, words):
+    fails(words, h.outputs, nodes.LoadExactDensityModel, prediction, size, -1, 1)
+
+
+def test_a_run_without_a_guided_step_is_said_in_the_log(caplog):
+    model = h.exact_model("eps")
+    h.sample(model, h.guided_sampler(0.3), h.schedule(model, 1))
+    assert "start_percent" in caplog.text and "nothing is guided" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["euler", None, "patch"])
+def test_an_empty_noise_mask_leaves_the_picture(way):
+    """One of all images, or of some: there is nothing to guide, and nothing to divide by."""
+    model = h.exact_model("eps")
+    samples = torch.rand(2, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(2, 1, h.SIZE, h.SIZE)
+    mask[0, :, :8] = 1
+    for noise_mask in (mask, torch.zeros_like(mask)):
+        latent = {"samples": samples, "noise_mask": noise_mask}
+        patched, sampler = (h.guided_model(model, 0.3, 0.1), "euler") if way == "patch" else (
+            model, h.guided_sampler(0.3, 0.1, sampler=way))
+        picture = h.picture(patched, sampler, h.schedule(model, 4), latent)
+        assert torch.isfinite(picture).all()
+        assert torch.allclose(picture[1], samples[1], atol=1e-5)
+
+
+def test_the_own_solver_refuses_to_ascend_without_guidance_too():
+    model, seen = h.recording(h.exact_model("eps"))
+    fails(["sigmas", "0.1", "10.0", "descend"], h.sample, model, h.guided_sampler(), torch.tensor([0.1, 1.0, 10.0]))
+    assert seen.calls == 0
+
+
 @pytest.mark.parametrize("values, words", [
     ("0.1, many", ["values", "'many'", "commas"]),
     ("0.1, nan", ["values", "'nan'", "commas"]),
