@@ -65,7 +65,8 @@ def measure(name, dtype, node):
         return {**result, "error": error, "eta": [1 + share for share in shares]}
     # The first state is the noise, scaled by the model's own factor.
     latent = {"samples": tiny_models.latent(name)}
-    wanted = prior_norm(QUANTILE, latent["samples"][0].numel()) / run.noise.generate_noise(latent).flatten(1).norm(dim=1)
+    unscaled = run.noise.generate_noise(latent).flatten(1).norm(dim=1)
+    wanted = prior_norm(QUANTILE, latent["samples"][0].numel()) / unscaled
     ratio = seen.x[0].flatten(1).norm(dim=1) / before.x[0].flatten(1).norm(dim=1)
     return {**result, "error": float((ratio / wanted - 1).abs().max())}
 
@@ -113,17 +114,21 @@ def page(results):
     refused = [f["refused"] for f in results["families"].values() if "refused" in f]
     return f"""# Every model family
 
-Made by `python3 run.py bench architectures` from [architectures.json](architectures.json), inside ComfyUI: its own model
+Made by `python3 run.py bench architectures` from [architectures.json](architectures.json), inside ComfyUI: \
+its own model
 classes, made tiny, with random weights. It shows that everything fits together, and nothing about pictures.
 
 For each family and weight type, with every node that changes a run ({", ".join(results["nodes"])}):
-{results["steps"]} Euler steps with ComfyUI's schedule for that family, with classifier-free guidance unless the model has its own. Neutral settings give the
-plain run bit for bit, guided runs are finite and need no further model call. The numbers are the largest relative error of
+{results["steps"]} Euler steps with ComfyUI's schedule for that family, \
+with classifier-free guidance unless the model has its own. Neutral settings give the
+plain run bit for bit, guided runs are finite and need no further model call. \
+The numbers are the largest relative error of
 the change that a node makes against its definition: the change of the final prediction, or the norm of the noise.
 
 {chr(10).join(lines)}
 
-Where a network with random weights predicts little noise, eta is far from 1; with trained weights ||eps||^2 is close to D.
+Where a network with random weights predicts little noise, eta is far from 1; \
+with trained weights ||eps||^2 is close to D.
 
 Refused before any model call: {" ".join(f'"{text}."' for text in refused)}
 """

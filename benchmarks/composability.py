@@ -71,8 +71,8 @@ def _third(name):
 
 
 def _perp_neg(model, positive, negative):
-    return h.core_node("PerpNegGuider", model=model, positive=positive, negative=negative, empty_conditioning=_third("sd15"),
-                       cfg=CFG, neg_scale=0.7)
+    return h.core_node("PerpNegGuider", model=model, positive=positive, negative=negative,
+                       empty_conditioning=_third("sd15"), cfg=CFG, neg_scale=0.7)
 
 
 def _halves():
@@ -160,8 +160,10 @@ METHODS = {
         "does a similar thing, so the amounts add up (warned in the log)", "sd3",
         patch=_node("TemporalScoreRescaling", tsr_k=0.95, tsr_sigma=1.0), batch=1),
     "Linear CFG of video frames": Method("", "svd", patch=_node("VideoLinearCFGGuidance", min_cfg=1.0)),
-    "Model sampling: SD3 shift": Method("the patched schedule counts", "sd3", patch=_node("ModelSamplingSD3", shift=6.0)),
-    "Model sampling: v, zsnr": Method("", "sd2", patch=_node("ModelSamplingDiscrete", sampling="v_prediction", zsnr=True)),
+    "Model sampling: SD3 shift": Method("the patched schedule counts", "sd3",
+                                        patch=_node("ModelSamplingSD3", shift=6.0)),
+    "Model sampling: v, zsnr": Method("", "sd2",
+                                      patch=_node("ModelSamplingDiscrete", sampling="v_prediction", zsnr=True)),
     "Prompt from a step to a step": Method("", conditioning=_timesteps),
     "Regional prompts: masks": Method("", conditioning=_two_regions),
     "Regional prompts: areas": Method("", conditioning=_area),
@@ -177,8 +179,8 @@ METHODS = {
         "D and norms count everything where the mask is above zero", patch=_node("DifferentialDiffusion", strength=1.0),
         mask=True),
     "Context windows": Method("D is that of the whole video", "wan21", patch=_node(
-        "WanContextWindowsManual", context_length=5, context_overlap=1, context_schedule="standard_static", context_stride=1,
-        closed_loop=False, fuse_method="pyramid"), batch=1),
+        "WanContextWindowsManual", context_length=5, context_overlap=1, context_schedule="standard_static",
+        context_stride=1, closed_loop=False, fuse_method="pyramid"), batch=1),
     "EasyCache": Method("what is reused is unguided, and guided afresh", "wan21", patch=_node(
         "EasyCache", reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False), own_state=True),
     "LazyCache": Method("what is reused is unguided, and guided afresh", "wan21", patch=_node(
@@ -294,23 +296,29 @@ def page(results):
         works = all(all(v for k, v in r.items() if k != "error" and (k != "same_calls" or not METHODS[name].own_state))
                     for r in by_node.values())
         error = f"{max(r['error'] for r in by_node.values()):.0e}" if works else "fails"
-        lines.append(f"| {name} | {tiny_models.FAMILIES[METHODS[name].family].title} | {error} | {METHODS[name].note} |")
+        method = METHODS[name]
+        lines.append(f"| {name} | {tiny_models.FAMILIES[method.family].title} | {error} | {method.note} |")
     return f"""# Together with ComfyUI's own methods
 
-Made by `python3 run.py bench composability` from [composability.json](composability.json), inside ComfyUI, with tiny models of
+Made by `python3 run.py bench composability` from [composability.json](composability.json), inside ComfyUI, \
+with tiny models of
 random weights, {results["steps"]} steps, CFG {results["cfg"]:g} and quantile {results["quantile"]:g}, with
 {" and ".join(results["nodes"])}; where both the method and the node patch the model, in both orders.
 
-For each method: neutral settings leave every bit of its result; guidance needs no further model call; the prediction that
-guidance starts from is the method's own, to the bit; and what the sampler gets is that prediction, guided. The number is the
-largest error of that change against its definition, `denoised - (sigma / alpha) (eta - 1) eps` with eps of the final prediction.
+For each method: neutral settings leave every bit of its result; guidance needs no further model call; \
+the prediction that
+guidance starts from is the method's own, to the bit; and what the sampler gets is that prediction, guided. \
+The number is the
+largest error of that change against its definition, \
+`denoised - (sigma / alpha) (eta - 1) eps` with eps of the final prediction.
 
 {chr(10).join(lines)}
 
 One run, and the same in {TWO_STAGES} (guided in both), differ by {results["two_stages"]:.0e} of the largest number.
 EasyCache and LazyCache decide by the state what to reuse, so a guided run may call the model at other steps.
 
-Unsampling (FlipSigmas) adds noise, and is refused: use the sampler without guidance for it, and guide the sampling after it.
+Unsampling (FlipSigmas) adds noise, and is refused: use the sampler without guidance for it, \
+and guide the sampling after it.
 """
 
 

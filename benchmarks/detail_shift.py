@@ -2,7 +2,7 @@
 
     python3 run.py bench detail_shift
 
-Writes docs/detail_shift.json and from it docs/detail_shift.md and docs/detail_shift.png. About ten minutes on two cores.
+Writes docs/detail_shift.json and from it docs/detail_shift.md and .png. About ten minutes on two cores.
 """
 
 import json
@@ -44,7 +44,8 @@ class Bench:
     def sample(self, sampler, sigmas, noise, callback=None):
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds(self.conditioning, self.conditioning)
-        return guider.sample(noise, self.latent["samples"], sampler, sigmas, seed=11, disable_pbar=True, callback=callback)
+        return guider.sample(noise, self.latent["samples"], sampler, sigmas, seed=11, disable_pbar=True,
+                             callback=callback)
 
     def noise(self):
         return torch.randn(self.latent["samples"].shape, generator=torch.Generator().manual_seed(5))
@@ -98,7 +99,8 @@ def scheduler_errors(prediction):
                 y = states[max(states)] / bench.coordinates.alpha(last)
                 error = (oracle.log_prob(oracle.coefficients(y), s) - expected).abs().max() / oracle.dim
                 errors[scheduler][name] = max(errors[scheduler][name], float(error))
-        print(f"{prediction:5}{scheduler:20}{errors[scheduler][OWN]:10.1e}{errors[scheduler]['euler']:10.1e}", flush=True)
+        print(f"{prediction:5}{scheduler:20}{errors[scheduler][OWN]:10.1e}{errors[scheduler]['euler']:10.1e}",
+              flush=True)
     return errors
 
 
@@ -157,26 +159,31 @@ model whose log-density is known exactly (32x32).
 
 ## Every sampler
 
-Measured over predicted change of the log-density, quantile {results["quantile"]:g} against 0.5, {results["steps"]} steps of
+Measured over predicted change of the log-density, quantile {results["quantile"]:g} against 0.5, \
+{results["steps"]} steps of
 the scheduler `simple`, one component of the model (a Gaussian), read at the last noise level above zero. 1.00 is exact.
 
 {samplers}
 
 Samplers that add noise (ancestral, SDE, lcm, ddpm) forget part of the guidance at every step. The `*_cfg_pp` samplers
 renoise with an unguided prediction, so that the guidance of a step is not scaled by the step's length: it acts several
-times as strongly as asked for. `dpm_adaptive` chooses its own steps, differently for the guided and the unguided run, and
+times as strongly as asked for. `dpm_adaptive` chooses its own steps, differently for the guided and the unguided run, \
+and
 the difference of their errors is part of its number.
 
 ## Every scheduler
 
-Worst error of the log-density in nats per dimension against the converged guided flow, {results["accuracy_steps"]} steps,
-one model call per step, quantiles 0.05, 0.3, 0.7 and 0.95: the pack's own solver, and ComfyUI's Euler with the same guidance.
+Worst error of the log-density in nats per dimension against the converged guided flow, \
+{results["accuracy_steps"]} steps,
+one model call per step, quantiles 0.05, 0.3, 0.7 and 0.95: the pack's own solver, \
+and ComfyUI's Euler with the same guidance.
 
 {schedulers}
 
 ## The whole mixture
 
-Mean exact bits per dimension over {results["seeds"]} seeds (own solver, noise at its median norm), and the share of seeds
+Mean exact bits per dimension over {results["seeds"]} seeds (own solver, noise at its median norm), \
+and the share of seeds
 whose log-density rises with every step of the quantile.
 
 {mixture}

@@ -15,7 +15,7 @@ def euler_maruyama(density, y, levels, strength, generator):
         y' = y + (s' - s) eta eps + c sqrt(s^2 - s'^2) P xi,
         eta = 1 + c^2 s (div eps - <eps, J eps> / ||eps||^2) / ||eps||^2
 
-    with the exact Laplacian and Hessian of an `ExactDensity` (arXiv 2502.05807, section 6, with the term that it drops).
+    with the exact Laplacian and Hessian of an `ExactDensity` (arXiv 2502.05807, section 6, with the term it drops).
     """
     for s, s_next in zip(levels, levels[1:]):
         eps = (y - density.denoised(y, s)) / s
@@ -32,14 +32,15 @@ def euler_maruyama(density, y, levels, strength, generator):
 def fine_details_change(model, sigmas, strength, calls, variations):
     """Change of log-density per dimension against the deterministic run, in nats, (variations,).
 
-    The pack's own solver down to the window of "fine details", and there Euler-Maruyama with as many steps, equally long
-    in log-SNR between the sigmas of the schedule, as are left of `calls` model calls. model: the built-in one.
+    The pack's own solver down to the window of "fine details", and there Euler-Maruyama with as many steps, equally
+    long in log-SNR between the sigmas of the schedule, as are left of `calls` model calls. model: the built-in one.
     """
     density, sampling = model.model.density, model.get_model_object("model_sampling")
     coordinates = coordinates_of(sampling)
     high, low = (sampling.percent_to_sigma(p) for p in WINDOWS["fine details"][coordinates.slope])
     first = guidance.guided_range(sigmas, coordinates, high, low).first
-    noise = torch.randn(1, 3, density.size, density.size, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(1, 3, density.size, density.size, dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(5))
 
     def predict(x, sigma):
         alpha = max(coordinates.alpha(sigma), 1e-8)

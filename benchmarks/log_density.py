@@ -94,8 +94,8 @@ def authors(known, y, s_low, evaluations, seed=None):
 def summary(error):
     """RMS, median and 90% quantile of |error|, nats per dimension."""
     size = error.abs()
-    return {"rms": float(error.square().mean().sqrt()), "median": float(size.median()), "p90": float(size.quantile(0.9)),
-            "images": len(error)}
+    return {"rms": float(error.square().mean().sqrt()), "median": float(size.median()),
+            "p90": float(size.quantile(0.9)), "images": len(error)}
 
 
 def curves():
@@ -108,7 +108,8 @@ def curves():
         for n in EVALUATIONS if size == 32 else EVALUATIONS[:3]:
             for name, log_p in (
                 (OURS_PROBE, ours(known, "flow", y, n, 1).log_prob), (OURS_EXACT, ours(known, "flow", y, n).log_prob),
-                (AUTHORS_PROBE, authors(known, y, FLOOR["flow"], n, 1)), (AUTHORS_EXACT, authors(known, y, FLOOR["flow"], n)),
+                (AUTHORS_PROBE, authors(known, y, FLOOR["flow"], n, 1)),
+                (AUTHORS_EXACT, authors(known, y, FLOOR["flow"], n)),
             ):
                 rows[name][str(n)] = summary((log_p - exact) / known.dim)
             print(size, n, {name: f"{r[str(n)]['rms']:.1e}" for name, r in rows.items()}, flush=True)
@@ -116,7 +117,7 @@ def curves():
 
 
 def thirty_two():
-    """Readouts at 32 evaluations: exact divergence by prediction type, and coverage of the standard error in 200 of them."""
+    """At 32 evaluations: exact divergence by prediction type, and coverage of the standard error in 200 readouts."""
     found = {}
     for kind in ("flow", "eps"):
         for size, count in ((32, 64), (64, 16)):
@@ -137,7 +138,7 @@ def thirty_two():
 
 
 def control(results):
-    """Exact density of what DensityTargetSampler makes in 32 steps of the host's simple schedule, 64 seeds, flow and eps.
+    """Exact density of what DensityTargetSampler makes: 32 steps of the host's simple schedule, 64 seeds, flow, eps.
 
     Fills `results`, and yields after each entry; those that are there already are left.
     """
@@ -185,22 +186,26 @@ def page(results):
     exact, probe = results["at 32"]["exact divergence"], results["at 32"]["one probe"]
     lines = [
         "# Log-density: errors against the exact values", "",
-        "Made by `python3 run.py bench log_density` on the built-in model. Nats per dimension, unless it says bits.", "",
-        "![RMS error against model evaluations](log_density.png)", "",
+        "Made by `python3 run.py bench log_density` on the built-in model. Nats per dimension, unless it says bits.",
+        "", "![RMS error against model evaluations](log_density.png)", "",
         "## Readout, flow model, D = 3,072: RMS error", "", readme_table(results), "",
         "The authors' scheme: Euler steps uniform in log-SNR up to s = 1,000, one fresh probe a step.", "",
-        "## Readout with the exact divergence, 32 evaluations", "", "| model, D | RMS | median | 90% of images within |", "|---|---|---|---|",
+        "## Readout with the exact divergence, 32 evaluations", "",
+        "| model, D | RMS | median | 90% of images within |", "|---|---|---|---|",
         *(f"| {name} | {r['rms']:.1e} | {r['median']:.1e} | {r['p90']:.1e} |" for name, r in exact.items()), "",
-        "What an eps or v model leaves is the end: at its highest noise level the data still shows, and nothing is known above. "
-        "On the flow model a few pictures, whose component is decided between two noise levels, make up the RMS.", "",
+        "What an eps or v model leaves is the end: at its highest noise level the data still shows, and nothing is "
+        "known above. On the flow model a few pictures, whose component is decided between two noise levels, make up "
+        "the RMS.", "",
         "## Readout with one probe, 32 evaluations, flow model, D = 3,072", "",
         f"RMS {probe['rms']:.1e} over {probe['images']} readouts; the stated standard error covers the truth in "
         f"{probe['covered']:.0%} of them.", "",
-        "## Explicit control, 32 steps, 64 seeds, D = 3,072", "", "| run | 90% of seeds within | RMS |", "|---|---|---|",
+        "## Explicit control, 32 steps, 64 seeds, D = 3,072", "",
+        "| run | 90% of seeds within | RMS |", "|---|---|---|",
         *(f"| {name} | {r['p90']:.1e} | {r['rms']:.1e} |" for name, r in results["control"].items() if "p90" in r), "",
         "Spread over the batch in bits per dimension, target \"same for the whole batch\":", "",
         "| run | spread | unguided spread |", "|---|---|---|",
-        *(f"| {name} | {r['spread']:.4f} | {r['unguided spread']:.4f} |" for name, r in results["control"].items() if "spread" in r),
+        *(f"| {name} | {r['spread']:.4f} | {r['unguided spread']:.4f} |" for name, r in results["control"].items()
+          if "spread" in r),
     ]
     return "\n".join(lines) + "\n"
 
@@ -213,8 +218,9 @@ def draw(results, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, (size, rows) in zip(axes, results["curves"].items()):
         for name, row in rows.items():
-            axis.loglog([int(n) for n in row], [r["rms"] for r in row.values()], "o-" if "ours" in name else "s--", label=name,
-                        color="tab:blue" if "ours" in name else "tab:orange", alpha=1 if "probe" in name else 0.5)
+            axis.loglog([int(n) for n in row], [r["rms"] for r in row.values()], "o-" if "ours" in name else "s--",
+                        label=name, color="tab:blue" if "ours" in name else "tab:orange",
+                        alpha=1 if "probe" in name else 0.5)
         axis.set_title(f"D = {3 * int(size)**2:,}")
         axis.set_xlabel("model evaluations")
         axis.set_xticks(EVALUATIONS, EVALUATIONS)

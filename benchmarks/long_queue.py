@@ -46,7 +46,8 @@ def mixed_run(i):
             "prior": ("PriorGuidanceModel", {"model": ["load", 0], **prior}),
             "patch": ("DensityGuidanceModel", {"model": ["prior" if i % 4 == 3 else "load", 0], **density}),
             "sampled": ("KSampler", {
-                "model": ["patch", 0], "seed": seed, "steps": 5, "cfg": 2.0, "sampler_name": ("euler", "dpmpp_2m_sde")[i % 2],
+                "model": ["patch", 0], "seed": seed, "steps": 5, "cfg": 2.0,
+                "sampler_name": ("euler", "dpmpp_2m_sde")[i % 2],
                 "scheduler": "normal", "positive": ["load", 2], "negative": ["load", 2], "latent_image": ["load", 3],
                 "denoise": 1.0}),
         }
@@ -67,7 +68,7 @@ def memory_after_each(host, count):
 def main():
     with tempfile.TemporaryDirectory() as output, running_host(environment(), Path(output)) as host:
         used = memory_after_each(host, PROMPTS)
-    results = {"prompts": PROMPTS, "failed": 0, "mib_after_30": used[SETTLED - 1] >> 20, "mib_after_last": used[-1] >> 20,
-               "growth": used[-1] / used[SETTLED - 1] - 1}
+    results = {"prompts": PROMPTS, "failed": 0, "mib_after_30": used[SETTLED - 1] >> 20,
+               "mib_after_last": used[-1] >> 20, "growth": used[-1] / used[SETTLED - 1] - 1}
     (PACK / "docs" / "long_queue.json").write_text(json.dumps(results, indent=1) + "\n")
     print(results)

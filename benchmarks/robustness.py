@@ -1,4 +1,4 @@
-"""Random runs: whatever is combined, either a clear error before any model call, or a finite picture and an unchanged host.
+"""Random runs: any combination gives a clear error before any model call, or a finite picture and an unchanged host.
 
     python3 run.py bench robustness
 
@@ -21,8 +21,10 @@ from ..tests import host_runs as h
 from ..tests import tiny_models
 
 DOCS = PACK / "docs"
-FAMILIES = ["sd2", "sd3", "flux", "wan21", "qwen_image", "cosmos_predict2", "stable_audio", "hunyuan3d", "chroma_radiance", "lotus"]
-INPUTS = ("quantile", "detail_shift", "start_percent", "end_percent", "scale", "curve", "mask", "sampling type", "sigmas are")
+FAMILIES = ["sd2", "sd3", "flux", "wan21", "qwen_image", "cosmos_predict2", "stable_audio", "hunyuan3d",
+            "chroma_radiance", "lotus"]
+INPUTS = ("quantile", "detail_shift", "start_percent", "end_percent", "scale", "curve", "mask", "sampling type",
+          "sigmas are")
 
 fraction = st.floats(0, 1, width=32)
 window = st.tuples(fraction, fraction).map(sorted).filter(lambda w: w[0] < w[1])
@@ -32,7 +34,8 @@ masks = st.none() | st.builds(
         "zero": torch.zeros(n, height, width), "one": torch.ones(n, height, width),
         "random": torch.rand(n, height, width, generator=torch.Generator().manual_seed(seed)),
     }[kind],
-    st.sampled_from(["zero", "one", "random"]), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
+    st.sampled_from(["zero", "one", "random"]), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40),
+    st.integers(0, 99))
 guidance = st.fixed_dictionaries({
     "node": st.sampled_from(["DensityGuidanceSampler", "DensityGuidanceModel"]),
     "quantile": quantile, "detail_shift": st.just(0.0) | st.floats(-2, 2), "window": st.just([0.0, 1.0]) | window,
@@ -45,7 +48,8 @@ runs = st.fixed_dictionaries({
     "sampler": st.sampled_from(comfy.samplers.SAMPLER_NAMES), "own": st.booleans(),
     "scheduler": st.sampled_from(comfy.samplers.SCHEDULER_NAMES), "steps": st.integers(1, 6),
     "denoise": st.just(1.0) | st.floats(0.05, 1), "batch": st.integers(1, 3), "seed": st.integers(0, 2**64 - 1),
-    "cfg": st.sampled_from([1.0, 3.0]), "noise_mask": masks, "nodes": st.lists(guidance | prior, min_size=1, max_size=3)})
+    "cfg": st.sampled_from([1.0, 3.0]), "noise_mask": masks,
+    "nodes": st.lists(guidance | prior, min_size=1, max_size=3)})
 
 
 @lru_cache

@@ -34,7 +34,7 @@ BENDING = (10.0, 16.0, 25.0)  # noise levels at which the density chooses betwee
 
 
 class Flow:
-    """The exact density of small pictures, its derivative in closed form, from noise that is the same for all solvers."""
+    """The exact density of small pictures, its derivative in closed form, from one noise for all solvers."""
 
     def __init__(self, component):
         self.density = ExactDensity.load(WEIGHTS, SIZE)
@@ -101,8 +101,8 @@ def host_runs(prediction, steps):
     cut = sigmas[: len(check.sigmas)]
     sampler = DensityGuidanceSampler.execute(0.5, 0.0, 0.0, 1.0).args[0]
     # The measured change is that of the converged flow, not of the steps that a user would take.
-    fine = torch.cat([torch.logspace(math.log10(a), math.log10(b), 5)[:-1] for a, b in zip(cut.tolist(), cut[1:].tolist())]
-                     + [cut[-1:]])
+    between = [torch.logspace(math.log10(a), math.log10(b), 5)[:-1] for a, b in zip(cut.tolist(), cut[1:].tolist())]
+    fine = torch.cat([*between, cut[-1:]])
 
     def bits(scale):
         scaled = PriorGuidanceScale.execute(noise, 0.5, scale, False).args[0]
@@ -143,11 +143,12 @@ def step_errors():
         step = jacobian.difference_step(x, v, torch.float32, s)
         steps = jacobian.trace_steps(x, v, torch.float32, jacobian.DIFFERENCES, s)
         rms = lambda error, size: float((error.square().mean() / size.square().mean()).sqrt())
-        first.append([rms(jacobian.directional_derivative(predict, x.float(), v.float(), jacobian.DIFFERENCES, k * step)[1]
+        first.append([rms(jacobian.directional_derivative(predict, x.float(), v.float(), jacobian.DIFFERENCES,
+                                                          k * step)[1]
                           - exact, exact) for k in STEP_FACTORS])
         second.append([rms(jacobian.trace_derivative(
-            predict, x.float(), v.float(), lambda _: [p.float()], jacobian.DIFFERENCES, tuple(k * a for a in steps))[2] - exact_t,
-            exact_t) for k in STEP_FACTORS])
+            predict, x.float(), v.float(), lambda _: [p.float()], jacobian.DIFFERENCES,
+            tuple(k * a for a in steps))[2] - exact_t, exact_t) for k in STEP_FACTORS])
     for name, rows in (("first", first), ("second", second)):
         results[name] = dict(zip(map(str, STEP_FACTORS), np.median(rows, axis=0).tolist()))
     return results
@@ -157,15 +158,17 @@ def page(results):
     """docs/score_alignment.md."""
     lines = ["# Score alignment: what was measured", "", "Made by `python3 run.py bench score_alignment`.", "",
              "![errors](score_alignment.png)", "", *solver_table(results), "",
-             f"Relative error of the alignment A over {SEEDS} seeds against the converged one, pictures of {SIZE} x {SIZE}, "
-             f"s from {S_START:g} to {S_END:g}. Model calls for each image: {CALLS} for each evaluation of velocity and tangent, "
-             "the same for both.", "",
-             "| model | steps | correlation | bias, standard errors | bias | spread | response within 5% | its median error |",
+             f"Relative error of the alignment A over {SEEDS} seeds against the converged one, pictures of {SIZE} x "
+             f"{SIZE}, s from {S_START:g} to {S_END:g}. Model calls for each image: {CALLS} for each evaluation of "
+             "velocity and tangent, the same for both.", "",
+             "| model | steps | correlation | bias, standard errors | bias | spread | response within 5% | its median "
+             "error |",
              "|---|---|---|---|---|---|---|---|"]
     for name, steps, row in ((name, n, row) for name, rows in results["host"].items() for n, row in rows.items()):
         lines.append(
-            f"| {name} | {steps} | {row['correlation']:.4f} | {row['bias in standard errors']:+.1f} | {row['bias']:+.2%} | "
-            f"{row['spread']:.2%} | {row['response within 5%']:.0%} | {row['response error, median']:.2%} |")
+            f"| {name} | {steps} | {row['correlation']:.4f} | {row['bias in standard errors']:+.1f} | "
+            f"{row['bias']:+.2%} | {row['spread']:.2%} | {row['response within 5%']:.0%} | "
+            f"{row['response error, median']:.2%} |")
     lines += ["", f"With and without the score, one probe, {BATCH} seeds, 32 x 32, in the host; and the predicted "
               "change of exact bits per dimension for 1% more noise against the measured one.", ""]
     return "\n".join(lines)
@@ -198,14 +201,15 @@ def figure(results):
     for density, style in (("one Gaussian", "--"), ("whole mixture", "-")):
         for solver, colour in ((OURS, "C0"), (AUTHORS, "C1")):
             points = results["solvers"][density][solver]
-            left.loglog([CALLS * int(n) for n in points], [rms for rms, _ in points.values()], style, marker=".", color=colour,
-                        label=f"{solver}, {density}")
+            left.loglog([CALLS * int(n) for n in points], [rms for rms, _ in points.values()], style, marker=".",
+                        color=colour, label=f"{solver}, {density}")
     left.set_xlabel("model calls for each image")
     left.set_ylabel("RMS relative error of A")
     left.legend(fontsize=8)
     for name, colour in (("first", "C2"), ("second", "C3")):
         points = results["steps"][name]
-        right.loglog([float(k) for k in points], list(points.values()), marker=".", color=colour, label=f"{name} derivative")
+        right.loglog([float(k) for k in points], list(points.values()), marker=".", color=colour,
+                     label=f"{name} derivative")
     right.axvline(1, color="grey", linewidth=0.8)
     right.set_xlabel("step of the differences, in units of the chosen one")
     right.set_ylabel("relative error in float32")

@@ -147,8 +147,8 @@ def tables(results):
     rows = ["| model | correction | model calls | bias | spread | Euler-Maruyama, as many calls: bias | spread |",
             "|---|---|---|---|---|---|---|"]
     for p, by in results["kept"].items():
-        rows += [f"| {p} | {c} | {r['calls']} | {r['bias']:+.1e} | {r['spread']:.1e} | {r['euler_maruyama_bias']:+.1e} | "
-                 f"{r['euler_maruyama_spread']:.1e} |" for c, r in by.items()]
+        rows += [f"| {p} | {c} | {r['calls']} | {r['bias']:+.1e} | {r['spread']:.1e} | {r['euler_maruyama_bias']:+.1e} "
+                 f"| {r['euler_maruyama_spread']:.1e} |" for c, r in by.items()]
     samplers = results["host_samplers"]
     names = list(next(iter(samplers.values())))
     hosts = [f"| sampler | {' | '.join(f'{p}: distance | {p}: spread' for p in samplers)} |",
@@ -174,26 +174,32 @@ def page(results):
         for name, by in results["windows"].items())
     return f"""# Variation, measured
 
-Made by `python3 run.py bench variation` from [variation.json](variation.json), inside ComfyUI, on the built-in model whose
-log-density is known exactly (32x32, {results["steps"]} steps of the scheduler `simple`, read at the last noise level above
+Made by `python3 run.py bench variation` from [variation.json](variation.json), inside ComfyUI, \
+on the built-in model whose
+log-density is known exactly (32x32, {results["steps"]} steps of the scheduler `simple`, \
+read at the last noise level above
 zero). Numbers of log-density are nats per dimension.
 
 ## The log-density is kept
 
-"fine details" at strength {results["strength"]:g}: change of the log-density against the run without noise, its mean (bias) and
-standard deviation (spread) over {results["variations"]} variations of one picture. Beside it Euler-Maruyama for the same SDE
+"fine details" at strength {results["strength"]:g}: change of the log-density against the run without noise, \
+its mean (bias) and
+standard deviation (spread) over {results["variations"]} variations of one picture. \
+Beside it Euler-Maruyama for the same SDE
 in the same window, with the exact divergence and the exact projection, at as many model calls.
 
 {kept_table}
 
-As the steps become small the bias falls in proportion to them, as that of Euler-Maruyama does (weak order 1, measured 0.75
+As the steps become small the bias falls in proportion to them, as that of Euler-Maruyama does (weak order 1, \
+measured 0.75
 to 0.9 on a Gaussian of many scales: `python3 run.py test -s tests/test_variation.py`); it is its size that differs.
 
 ## Against the samplers that add noise
 
 Spread of the log-density over {results["variations"]} noises of the sampler, from one starting noise. The noise of each
 sampler (`eta`) is turned down until two pictures are as far apart as with "fine details" at strength
-{results["strength"]:g} (root mean square distance, pictures in [-1, 1]). Where a little more noise already makes another
+{results["strength"]:g} (root mean square distance, pictures in [-1, 1]). \
+Where a little more noise already makes another
 picture out of some of them, they stay closer together.
 
 {hosts}

@@ -5,8 +5,8 @@ Pushing the prior's score v_T = grad log p_T through the probability-flow ODE gi
     SA = < grad log p_0(y_0), v_0 >          (arXiv 2502.05807, section on prior guidance):
 
 where SA > 0, less noise at the start means a higher log-density at the end. The computation runs in the
-variance-preserving state u = x / sqrt(alpha^2 + sigma^2) over theta = atan(s), which are regular also where alpha = 0, and
-in units of the noise's own scale (derived here):
+variance-preserving state u = x / sqrt(alpha^2 + sigma^2) over theta = atan(s), which are regular also where alpha = 0,
+and in units of the noise's own scale (derived here):
 
 symbol      name            meaning
 n           -               starting noise, u_T = n up to what the host adds to it
@@ -37,7 +37,7 @@ from .guidance import GuidedRange
 from .solver import solve
 from .units import bits_per_dim_to_nats, nats_to_bits_per_dim
 
-ORDER = 4
+TANGENT_ORDER = 4  # of the solver, for state and tangent together
 _UNGUIDED = GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
 SCALE_RANGE = (0.5, 2.0)
 
@@ -54,7 +54,7 @@ class Profile:
     @property
     def log_snr(self):
         """-2 ln s of every node, (N,); -inf where there is only noise."""
-        return [-math.inf if math.isinf(s) else log_snr(s) for s in self.s]
+        return [log_snr(s) for s in self.s]
 
     @property
     def cosine(self):
@@ -75,8 +75,8 @@ class Profile:
 class Differentiate:
     """(x, sigma, tangent) -> (denoised, derivative along the tangent, t or None), what `trace_alignment` asks for.
 
-    predict(x, sigma) -> denoised. method, dtype: as in `jacobian`, of the network. probes: how many for each t, 0 for the
-    way with the score alone; seed and indices give their signs, see `jacobian.rademacher`.
+    predict(x, sigma) -> denoised. method, dtype: as in `jacobian`, of the network. probes: how many for each t, 0 for
+    the way with the score alone; seed and indices give their signs, see `jacobian.rademacher`.
     """
 
     def __init__(self, predict, method, dtype=torch.float32, probes=0, seed=0, indices=None):
@@ -85,7 +85,9 @@ class Differentiate:
         self._drawn, self._latest = 0, None
 
     def __call__(self, x, sigma, tangent):
-        predict = lambda x: self._predict(x, sigma)
+        def predict(x):
+            return self._predict(x, sigma)
+
         if not self._probes:
             step = jacobian.difference_step(x, tangent, self._dtype, sigma)
             return *jacobian.directional_derivative(predict, x, tangent, self._method, step), None
@@ -96,8 +98,8 @@ class Differentiate:
         return denoised, derivative, t
 
     def _draw(self, x, derivative):
-        """Probes stratified along what the denoiser's Jacobian just stretched, here or at the node before: it changes most
-        where it is largest."""
+        """Probes stratified along what the denoiser's Jacobian just stretched, here or at the node before: it changes
+        most where it is largest."""
         direction = self._latest if derivative is None else derivative
         probes = []
         for _ in range(self._probes):
@@ -119,16 +121,16 @@ def calls_per_evaluation(method, probes=0):
 def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, stop, callback=None):
     """(samples, `Profile`): the flow down `sigmas`, with its tangent as far as node `stop`.
 
-    differentiate(x, sigma, tangent) -> (denoised, derivative of it along tangent, t or None), see `Differentiate`; called
-    once at each of the nodes 0 to stop. predict(x, sigma) -> denoised: for the rest of the schedule, one call per step.
-    x, tangent: (B, ...) in the host's units at sigmas[0]. sigmas: strictly descending floats, of which only the last may
-    be 0; stop: index of a sigma above 0. callback(i, x, denoised): after the calls at node i.
+    differentiate(x, sigma, tangent) -> (denoised, derivative of it along tangent, t or None), see `Differentiate`;
+    called once at each of the nodes 0 to stop. predict(x, sigma) -> denoised: for the rest of the schedule, one call
+    per step. x, tangent: (B, ...) in the host's units at sigmas[0]. sigmas: strictly descending floats, of which only
+    the last may be 0; stop: index of a sigma above 0. callback(i, x, denoised): after the calls at node i.
     Raises ValueError where sigmas or stop are not so.
     """
     if any(b >= a for a, b in zip(sigmas, sigmas[1:])) or not 1 <= stop < len(sigmas) or not sigmas[stop] > 0:
-        raise ValueError(f"stop is {stop} and sigmas are {sigmas}; the sigmas must descend strictly, and stop must be the "
-                         "index of one above 0 that is not the first")
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+        raise ValueError(f"stop is {stop} and sigmas are {sigmas}; the sigmas must descend strictly, and stop must be "
+                         "the index of one above 0 that is not the first")
+    wide = jacobian.sum_dtype(x.device)
     batch = len(x)
     alignment, norms, curvature = [], [], []  # of each node, (B,)
     latest = {}
@@ -157,19 +159,24 @@ def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, sto
 
     # The last node is reached by a prediction alone; repeating it makes the solver call there and correct.
     schedule = [*sigmas, sigmas[-1]] if stop == len(sigmas) - 1 else sigmas
-    end = solve(model, torch.cat([x, tangent]), schedule, coordinates, _UNGUIDED, callback=corrected, order=ORDER)
-    table = lambda rows: torch.stack(rows).double().cpu() if rows else None
+    end = solve(model, torch.cat([x, tangent]), schedule, coordinates, _UNGUIDED, callback=corrected,
+                order=TANGENT_ORDER)
     s = tuple(coordinates.s(v) for v in sigmas[:stop + 1])
-    return end[:batch], Profile(s, table(alignment), table(norms), table(curvature))
+    return end[:batch], Profile(s, _table(alignment), _table(norms), _table(curvature) if curvature else None)
+
+
+def _table(rows):
+    """(N, B) in float64 on the CPU, of N tensors (B,)."""
+    return torch.stack(rows).cpu().double()  # some devices have no float64
 
 
 def finite_alignment(less, more, score, scale_step):
     """(A, cosine), (B,) each, from two runs without any derivative.
 
-    less, more: the ends y (B, ...) of runs with the noise times 1 - `scale_step` and 1 + `scale_step`; score: grad log p
-    halfway between them. Agrees with A to second order in `scale_step`.
+    less, more: the ends y (B, ...) of runs with the noise times 1 - `scale_step` and 1 + `scale_step`.
+    score: grad log p halfway between them. Agrees with A to second order in `scale_step`.
     """
-    dtype = torch.float32 if score.device.type == "mps" else torch.float64
+    dtype = jacobian.sum_dtype(score.device)
     tangent, score = ((less - more).to(dtype) / (2 * scale_step)).flatten(1), score.to(dtype).flatten(1)
     dot = (score * tangent).sum(1)
     return dot, dot / (score.norm(dim=1) * tangent.norm(dim=1))
@@ -181,11 +188,13 @@ def percent_response(alignment, dim):
 
 
 def scale_for_shift(shift, alignment, dim):
-    """Noise scale that changes the log-density by `shift` bits per dimension (positive: more detail), shape of alignment.
+    """Noise scale that changes the log-density by `shift` bits per dimension (positive: more detail).
+
+    Shape of `alignment`.
 
     Scaling by r changes the prior's own log-density by -||n||^2 (r^2 - 1) / 2, and to first order the final one by
-    A / ||n||^2 times that, hence r = sqrt(1 - 2 shift_nats / A) (derived here; exact for centred Gaussian data). Clamped to
-    `SCALE_RANGE`; NaN where A <= 0: not aligned, no scale is to be trusted.
+    A / ||n||^2 times that, hence r = sqrt(1 - 2 shift_nats / A) (derived here; exact for centred Gaussian data).
+    Clamped to `SCALE_RANGE`; NaN where A <= 0: not aligned, no scale is to be trusted.
     """
     square = 1 - 2 * bits_per_dim_to_nats(shift, dim) / alignment
     low, high = SCALE_RANGE

@@ -75,8 +75,9 @@ class ExactDensity:
     """Exact log p_s and its derivatives for pictures of `size` x `size` x 3, flattened DCT inside.
 
     Every method takes y (B, 3, size, size) in VE coordinates, s (B,) or a float, and optional `weights` (B, K)
-    that replace the mixture weights (rows need not be normalised; a zero removes a component, a row of zeros leaves the mixture as it is). Results are in y's dtype;
-    the arithmetic runs in the dtype of the tables (float64 unless `to` changed it).
+    that replace the mixture weights (rows need not be normalised; a zero removes a component, a row of zeros leaves the
+    mixture as it is). Results are in y's dtype; the arithmetic runs in the dtype of the tables (float64 unless `to`
+    changed it).
 
     Raises ValueError where y is not (B, 3, size, size), or s or weights do not fit it.
     """
@@ -114,7 +115,8 @@ class ExactDensity:
             (w := self.factors[..., self.low_index == j]) @ w.mT for j in range(bands)
         ])
         self.factor_mean = torch.stack([  # (J, K, r): W_k m_k of band j
-            (self.factors[..., self.low_index == j] @ low_means[:, self.low_index == j, None])[..., 0] for j in range(bands)
+            (self.factors[..., self.low_index == j] @ low_means[:, self.low_index == j, None])[..., 0]
+            for j in range(bands)
         ])
 
     @classmethod
@@ -174,7 +176,8 @@ class ExactDensity:
         e = self._evaluate(y, s, weights)
         p2 = e.level.band_precision.square()
         gram2 = torch.einsum("bj,jkrq->bkrq", p2, self.gram)
-        trace = -(e.level.band_precision @ self.band_count)[:, None] + torch.einsum("bkrq,bkqr->bk", e.level.m_inv, gram2)
+        texture = e.level.band_precision @ self.band_count
+        trace = torch.einsum("bkrq,bkqr->bk", e.level.m_inv, gram2) - texture[:, None]
         pp = e.level.precision.square()
         centred = ((pp * e.c.square()).sum(1)[:, None] - 2 * (pp * e.c) @ self.means.T + p2 @ self.mean_energy.T)
         cross = self._project(pp * e.c) - torch.einsum("bj,jkr->bkr", p2, self.factor_mean)
@@ -240,7 +243,8 @@ class ExactDensity:
     def _levels(self, y, s):
         s = torch.as_tensor(s, dtype=self.means.dtype, device=self.means.device)
         if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(y))):
-            raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} images")
+            raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} "
+                             "images")
         return s.expand(len(y)) if s.ndim == 0 or len(s) == 1 else s
 
     def _noise_level(self, s):

@@ -22,6 +22,7 @@ from .statistics import compute_dtype, squared_norm
 
 FORWARD, DIFFERENCES = "forward", "differences"
 METHODS = (FORWARD, DIFFERENCES)
+TRIAL_CALLS = 4  # of `method_of`, each on one batch
 
 
 def directional_derivative(predict, x, v, method, step=None):
@@ -57,7 +58,7 @@ def _forward(predict, x, v):
 
 def _differences(predict, x, v, step):
     value = predict(x).to(x.dtype)
-    h = per_image(torch.as_tensor(step, dtype=x.dtype, device=x.device), x.ndim)
+    h = per_image(step.to(x) if torch.is_tensor(step) else x.new_full((len(x),), step), x.ndim)
     above, below = predict(torch.cat([x + h * v, x - h * v])).to(x.dtype).chunk(2)
     return value, (above - below) / (2 * h)
 
@@ -115,7 +116,11 @@ def _rounding_unit(dtype):
 def _lengths(x, v, scale):
     norm_x = squared_norm(x).sqrt().clamp_min(1e-12)
     norm_v = squared_norm(v).sqrt().clamp_min(1e-12)
-    return norm_x, norm_v, norm_x if scale is None else torch.as_tensor(scale, device=x.device).to(norm_x) * x[0].numel() ** 0.5
+    if scale is None:
+        return norm_x, norm_v, norm_x
+    # A float stays one: as a tensor it would be copied to the device, and that waits for it.
+    scale = scale.to(norm_x) if torch.is_tensor(scale) else torch.full_like(norm_x, scale)
+    return norm_x, norm_v, scale * x[0].numel() ** 0.5
 
 
 def _ordinary(tensor):
@@ -137,15 +142,18 @@ def difference_step(x, v, dtype, scale=None):
 
 
 def method_of(predict, x, v, dtype=torch.float32, scale=None):
-    """(method, reason): forward-mode AD where it works on this network, else differences. Costs five predictions.
+    """(method, reason): forward-mode AD where it works on this network, else differences. Costs `TRIAL_CALLS`.
 
     Tries forward mode once at x, along v, and compares it with differences: some networks refuse it, and some drop the
-    tangent without a word. dtype, scale: as in `difference_step`. reason: one sentence for a report.
+    tangent without a word. dtype, scale: as in `difference_step`. reason: one sentence for a report. Lack of memory passes
+    through: it says nothing about the network.
     """
     _, by_differences = directional_derivative(predict, x, v, DIFFERENCES, difference_step(x, v, dtype, scale))
     try:
         _, forward = directional_derivative(predict, x, v, FORWARD)
-    except RuntimeError as error:  # also NotImplementedError and lack of memory
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # also NotImplementedError
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return DIFFERENCES, f"two-sided differences: forward-mode AD failed on this network ({why})"
     largest = squared_norm(forward).sum() + 1e-6 * squared_norm(v).sum()
@@ -195,16 +203,6 @@ def random_signs(seed, call, indices, like):
     """One sign for every image and call, (B,), on the device of `like` and independent of its `rademacher` probe."""
     indices = range(len(like)) if indices is None else indices
     return torch.cat([_signs((1,), (seed, index, call, 1)) for index in indices]).to(like.device, compute_dtype(like.dtype))
-
-
-def divergence(dim, trace, s):
-    """div eps = (D - tr Dhat) / s, (B,); trace: tr Dhat or an estimate <v, Dhat v> of it."""
-    return (dim - trace) / s
-
-
-def eps_derivative(v, dhat_v, s):
-    """J v = (v - Dhat v) / s, the directional derivative of eps; shape of v."""
-    return (v - dhat_v) / per_image(s, v.ndim)
 
 
 def probe_trace(v, dhat_v):

@@ -32,6 +32,7 @@ from .statistics import squared_norm
 from .units import nats_to_bits_per_dim, require_number
 
 _DEFECT_NODES = 4
+_COMPARABLE = 0.1, 10.0  # ratio of two traces, within which their diagonals are taken to have one shape
 _MERGING = 3.0  # S / sqrt(D)
 
 
@@ -91,7 +92,8 @@ class ProbedModel:
 
     The variance of <v, A v> is 2 sum_{i != j} A_ij^2 for symmetric A (more than that for any other). |A v|^2 estimates
     the sum over all i and j; of the diagonal, v_i (A v)_i is an unbiased estimate, and the product of two independent ones
-    one of A_ii^2: that of this probe and of the last, scaled to this trace. The very first takes an even diagonal.
+    one of A_ii^2: that of this probe and of the last, scaled to this trace. The very first, and one whose trace is beyond
+    `_COMPARABLE` times the last, takes an even diagonal.
     An instance follows one path, from noise level to noise level.
     """
 
@@ -119,8 +121,11 @@ class ProbedModel:
                 lambda x: self._predict(x, sigma), x / alpha, v.to(x.dtype), alpha, self._method, step)
             diagonal, trace = v * slope, probe_trace(v, slope)
             last, last_trace = self._last or (None, trace)
-            same = trace.square() / x[0].numel() if last is None else (
-                probe_trace(diagonal, last) * trace / torch.where(last_trace == 0, 1.0, last_trace))
+            same = trace.square() / x[0].numel()
+            if last is not None:
+                ratio = trace / last_trace  # NaN where both are 0, which is not comparable
+                comparable = (ratio >= _COMPARABLE[0]) & (ratio <= _COMPARABLE[1])
+                same = torch.where(comparable, probe_trace(diagonal, last) * ratio, same)
             traces.append(trace)
             variances.append(2 * (squared_norm(slope).to(trace.dtype) - same).clamp_min(0))
             self._last = diagonal, trace
@@ -139,9 +144,10 @@ class _Node:
 
 
 class LogDensityTrack:
-    """The change of log p along the states that a solver visits, upwards or downwards; holds four states at most.
+    """The change of log p along the states that a solver visits, upwards or downwards.
 
-    `add` takes them in order. `strayed` is what was charged for leaving the flow; `change` and `variance` are about the way so far, (B,), in nats of u; `s`, `traces` and
+    `add` takes them in order, and keeps copies of the last four at most: u, eps and denoised of each. `strayed` is what was
+    charged for leaving the flow; `change` and `variance` are about the way so far, (B,), in nats of u; `s`, `traces` and
     `eps_energy` (||eps||^2 / D) list what was seen.
     """
 
@@ -152,10 +158,18 @@ class LogDensityTrack:
         self.strayed = 0.0
 
     def add(self, x, sigma, alpha, sight):
-        """A state x (B, ...) in the host's units, and what the model says of it."""
+        """A state x (B, ...) in the host's units, and what the model says of it. None of the tensors is kept.
+
+        Raises ValueError for a noise level that is not beyond the last, in the direction of the first two.
+        """
         theta = math.atan2(sigma, alpha)
+        thetas = [theta, *(n.theta for n in self._nodes)][:3]
+        turns = [a - b for a, b in zip(thetas, thetas[1:])]
+        if any(turn * turns[-1] <= 0 for turn in turns):
+            raise ValueError(f"sigma is {sigma:.6g} after noise levels s {[round(s, 6) for s in self.s[-2:]]}; a track of the "
+                             "log-density takes noise levels that only ascend or only descend")
         eps = eps_from_denoised(x, sight.denoised, sigma, alpha)
-        self._nodes.appendleft(_Node(theta, x / math.hypot(alpha, sigma), eps, sight.denoised))
+        self._nodes.appendleft(_Node(theta, x / math.hypot(alpha, sigma), eps, sight.denoised.clone()))
         self.s.append(sigma / alpha if alpha > 0 else math.inf)
         self.traces.append(sight.trace)
         self.variances.append(sight.variance)
@@ -171,7 +185,7 @@ class LogDensityTrack:
         for node, w_eps, w_denoised in zip(self._nodes, eps_weights(old.theta, new.theta, thetas),
                                            denoised_weights(old.theta, new.theta, thetas)):
             strayed.sub_(node.eps, alpha=w_eps).sub_(node.denoised, alpha=w_denoised)
-        return -0.5 * (probe_trace(new.eps, strayed) / math.sin(new.theta) + probe_trace(old.eps, strayed) / math.sin(old.theta))
+        return -0.5 * sum(probe_trace(node.eps, strayed) / math.sin(node.theta) for node in (new, old))
 
     def step(self, sigma, alpha):
         """The state x at another noise level: a step of the flow by two-step Adams-Bashforth, from the last state."""
@@ -181,6 +195,11 @@ class LogDensityTrack:
         for node, w_eps, w_denoised in zip(nodes, eps_weights(start, stop, thetas), denoised_weights(start, stop, thetas)):
             u = u.add(node.eps, alpha=w_eps).add_(node.denoised, alpha=w_denoised)
         return u * math.hypot(alpha, sigma)
+
+    @property
+    def denoised(self):
+        """A copy of the model's last prediction."""
+        return self._nodes[0].denoised
 
     @property
     def change(self):

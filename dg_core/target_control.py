@@ -116,8 +116,9 @@ class Reached:
 def reach(runs, target_of, tolerance, max_passes):
     """Guided runs, at most `max_passes`, until every image's tracked end is within `tolerance` nats of its target.
 
-    target_of(unguided) -> target: from the ends (B,) of the reference, one unguided run. Every image keeps the pass that
-    came nearest. After a miss the aim moves by miss / slope, with the slope of end against aim from the last two passes.
+    target_of(unguided) -> target: from the ends (B,) of the reference, one unguided run. Every image keeps the first pass
+    within tolerance, whatever the others of the batch still need, or else the one that came nearest. After a miss the
+    aim moves by miss / slope, with the slope of end against aim from the last two passes.
     """
     reference = runs.run()
     target = target_of(reference.end)
@@ -130,7 +131,7 @@ def reach(runs, target_of, tolerance, max_passes):
         passes += 1
         aims.append(aim)
         ends.append(last.end)
-        better = (last.end - target).abs() < gap
+        better = (gap > tolerance) & ((last.end - target).abs() < gap)
         x = torch.where(better.view(-1, *[1] * (x.ndim - 1)), last.x, x)
         achieved, variance = torch.where(better, last.end, achieved), torch.where(better, last.variance, variance)
         gap = (achieved - target).abs()

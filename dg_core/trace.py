@@ -3,8 +3,9 @@
 A step of the host's samplers goes from (y, s) to (y', s') with the unguided prediction `denoised` at y. With that held
 fixed over the step, eps' = (y' - denoised) / s' says what was done:
 
-* s_down = s' <eps, eps'> / |eps|^2 is the part of s' that is old noise, to 1 / (|eps| sqrt(D)). The reverse SDE with noise c times
-  its full strength has s_down^2 = s'^2 - c^2 s'^2 (1 - (s'/s)^2): so c^2 is known, 0 for an ODE sampler, 1 for the full SDE.
+* s_down = s' <eps, eps'> / |eps|^2 is the part of s' that is old noise, to 1 / (|eps| sqrt(D)). The reverse SDE with
+  noise c times its full strength has s_down^2 = s'^2 - c^2 s'^2 (1 - (s'/s)^2): so c^2 is known, 0 for an ODE sampler,
+  1 for the full SDE.
 * log p changes by -(|eps'|^2 - |eps|^2) / 2 + D ln(s / s') - (1 - c^2) tr Dhat ln(s / s'), to first order in the step:
   without any divergence where c = 1 (arXiv 2411.01293; this form, exact for data at a point, derived here).
 * Without noise, what the states stray from the flow is the work of guidance (see `log_density`), and the eta that does
@@ -40,7 +41,7 @@ class RunTrace:
         self._start = None
 
     def add(self, x, denoised, sigma):
-        """The state x (B, ...) at sigma and the unguided prediction there; the tensors are not kept."""
+        """The state x (B, ...) at sigma, lower than before, and the unguided prediction there; copies of both are kept."""
         alpha = self.coordinates.alpha(sigma)
         eps = eps_from_denoised(x, denoised, sigma, alpha)
         before = self._track.strayed
@@ -52,7 +53,7 @@ class RunTrace:
             old_eps, old_denoised, old_sigma = self._last
             self._work.append(self._track.strayed - before)
             self._step(x, sigma, alpha, old_eps, old_denoised, old_sigma)
-        self._last = eps, denoised.clone(), sigma
+        self._last = eps, self._track.denoised, sigma
         self.sigmas.append(sigma)
 
     def _step(self, x, sigma, alpha, eps, denoised, old_sigma):

@@ -19,6 +19,14 @@ def require_number(name, value, low, high):
     return number
 
 
+def require_whole(name, value, low, high):
+    """Return `value` as an int; raise ValueError unless it is a whole number in [low, high]."""
+    number = require_number(name, value, low, high)
+    if number != int(number):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+    return int(number)
+
+
 def require_quantile(quantile):
     """Return `quantile` as a float; raise ValueError unless 0 < quantile < 1."""
     number = require_number("quantile", quantile, 0, 1)

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from ..dg_core.alignment import SCALE_RANGE, lost_at
+from .plots import figure_image
 
 ROWS = 8  # of the profile in the report
-ENOUGH_STEPS = 24
+ENOUGH_STEPS = 30
 LEGEND = 8  # images with a label of their own in the picture
-SIZE, DPI = (7.2, 4.8), 100
 
 
 def verdict(check):
@@ -28,7 +28,8 @@ def text(check, settings, dim, scales, response):
     lines = [verdict(check), ""]
     for i, cosine in enumerate(check.final_cosine.tolist()):
         lines.append(
-            f"image {i}: cosine {cosine:+.3f}; 1% more noise changes the image by {response[i]:+.5f} bits per dimension; "
+            f"image {i}: cosine {cosine:+.3f}; 1% more noise changes the image by {response[i]:+.5f} bits per "
+            "dimension; "
             + _scale_words(settings.detail_shift, float(scales[i])))
     if len(check.cosines) == 2:
         a, b = (c[-1] for c in check.cosines.values())
@@ -48,10 +49,11 @@ def text(check, settings, dim, scales, response):
         + f"; plain sampling takes {check.plain_calls}",
     ]
     if check.plain_calls < ENOUGH_STEPS:
-        lines.append(f"only {check.plain_calls} steps: an image that changes early in the run may get a wrong number; take 32 or more")
+        lines.append(f"only {check.plain_calls} steps: an image that changes early in the run may get a wrong number; "
+                     f"take {ENOUGH_STEPS} or more")
     if not (check.final_cosine > 0).all():
-        lines += ["", "What to do: scaling the noise (Prior Guidance) does not change the detail of these images steadily. "
-                      "Use the Density Guidance Sampler, which steers log-density along the whole run."]
+        lines += ["", "What to do: scaling the noise (Prior Guidance) does not change the detail of these images "
+                      "steadily. Use the Density Guidance Sampler, which steers log-density along the whole run."]
     return "\n".join(lines)
 
 
@@ -72,15 +74,11 @@ def _images(chosen):
 
 
 def plot(check):
-    """Cosine against log-SNR as an IMAGE (1, H, W, 3); a blank one where matplotlib is not installed."""
-    try:  # not of ComfyUI's own requirements
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return torch.ones(1, 8, 8, 3)
+    """Cosine against log-SNR as an IMAGE (1, H, W, 3), see `figure_image`."""
+    return figure_image(lambda figure: _draw(check, figure.add_subplot()))
 
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
+
+def _draw(check, axes):
     axes.axhspan(-1.05, 0, color="tab:red", alpha=0.08)
     axes.axhline(0, color="black", linewidth=0.8)
     shown = [i for i, v in enumerate(check.log_snr) if math.isfinite(v)]
@@ -97,9 +95,6 @@ def plot(check):
     axes.set_ylim(-1.05, 1.05)
     axes.set_xlabel("log-SNR (noise on the left, picture on the right)")
     axes.set_ylabel("cosine: above 0, scaling works")
-    axes.set_title(verdict(check), fontsize=11, color="darkgreen" if (check.final_cosine > 0).all() else "darkred", wrap=True)
+    good = (check.final_cosine > 0).all()
+    axes.set_title(verdict(check), fontsize=11, color="darkgreen" if good else "darkred", wrap=True)
     axes.legend(loc="lower left", fontsize=8)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    return torch.from_numpy(pixels.astype(np.float32) / 255)[None]

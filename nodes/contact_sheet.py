@@ -24,8 +24,9 @@ class DensityLevels(io.ComfyNode):
             node_id="DensityLevels",
             display_name="Density Levels",
             category=CATEGORY,
-            description="A list of numbers. Connect value to the quantile or detail_shift of a guidance node, and that runs "
-                        "once for each; connect all_values to its quantiles or detail_shifts for one level per image.",
+            description="A list of numbers. Connect value to the quantile or detail_shift of a guidance node, and that "
+                        "runs once for each; connect all_values to its quantiles or detail_shifts for one level per "
+                        "image.",
             inputs=[io.String.Input(
                 "values", default="0.05, 0.3, 0.5, 0.7, 0.95",
                 tooltip="Numbers separated by commas, for instance quantiles between 0.001 and 0.999.")],
@@ -55,15 +56,16 @@ class DensityContactSheet(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The batches of the sweep, one for each level."),
                 Floats.Input("bits_per_dim", optional=True,
-                             tooltip="-log2 p / D of every picture, from a log-density node; one list for each row, or one "
-                                     "for all. Not connected: no numbers."),
+                             tooltip="-log2 p / D of every picture, from a log-density node; one list for each row, or "
+                                     "one for all. Not connected: no numbers."),
                 io.Float.Input("levels", force_input=True, optional=True,
                                tooltip="The levels of the sweep, for the labels of the rows."),
                 io.String.Input("label", default="q", tooltip="What the levels are, written before each of them."),
                 io.Int.Input("picture_size", default=192, min=32, max=2048,
                              tooltip="Width of each picture on the sheet, in pixels."),
                 io.String.Input("column_label", default="seed", optional=True,
-                                tooltip="What differs from column to column, written above each of them with its number."),
+                                tooltip="What differs from column to column, written above each of them with its "
+                                        "number."),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The contact sheet, for SaveImage.")],
             is_input_list=True,
@@ -83,8 +85,8 @@ class DensityContactSheet(io.ComfyNode):
                 raise ValueError(f"images of row {i} are {tuple(batch.shape[1:])} and those of row 0 "
                                  f"{tuple(images[0].shape[1:])}; a sheet takes pictures of one size")
             if bits_per_dim is not None and len(bits_per_dim[i]) != len(batch):
-                raise ValueError(f"bits_per_dim has {len(bits_per_dim[i])} numbers in row {i} and images has {len(batch)} "
-                                 "pictures; connect the log-density of the same latents")
+                raise ValueError(f"bits_per_dim has {len(bits_per_dim[i])} numbers in row {i} and images has "
+                                 f"{len(batch)} pictures; connect the log-density of the same latents")
         labels = [f"{label[0]} {v:g}" for v in levels] if levels else [f"row {i}" for i in range(len(images))]
         columns = [f"{column_label[0]} {i}" for i in range(max(map(len, images)))]
         table = {

@@ -1,5 +1,6 @@
 """A sampler that ends at a wanted log-density."""
 
+import itertools
 import logging
 import math
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from ..dg_core.guidance import guided_range
 from ..dg_core.log_density import ProbedModel, cos_log, log_prior
 from ..dg_core.statistics import compute_dtype
 from ..dg_core.target_control import TrackedRuns, reach
-from ..dg_core.units import bits_per_dim_to_nats, nats_to_bits_per_dim, require_number
-from .guided_run import GuidanceSettings, sample_density_guided
+from ..dg_core.units import bits_per_dim_to_nats, nats_to_bits_per_dim, require_number, require_whole
+from .guided_run import GuidanceSettings, require_one_part, sample_density_guided
 from .guider_run import Predict, network_dtype
 from .log_density import methods_of
 from .schema import CATEGORY
@@ -41,9 +42,9 @@ class TargetSettings:
             raise ValueError(f"target is {self.target!r}; it must be one of: {ABSOLUTE}, {SHIFT}, {SAME}")
         require_number("value", self.value, -20.0, 20.0)
         require_number("tolerance", self.tolerance, 0.0, 1.0)
-        require_number("max_passes", self.max_passes, 1, 20)
-        require_number("probes", self.probes, 1, 10000)
-        require_number("reference_image", self.reference_image, -1, 10**6)
+        require_whole("max_passes", self.max_passes, 1, 20)
+        require_whole("probes", self.probes, 1, 10000)
+        require_whole("reference_image", self.reference_image, -1, 10**6)
 
     @property
     def neutral(self):
@@ -66,35 +67,39 @@ class DensityTargetSampler(io.ComfyNode):
             node_id="DensityTargetSampler",
             display_name="Density Target Sampler",
             category=CATEGORY,
-            description="A sampler that ends at an exact log-density: a number of bits per dimension, a shift, or the same for "
-                        "every image of a batch. Tracks the density while it samples, at two or three times the cost.",
+            description="A sampler that ends at an exact log-density: a number of bits per dimension, a shift, or the same "
+                        "for every image of a batch. Tracks the density while it samples, with derivatives of the model: "
+                        "an unguided run, and one or more guided ones.",
             inputs=[
                 io.Combo.Input(
                     "target", options=[ABSOLUTE, SHIFT, SAME], default=SHIFT,
-                    tooltip="What to reach, at the last noise level above 0: value as -log2 p / D itself; as a difference to "
-                            "what the same noise gives without guidance (neutral with value 0); or every image alike."),
+                    tooltip="What to reach, at the last noise level above 0: value as -log2 p / D itself; as a difference "
+                            "to what the same noise gives without guidance (neutral with value 0); or every image alike."),
                 io.Float.Input(
                     "value", default=0.0, min=-20.0, max=20.0, step=0.01, round=0.0001,
-                    tooltip="Bits per dimension; more means more detail. Not used for the same for the whole batch. As a shift 0 "
-                            "is neutral."),
+                    tooltip="Bits per dimension; more means more detail. Not used for the same for the whole batch. As a "
+                            "shift 0 is neutral."),
                 io.Int.Input(
                     "reference_image", default=-1, min=-1, max=4095,
-                    tooltip="For the same for the whole batch: the number of the image, from 0, whose unguided value all get. -1 "
-                            "(neutral): the median of the batch."),
+                    tooltip="For the same for the whole batch: the number of the image, from 0, whose unguided value all get. "
+                            "-1 (neutral): the median of the batch."),
                 io.Float.Input(
                     "tolerance", default=0.002, min=0.0, max=1.0, step=0.001, round=0.00001,
                     tooltip="Bits per dimension by which a pass may miss before another one corrects it. The error of the "
                             "tracked value itself comes on top; more probes lower it."),
                 io.Int.Input(
                     "max_passes", default=2, min=1, max=20,
-                    tooltip="Most guided passes after the unguided one; each costs a whole sampling run. 1 is the least."),
+                    tooltip="Most guided passes after the unguided one; each is a whole sampling run, with as many model "
+                            "calls per step as probes asks for. 1 is the least."),
                 io.Int.Input(
                     "probes", default=1, min=1, max=64,
-                    tooltip="Random probes of the divergence per step; each is another model call. 1 is the least."),
+                    tooltip="Random probes of the divergence per step. Each costs a model call with its derivative, which "
+                            "takes about two plain ones; or three calls where the model gives no derivative. 1 is the least."),
             ],
             outputs=[io.Sampler.Output(
                 display_name="sampler",
-                tooltip="The sampler, for SamplerCustomAdvanced or DensityTrace. What it achieved is in the log and in the trace.")],
+                tooltip="The sampler, for SamplerCustomAdvanced or DensityTrace. What it achieved is in the log and in the "
+                        "trace.")],
         )
 
     @classmethod
@@ -104,23 +109,32 @@ class DensityTargetSampler(io.ComfyNode):
 
 
 def sample_to_target(model, x, sigmas, extra_args=None, callback=None, disable=None, settings=TargetSettings(), look=None):
-    """Explicit control with the signature of the host's sampler functions; look: as in `TrackedRuns`, in place of probes."""
+    """Explicit control with the signature of the host's sampler functions.
+
+    look: as `look_anew` in `TrackedRuns`, in place of probes.
+    """
     extra_args = extra_args or {}
     if settings.neutral:
         return sample_density_guided(model, x, sigmas, extra_args, callback, disable, GuidanceSettings())
-    guider, schedule = model.inner_model, sigmas.tolist()
+    guider = model.inner_model
     coordinates = coordinates_of(guider.inner_model.model_sampling)
+    guided_range(sigmas.tolist(), coordinates)  # refuses a schedule that ascends, but for a rounding
+    schedule = _descending(sigmas.tolist())
     guided = guided_range(schedule, coordinates)
     _check(settings, guided, x, extra_args)
-    steps, dim, dtype = len(schedule) - 1, x[0].numel(), x.dtype
+    require_one_part(guider)
+    trace = extra_args.get("model_options", {}).get("density_trace")
+    if trace is not None:
+        trace.tracks_itself = True
+    steps, dim, dtype = len(sigmas) - 1, x[0].numel(), x.dtype
     with torch.inference_mode(False), torch.no_grad(), tqdm(total=steps, disable=disable) as bar:
         x = x.to(compute_dtype(dtype), copy=True)
-        predict = Predict(guider, extra_args, len(x), schedule, lambda *_: None)
+        predict = Predict(guider, extra_args, len(x))
         look = look or _probing(guider, predict, coordinates, x, schedule, settings, extra_args.get("seed"))
         start = _start(predict, look()(x, schedule[0], 0), x, schedule[0], coordinates)
 
         def step_done(done, x, denoised):
-            step = min(steps - 1, int(done * steps / ((1 + settings.max_passes) * (steps + 1))))
+            step = min(steps - 1, int(done * steps / ((1 + settings.max_passes) * len(schedule))))
             bar.update(step + 1 - bar.n)
             if callback is not None:
                 callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": denoised})
@@ -129,8 +143,13 @@ def sample_to_target(model, x, sigmas, extra_args=None, callback=None, disable=N
         reached = reach(runs, lambda unguided: settings.target_of(unguided, dim, runs.s_end),
                         -bits_per_dim_to_nats(settings.tolerance, dim), settings.max_passes)
         bar.update(steps - bar.n)
-        _tell(reached, settings, dim, runs.s_end, extra_args)
+        _tell(reached, settings, dim, runs.s_end, trace)
         return reached.x.to(dtype)
+
+
+def _descending(sigmas):
+    """A schedule without repeats and without what rises by a rounding: a track has no use for two looks at one level."""
+    return list(dict.fromkeys(itertools.accumulate(sigmas, min)))
 
 
 def _check(settings, guided, x, extra_args):
@@ -138,11 +157,11 @@ def _check(settings, guided, x, extra_args):
         raise ValueError("the latent has a noise mask; a target is a density of the whole image: remove the mask, or use "
                          "DensityGuidanceSampler")
     if guided.log_range == 0:
-        raise ValueError("sigmas have no step between two noise levels above 0 that could be guided; use a longer schedule, "
-                         "or target 'shift from the unguided run' with value 0")
+        raise ValueError("sigmas have no step between two noise levels above 0 that could be guided; use a longer "
+                         "schedule, or target 'shift from the unguided run' with value 0")
     if settings.target == SAME and settings.reference_image >= len(x):
-        raise ValueError(f"reference_image is {settings.reference_image}, and the batch has {len(x)} images: choose 0 to "
-                         f"{len(x) - 1}, or -1 for the median")
+        raise ValueError(f"reference_image is {settings.reference_image}, and the batch has {len(x)} images: choose 0 "
+                         f"to {len(x) - 1}, or -1 for the median")
 
 
 def _probing(guider, predict, coordinates, x, schedule, settings, seed):
@@ -157,7 +176,7 @@ def _probing(guider, predict, coordinates, x, schedule, settings, seed):
             lambda x: predict(x, sigma), noise, jacobian.rademacher(x, seed, -1), dtype, sigma)
 
     method, _ = methods_of(guider, find)
-    return lambda: ProbedModel(predict, coordinates, method, dtype, seed, settings.probes)
+    return lambda: ProbedModel(predict, coordinates, method, dtype, seed, int(settings.probes))
 
 
 def _start(predict, sight, x, sigma, coordinates):
@@ -166,12 +185,11 @@ def _start(predict, sight, x, sigma, coordinates):
     return log_prior(x, sigma, alpha, sight, predict(-x, sigma) if alpha > 0 else None)
 
 
-def _tell(reached, settings, dim, s_end, extra_args):
+def _tell(reached, settings, dim, s_end, trace):
     """The achieved values to the log, and to a trace if there is one; a warning for what was not reached."""
     to_bits = lambda log_p_u: nats_to_bits_per_dim(log_p_u + dim * cos_log(s_end), dim).tolist()
     target, achieved, unguided = to_bits(reached.target), to_bits(reached.achieved), to_bits(reached.unguided)
     errors = (reached.standard_error / (dim * math.log(2))).tolist()
-    trace = extra_args.get("model_options", {}).get("density_trace")
     if trace is not None:
         trace.target = {"target": target, "achieved": achieved, "standard_error": errors, "unguided": unguided,
                         "s": s_end, "passes": reached.passes}
@@ -179,7 +197,7 @@ def _tell(reached, settings, dim, s_end, extra_args):
     for i, (wanted, got, error) in enumerate(zip(target, achieved, errors)):
         text = f"image {i}: {got:.4f} ± {error:.4f} bits per dimension at s = {s_end:.4g}, target {wanted:.4f}"
         if abs(got - wanted) > settings.tolerance:
-            logging.warning("Density target not reached in %d passes; %s. That is the nearest that was: ask for less, guide a "
-                            "longer schedule, or allow more passes.", reached.passes, text)
+            logging.warning("Density target not reached in %d passes; %s. That is the nearest that was: ask for less, "
+                            "guide a longer schedule, or allow more passes.", reached.passes, text)
         else:
             logging.info("Density target: %s", text)

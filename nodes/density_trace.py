@@ -3,8 +3,9 @@
 import json
 import math
 
-import comfy.samplers
 import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.samplers
 import numpy as np
 import torch
 from comfy_api.latest import io
@@ -15,12 +16,14 @@ from ..dg_core.log_density import LogDensityTrack, ProbedModel, cos_log, log_pri
 from ..dg_core.statistics import compute_dtype
 from ..dg_core.trace import RunTrace
 from ..dg_core.units import nats_to_bits_per_dim
+from .guided_run import WRAPPER_KEY, outermost, sample_density_guided
 from .guider_run import Predict, network_dtype
 from .log_density import methods_of
 from .plots import blank_image, curves_image
 from .schema import CATEGORY, require
 
 PROBE_SEED_OFFSET = 0x3C6EF372FE94F82B
+OWN_LEVELS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}  # function: the host's name
 
 
 class DensityTrace(io.ComfyNode):
@@ -30,18 +33,19 @@ class DensityTrace(io.ComfyNode):
             node_id="DensityTrace",
             display_name="Density Trace",
             category=CATEGORY,
-            description="SamplerCustomAdvanced with a record: the same picture, and what happened to the log-density on the way. "
-                        "Takes no extra model call unless exact_trace is on.",
+            description="SamplerCustomAdvanced with a record: the same picture, and what happened to the log-density on the "
+                        "way. Takes no extra model call unless exact_trace is on.",
             inputs=[
                 io.Noise.Input("noise", tooltip="The starting noise, for instance of RandomNoise."),
                 io.Guider.Input("guider", tooltip="The model with its prompt, from BasicGuider or CFGGuider."),
-                io.Sampler.Input("sampler", tooltip="Any sampler, guided or not."),
+                io.Sampler.Input("sampler", tooltip="Any sampler but dpm_fast and dpm_adaptive, guided or not."),
                 io.Sigmas.Input("sigmas", tooltip="The noise levels, descending."),
-                io.Latent.Input("latent_image", tooltip="The latent to start from."),
+                io.Latent.Input("latent_image", tooltip="The latent to start from, without a noise mask."),
                 io.Boolean.Input(
                     "exact_trace", default=False,
-                    tooltip="Off (neutral): only what is known for free. On: also the log-density itself at every step, with one "
-                            "random probe each, at about twice the model's time."),
+                    tooltip="Off (neutral): only what is known for free. On: also the log-density itself at every step, with "
+                            "one random probe each: one more model call per step, with its derivative, which takes about two "
+                            "plain ones; or three more where the model gives no derivative. At the start up to 5 besides."),
             ],
             outputs=[
                 io.Latent.Output(display_name="output", tooltip="What the sampler returned."),
@@ -56,16 +60,72 @@ class DensityTrace(io.ComfyNode):
         from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
 
         require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
+        _check(sampler, latent_image)
         traced = _TracedSampler(sampler, exact_trace)
         output, denoised = SamplerCustomAdvanced.execute(noise, guider, traced, sigmas, latent_image).result
         plot = plot_of(traced.record["rows"])
-        return io.NodeOutput(output, denoised, blank_image() if plot is None else plot, json.dumps(traced.record, indent=1))
+        record = json.dumps(_numbers(traced.record), indent=1, allow_nan=False)
+        return io.NodeOutput(output, denoised, blank_image() if plot is None else plot, record)
+
+
+def _check(sampler, latent_image):
+    """Raise ValueError where there is no one density of the whole image at the noise levels of the schedule."""
+    if latent_image.get("noise_mask") is not None:
+        raise ValueError("latent_image has a noise mask; what is recorded is the density of the whole image: remove the mask, "
+                         "or sample with SamplerCustomAdvanced")
+    if getattr(latent_image["samples"], "is_nested", False):
+        raise ValueError("latent_image packs several parts (video and audio) into one; its density is not defined: sample "
+                         "with SamplerCustomAdvanced")
+    name = getattr(_function_of(sampler), "__name__", "")
+    if name in OWN_LEVELS:
+        raise ValueError(f"sampler is {OWN_LEVELS[name]}, which calls the model at noise levels of its own and not at those "
+                         "of sigmas: choose another sampler, for instance euler or dpmpp_2m")
+
+
+def _function_of(sampler):
+    """The host's sampler function behind a SAMPLER, guided or not; None where it has none."""
+    while hasattr(sampler, "sampler"):
+        sampler = sampler.sampler
+    return getattr(sampler, "sampler_function", None)
+
+
+def _numbers(value):
+    """A record with None in the place of numbers that JSON has not: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _numbers(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Mailbox:
-    """Where a sampler that tracks itself leaves its record; an object, because the host copies the options' dicts."""
+    """Where a sampler that tracks itself says so before its first call, and leaves its record; an object, because the host
+    copies the options' dicts."""
 
+    tracks_itself = False
     target = last = None
+
+
+class _Witness:
+    """PREDICT_NOISE wrapper, inside this pack's guidance: what the sampler's last call was about.
+
+    Some samplers report another state than the one of the prediction: the first (ipndm, deis) or the next (uni_pc).
+    """
+
+    x = denoised = sigma = None
+
+    def __call__(self, executor, x, sigma, *args, **kwargs):
+        self.x, self.sigma = x, sigma
+        self.denoised = executor(x, sigma, *args, **kwargs)
+        return self.denoised
+
+    def armed(self, model_options):
+        """Copy of `model_options` with this wrapper."""
+        kind = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
+        options = outermost(model_options, kind, self)
+        own = options["transformer_options"]["wrappers"][kind][WRAPPER_KEY]
+        own.append(own.pop(0))
+        return options
 
 
 class _TracedSampler(comfy.samplers.Sampler):
@@ -79,38 +139,51 @@ class _TracedSampler(comfy.samplers.Sampler):
         coordinates = coordinates_of(guider.inner_model.model_sampling)
         schedule = sigmas.tolist()
         free = RunTrace(noise[0].numel(), coordinates)
-        tracked = _Hutchinson(guider, extra_args, schedule, coordinates, noise) if self._exact else None
+        tracked = _Hutchinson(guider, extra_args, coordinates, noise) if self._exact else None
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         options["density_trace"] = mailbox = _Mailbox()
-        seen = set()
+        # The pack's own solver corrects a state after the call, and reports the better one.
+        witness = None if _function_of(self._sampler) is sample_density_guided else _Witness()
+        steps, called = [], []
 
         def step(i, denoised, x, total):
             if callback is not None:
                 callback(i, denoised, x, total)
-            if i in seen or i >= len(schedule) or schedule[i] == 0:  # a sampler of several passes records itself
+            if mailbox.tracks_itself or i >= len(schedule) or not 0 < schedule[i] < min(free.sigmas, default=math.inf):
                 return
-            seen.add(i)
+            if witness is not None:
+                x, denoised = witness.x, witness.denoised
+                called.append(witness.sigma[0])
+            steps.append(i)
             wide = compute_dtype(x.dtype)
             free.add(x.to(wide), denoised.to(wide), schedule[i])
             if tracked is not None:
                 tracked.add(x, schedule[i])
 
-        result = self._sampler.sample(guider, sigmas, {**extra_args, "model_options": options}, step, noise, *args, **kwargs)
-        if mailbox.target is None:
-            self.record = {"rows": free.rows()}
-            if tracked is not None:
-                for row, exact in zip(self.record["rows"], tracked.rows()):
-                    row.update(exact)
-        else:
+        armed = guider.model_options
+        if witness is not None:
+            guider.model_options = witness.armed(armed)
+        try:
+            result = self._sampler.sample(
+                guider, sigmas, {**extra_args, "model_options": options}, step, noise, *args, **kwargs)
+        finally:
+            guider.model_options = armed
+        if mailbox.target is not None:
             self.record = {"target": mailbox.target, "rows": target_rows(mailbox.last)}
+        elif called and not np.allclose(torch.stack(called).tolist(), free.sigmas, rtol=1e-3):
+            self.record = {"rows": [], "note": "this sampler calls the model at noise levels of its own, not at those of "
+                                               "sigmas: nothing is recorded"}
+        else:
+            exact = [{}] * len(steps) if tracked is None else tracked.rows()
+            self.record = {"rows": [{**row, "step": i, **more} for i, row, more in zip(steps, free.rows(), exact)]}
         return result
 
 
 class _Hutchinson:
     """The log-density of the states, by one probe at each."""
 
-    def __init__(self, guider, extra_args, schedule, coordinates, noise):
-        self._predict = Predict(guider, extra_args, len(noise), schedule, lambda *_: None)
+    def __init__(self, guider, extra_args, coordinates, noise):
+        self._predict = Predict(guider, extra_args, len(noise))
         self._coordinates = coordinates
         self._guider, self._dtype = guider, network_dtype(guider.inner_model)
         self._seed = ((extra_args.get("seed") or 0) + PROBE_SEED_OFFSET) % 2**64
@@ -121,21 +194,30 @@ class _Hutchinson:
         with torch.inference_mode(False), torch.no_grad():
             x = x.to(compute_dtype(x.dtype), copy=True)
             alpha = self._coordinates.alpha(sigma)
-            if self._look is None or (self._look_at_noise and alpha > 0):
-                self._look_at_noise = alpha <= 0
-                method = jacobian.DIFFERENCES if self._look_at_noise else methods_of(self._guider, lambda: jacobian.method_of(
-                    lambda x: self._predict(x, sigma), x, jacobian.rademacher(x, self._seed, -1), self._dtype, sigma))[0]
-                self._look = ProbedModel(self._predict, self._coordinates, method, self._dtype, self._seed)
-            sight = self._look(x, sigma, len(self._track.s))
+            if alpha > 0 and self._look is None:
+                self._look = self._looking(self._method(x, sigma))
+            # At pure noise nothing is differentiated, and no method can be found out.
+            sight = (self._look or self._looking(jacobian.DIFFERENCES))(x, sigma, len(self._track.s))
             if not self._rows:
                 opposite = self._predict(-x, sigma) if alpha > 0 else None
                 self._start, self._start_error = log_prior(x, sigma, alpha, sight, opposite)
             self._track.add(x, sigma, alpha, sight)
             self._rows.append((self._start + self._track.change, (self._track.variance + self._start_error**2).sqrt()))
 
+    def _looking(self, method):
+        return ProbedModel(self._predict, self._coordinates, method, self._dtype, self._seed)
+
+    def _method(self, x, sigma):
+        def find():
+            probe = jacobian.rademacher(x, self._seed, -1)
+            return jacobian.method_of(lambda x: self._predict(x, sigma), x, probe, self._dtype, sigma)
+
+        return methods_of(self._guider, find)[0]
+
     def rows(self):
         """bits_per_dim and standard_error of every step, lists over the images; nothing where s is infinite."""
-        return [_density_row(log_p_u, error, s, self._track.dim) for s, (log_p_u, error) in zip(self._track.s, self._rows)]
+        return [_density_row(log_p_u, error, s, self._track.dim)
+                for s, (log_p_u, error) in zip(self._track.s, self._rows)]
 
 
 def _density_row(log_p_u, error, s, dim):
@@ -153,7 +235,8 @@ def target_rows(run):
         row = {"step": i, "sigma": sigma, "s": track.s[i] if math.isfinite(track.s[i]) else None,
                "eps_energy": track.eps_energy[i].tolist()}
         if math.isfinite(track.s[i]):
-            row["bits_per_dim"] = nats_to_bits_per_dim(log_p_u + track.dim * cos_log(track.s[i]), track.dim).tolist()
+            log_p_y = log_p_u + track.dim * cos_log(track.s[i])
+            row["bits_per_dim"] = nats_to_bits_per_dim(log_p_y, track.dim).tolist()
         rows.append(row)
     return rows
 

@@ -16,8 +16,8 @@ class LoadExactDensityModel(io.ComfyNode):
             node_id="LoadExactDensityModel",
             display_name="Load Exact Density Model",
             category=CATEGORY,
-            description="A small built-in model of emoji pictures whose log-density is known exactly. Needs no download; "
-                        "use it to see what density guidance does before you use it on your own model.",
+            description="A small built-in model of emoji pictures whose log-density is known exactly. Needs no "
+                        "download; use it to see what density guidance does before you use it on your own model.",
             inputs=[
                 io.Combo.Input(
                     "prediction", options=list(exact_model.PREDICTIONS), default="flow",
@@ -35,7 +35,8 @@ class LoadExactDensityModel(io.ComfyNode):
                     tooltip="Number of pictures in the latent output, each with its own noise."),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="A model like any other: KSampler, CFG and patches work."),
+                io.Model.Output(display_name="model",
+                                tooltip="A model like any other: KSampler, CFG and patches work."),
                 io.Vae.Output(display_name="vae", tooltip="Turns its latents into images; the latents are the pixels."),
                 io.Conditioning.Output(display_name="conditioning", tooltip="The picture asked for by component."),
                 io.Latent.Output(display_name="latent", tooltip="An empty latent of the right size."),
@@ -67,8 +68,8 @@ class ExactLogDensity(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model of LoadExactDensityModel, patched or not."),
                 io.Latent.Input("latent", tooltip="What a sampler returned for the sigmas below."),
-                io.Sigmas.Input("sigmas", tooltip="The sigmas that made the latent; the density is read at the last one, "
-                                                  "which must be above 0 (cut the last step with SplitSigmas)."),
+                io.Sigmas.Input("sigmas", tooltip="The sigmas that made the latent; the density is read at the last "
+                                                  "one, which must be above 0 (cut the last step with SplitSigmas)."),
             ],
             outputs=[
                 Floats.Output(display_name="bits_per_dim", tooltip="-log2 p / D of every image of the latent."),

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from ..dg_core.coordinates import coordinates_of
 from ..dg_core.exact_density import CHANNELS, ExactDensity
+from ..dg_core.jacobian import sum_dtype
 from .schema import require
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "exact_density.safetensors"
@@ -74,8 +75,8 @@ class ExactDensityLatent(comfy.latent_formats.LatentFormat):
         if latent.ndim != 4 or latent.shape[1] != CHANNELS:
             shape = " x ".join(map(str, latent.shape[1:]))
             raise ValueError(
-                f"the latent has {shape} elements per image; this exact-density model takes {CHANNELS} channels: use the "
-                "latent output of its loader, or encode with its vae")
+                f"the latent has {shape} elements per image; this exact-density model takes {CHANNELS} channels: use "
+                "the latent output of its loader, or encode with its vae")
         return (latent - self._shift.to(latent)) * self.scale_factor
 
     def process_out(self, latent):
@@ -95,8 +96,7 @@ class ExactDensityNetwork(torch.nn.Module):
     def density_on(self, device):
         """The density's tables on `device`; in float64 wherever the device has it."""
         if device not in self._tables:
-            dtype = torch.float32 if device.type == "mps" else None
-            self._tables[device] = self._tables[torch.device("cpu")].to(device, dtype)
+            self._tables[device] = self._tables[torch.device("cpu")].to(device, sum_dtype(device))
         return self._tables[device]
 
     def forward(self, x, timesteps, context=None, **_):
@@ -137,10 +137,11 @@ class ExactDensityModel(comfy.model_base.BaseModel):
         expected = (CHANNELS, self.density.size, self.density.size)
         shape = tuple(kwargs["noise"].shape[1:])
         _require_shape(shape, expected)
-        if type(self.model_sampling) not in (_EPS, _V) and not isinstance(self.model_sampling, comfy.model_sampling.CONST):
+        own = type(self.model_sampling) in (_EPS, _V) or isinstance(self.model_sampling, comfy.model_sampling.CONST)
+        if not own:
             raise ValueError(
-                f"model has its sampling patched to {type(self.model_sampling).__name__}; the built-in model takes no other "
-                "than its own: choose eps, v or flow in its loader")
+                f"model has its sampling patched to {type(self.model_sampling).__name__}; the built-in model takes no "
+                "other than its own: choose eps, v or flow in its loader")
         return super().extra_conds(**kwargs)
 
 
@@ -191,6 +192,7 @@ def read(model, samples, sigmas, weights=None):
             "cut the last step off with SplitSigmas and sample with high_sigmas")
     s = coordinates_of(model.get_model_object("model_sampling")).s(sigma)
     if not math.isfinite(s):
-        raise ValueError(f"sigmas end at {sigma}, pure noise of a flow model, which has no log-density; sample further down")
+        raise ValueError(f"sigmas end at {sigma}, pure noise of a flow model, which has no log-density; sample further "
+                         "down")
     _require_shape(tuple(samples.shape[1:]), (CHANNELS, base.density.size, base.density.size))
     return base.density.bits_per_dim(base.process_latent_in(samples.cpu().double()), s, weights).tolist()

@@ -220,6 +220,17 @@ def outermost(model_options, kind, wrapper):
     return options
 
 
+def without_guidance(model_options):
+    """`model_options` in which this pack wraps no prediction: a copy, or the same object where it wraps none."""
+    kind = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
+    present = model_options.get("transformer_options", {}).get("wrappers", {}).get(kind, {})
+    if WRAPPER_KEY not in present:
+        return model_options
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    options["transformer_options"]["wrappers"][kind] = {k: v for k, v in present.items() if k != WRAPPER_KEY}
+    return options
+
+
 class _GuidePrediction:
     """PREDICT_NOISE wrapper: guides what the guider returns, and remembers the unguided prediction for previews."""
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..dg_core.coordinates import Coordinates, coordinates_of
 from ..dg_core.statistics import compute_dtype
+from .guided_run import without_guidance
 from .schema import require
 
 
@@ -59,8 +60,8 @@ def run_in_guider(guider, samples, function, calls, sigmas, seed=0, noise=None):
     # Without a step between two noise levels above zero no guidance of this pack is armed.
     schedule = torch.tensor([sigmas[0], 0.0])
     guider.sample(
-        torch.zeros_like(samples) if noise is None else noise, samples, sampler, schedule, callback=latent_preview.prepare_callback(patcher, calls),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+        torch.zeros_like(samples) if noise is None else noise, samples, sampler, schedule,
+        callback=latent_preview.prepare_callback(patcher, calls), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
     return sampler.result
 
 
@@ -99,7 +100,7 @@ class _Work(comfy.samplers.Sampler):
                 def expect(calls):
                     self._calls = bar.total = calls
 
-                predict = Predict(guider, extra_args, len(x), self._sigmas, self._shown(callback, bar))
+                predict = Predict(guider, extra_args, len(x), self._shown(callback, bar), self._sigmas)
                 self.result = self._function(GuiderModel(
                     x, noise, coordinates_of(guider.inner_model.model_sampling), guider.inner_model.model_sampling,
                     network_dtype(guider.inner_model), predict, expect))
@@ -120,14 +121,20 @@ def network_dtype(model):
 
 
 class Predict:
-    """(x, sigma) -> denoised in batches of at most `batch` images, whose conditioning the host keeps in that order."""
+    """(x, sigma) -> denoised in batches of at most `batch` images, whose conditioning the host keeps in that order.
 
-    def __init__(self, guider, extra_args, batch, sigmas, show):
+    The prediction is that of the model: this pack's density guidance of the run around it is left out. show(x, denoised):
+    after every call. sigmas: floats, the noise levels that patches are to see; None: those of the run.
+    """
+
+    def __init__(self, guider, extra_args, batch, show=lambda x, denoised: None, sigmas=None):
         self._guider, self._batch, self._show = guider, batch, show
         self._seed = extra_args.get("seed")
         self._options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        transformer = {**self._options.get("transformer_options", {}), "sample_sigmas": torch.tensor(sigmas)}
-        self._options["transformer_options"] = transformer
+        transformer = self._options.setdefault("transformer_options", {})
+        if sigmas is not None:
+            transformer["sample_sigmas"] = torch.tensor(
+                sigmas, dtype=torch.float32, device=guider.model_patcher.load_device)
         # Fused attention has no forward-mode derivative, and plain attention takes memory without end.
         self._dual_options = {**self._options, "transformer_options": {
             "optimized_attention_override": _sliced_attention, **transformer}}
@@ -138,9 +145,14 @@ class Predict:
     def _call(self, x, sigma):
         comfy.model_management.throw_exception_if_processing_interrupted()
         primal, tangent = forward_ad.unpack_dual(x)
-        denoised = self._guider(
-            x, torch.full((len(x),), sigma, dtype=torch.float32, device=x.device),
-            model_options=self._options if tangent is None else self._dual_options, seed=self._seed)
+        armed = self._guider.model_options
+        self._guider.model_options = without_guidance(armed)
+        try:
+            denoised = self._guider(
+                x, torch.full((len(x),), sigma, dtype=torch.float32, device=x.device),
+                model_options=self._options if tangent is None else self._dual_options, seed=self._seed)
+        finally:
+            self._guider.model_options = armed
         self._show(primal, forward_ad.unpack_dual(denoised).primal)
         return denoised
 

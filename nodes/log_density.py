@@ -17,14 +17,13 @@ from ..dg_core.log_density import (
     require_noise_floor,
     trace_weights,
 )
-from ..dg_core.units import require_number
+from ..dg_core.units import require_whole
 from .guider_run import check_latent, run_in_guider
 from .plots import blank_image, curves_image
 from .schema import CATEGORY, Floats, require
 
 # ModelPatcher -> {type of guider: (method, reason)}. A patch more makes another ModelPatcher.
 _methods = WeakKeyDictionary()
-_TRIAL_CALLS = 5
 
 
 class LogDensity(io.ComfyNode):
@@ -44,12 +43,13 @@ class LogDensity(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The images to read, from VAEEncode or a sampler. A mask is ignored."),
                 io.Int.Input(
                     "steps", default=32, min=2, max=1000,
-                    tooltip="Number of model evaluations, N. More lowers the error, with the square root of N; 32 is a good "
-                            "start."),
+                    tooltip="Number of noise levels at which the model is evaluated, N. More lowers the error, with the "
+                            "square root of N; 32 is a good start."),
                 io.Int.Input(
                     "probes", default=1, min=1, max=64,
-                    tooltip="Number of random probes per evaluation, for the divergence. Each costs another model call, and "
-                            "the error falls with the square root of their number. 1 is the least."),
+                    tooltip="Number of random probes per evaluation, for the divergence. Each costs a model call with its "
+                            "derivative, which takes about two plain ones; or three calls where the model gives no "
+                            "derivative. The error falls with the square root of their number. 1 is the least."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                     tooltip="Seed of the probes. Another seed gives another draw of the error, the same seed the same number."),
@@ -70,7 +70,7 @@ class LogDensity(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, latent, steps, probes, seed, noise_floor):
-        steps, probes = int(require_number("steps", steps, 2, 10000)), int(require_number("probes", probes, 1, 10000))
+        steps, probes = require_whole("steps", steps, 2, 10000), require_whole("probes", probes, 1, 10000)
         levels = levels_of(guider, latent["samples"], noise_floor, steps)
         readout, how = read(guider, latent, levels, probes, seed)
         plot = curves_image(
@@ -96,7 +96,7 @@ def levels_of(guider, samples, noise_floor, steps):
     if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and not isinstance(
             sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
         # These models round sigma to their training table, so that between its levels the number of sigma is wrong.
-        table = sampling.sigmas.double().cpu()
+        table = sampling.sigmas.cpu().double()  # in this order: not every device has float64
         nearest = (table.log()[None] - torch.tensor(levels, dtype=torch.float64).log()[:, None]).abs().argmin(1)
         levels = [float(table[i]) for i in dict.fromkeys(nearest.tolist())]
     return levels
@@ -109,16 +109,23 @@ def read(guider, latent, levels, probes, seed):
 
     def work(model):
         method, reason = methods_of(guider, lambda: find_method(model, levels, seed))
+        model.expect(calls(method, model.dtype))
         look = ProbedModel(model.predict, model.coordinates, method, model.dtype, seed, probes, indices)
         readout = read_log_density(look, model.predict, model.x, levels, model.coordinates)
         return readout, [f"divergence by {reason}", precision(model, method, levels, seed)]
 
+    known = _methods.get(guider.model_patcher, {}).get(type(guider))
+
+    def calls(method, dtype=torch.float32):
+        per_probe = 3 if method == jacobian.DIFFERENCES else 1
+        finite = sum(map(math.isfinite, levels))
+        top = 1  # the look at pure noise, or else the prior's opposite state
+        trial = 0 if known else jacobian.TRIAL_CALLS
+        return finite * probes * per_probe + top + trial + (2 * per_probe if rounds(dtype) else 0)
+
     coordinates = coordinates_of(guider.model_patcher.get_model_object("model_sampling"))
-    cached = _methods.get(guider.model_patcher, {}).get(type(guider))
-    per_level = probes * (3 if cached and cached[0] == jacobian.DIFFERENCES else 1)
-    calls = len(levels) * per_level + math.isfinite(levels[-1]) + (0 if cached else _TRIAL_CALLS)
     sigmas = [coordinates.sigma(s) for s in reversed(levels)]
-    return run_in_guider(guider, samples, work, calls, sigmas, seed)
+    return run_in_guider(guider, samples, work, calls(known[0] if known else jacobian.FORWARD), sigmas, seed)
 
 
 def methods_of(guider, find):
@@ -139,9 +146,16 @@ def find_method(model, levels, seed):
 
 def in_the_middle(model, levels, seed):
     """(s, x): a noise level in the middle, and the latent with noise of it, in the host's units."""
-    s = math.sqrt(levels[0] * min(levels[-1], 100.0))
+    middle = math.sqrt(levels[0] * min(levels[-1], 100.0))
+    # One of the levels: patches that look at the schedule know no other.
+    s = min((s for s in levels if math.isfinite(s)), key=lambda s: abs(math.log(s / middle)))
     sigma = model.coordinates.sigma(s)
     return s, model.coordinates.alpha(sigma) * model.x + sigma * jacobian.rademacher(model.x, seed, -2)
+
+
+def rounds(dtype):
+    """Whether a network's dtype is coarser than float32."""
+    return torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
 
 
 def precision(model, method, levels, seed):
@@ -152,12 +166,11 @@ def precision(model, method, levels, seed):
     level, is not seen: so this is the least.
     """
     name = str(model.dtype).removeprefix("torch.")
-    unit = torch.finfo(model.dtype).eps
-    if unit <= torch.finfo(torch.float32).eps:
+    if not rounds(model.dtype):
         return f"the network computes in {name}"
     s, x = in_the_middle(model, levels, seed)
     sigma = model.coordinates.sigma(s)
-    dithered = x * (1 + unit / 2 * jacobian.rademacher(x, seed, -3))
+    dithered = x * (1 + torch.finfo(model.dtype).eps / 2 * jacobian.rademacher(x, seed, -3))
     one, other = (
         ProbedModel(model.predict, model.coordinates, method, model.dtype, seed)(x, sigma, 0).trace for x in (x, dithered))
     dim = x[0].numel()

@@ -1,4 +1,4 @@
-"""Prior guidance: the starting noise scaled to a quantile of its log-density, as a noise source and as a model patch."""
+"""Prior guidance, as a noise source and as a model patch: the starting noise at a quantile of its log-density."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,10 @@ from .schema import CATEGORY, require
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """The inputs that the prior guidance nodes share. Raises ValueError, naming the input, where one is out of range."""
+    """The inputs that the prior guidance nodes share.
+
+    Raises ValueError, naming the input, where one is out of range.
+    """
 
     quantile: float = 0.5
     scale: float = 1.0
@@ -70,8 +73,8 @@ class PriorGuidanceScale(io.ComfyNode):
             node_id="PriorGuidanceScale",
             display_name="Prior Guidance Scale",
             category=CATEGORY,
-            description="Scales the starting noise of every image to a quantile of its log-density: the simplest detail "
-                        "control, with no change to the sampling itself.",
+            description="Scales the starting noise of every image to a quantile of its log-density: the simplest "
+                        "detail control, with no change to the sampling itself.",
             inputs=[
                 io.Noise.Input("noise", tooltip="The noise to scale, for instance of RandomNoise. Its seed is kept; "
                                                 "DisableNoise stays as it is."),
@@ -96,7 +99,8 @@ class PriorGuidanceModel(io.ComfyNode):
             category=CATEGORY,
             description="Prior Guidance Scale as a patch of the model: for KSampler, which makes its own noise.",
             inputs=[
-                io.Model.Input("model", tooltip="The model whose starting noise is scaled. Its weights are not changed."),
+                io.Model.Input("model",
+                               tooltip="The model whose starting noise is scaled. Its weights are not changed."),
                 *_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with scaled starting noise.")],

@@ -10,16 +10,16 @@ import torch
 from comfy_api.latest import io
 
 from ..dg_core import alignment, jacobian
-from ..dg_core.coordinates import coordinates_of, eps_from_denoised, score_from_eps
+from ..dg_core.coordinates import coordinates_of, eps_from_denoised, log_snr, score_from_eps
 from ..dg_core.units import require_number
 from . import alignment_report
+from .alignment_report import ENOUGH_STEPS
 from .guided_run import GuidanceSettings, solver_sampler
 from .guider_run import check_latent, run_in_guider
 from .schema import CATEGORY, Floats, require
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
 METHODS = (WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE)
-_DETECTION_CALLS = 4  # of `jacobian.method_of`
 
 
 class ScoreAlignmentCheck(io.ComfyNode):
@@ -29,54 +29,63 @@ class ScoreAlignmentCheck(io.ComfyNode):
             node_id="ScoreAlignmentCheck",
             display_name="Score Alignment Check",
             category=CATEGORY,
-            description="Tells, for your own model, prompt and seed, whether scaling the starting noise (prior guidance) "
-                        "changes the log-density of the result steadily, and by how much. Samples the image once meanwhile.",
+            description="Tells, for your own model, prompt and seed, whether scaling the starting noise (prior "
+                        "guidance) changes the log-density of the result steadily, and by how much. Samples the image "
+                        "once meanwhile.",
             inputs=[
-                io.Guider.Input("guider", tooltip="Model, prompt and CFG, as for SamplerCustomAdvanced. Every patch counts."),
-                io.Noise.Input("noise", tooltip="The starting noise whose scaling is examined, for instance of RandomNoise."),
-                io.Latent.Input("latent_image", tooltip="The empty latent to sample into: gives size and number of images. "
-                                                        "Without a noise mask."),
-                io.Sigmas.Input("sigmas", tooltip="The noise schedule sigma, from the model's maximum down; 30 steps are "
-                                                  "usually enough."),
+                io.Guider.Input("guider",
+                                tooltip="Model, prompt and CFG, as for SamplerCustomAdvanced. Every patch counts."),
+                io.Noise.Input("noise",
+                               tooltip="The starting noise whose scaling is examined, for instance of RandomNoise."),
+                io.Latent.Input("latent_image", tooltip="The empty latent to sample into: gives size and number of "
+                                                        "images. Without a noise mask."),
+                io.Sigmas.Input("sigmas", tooltip="The noise schedule sigma, from the model's maximum down; "
+                                                  f"{ENOUGH_STEPS} steps are usually enough."),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=WITH_SCORE,
-                    tooltip="with score: 3 model calls per step or the like. without score: 5, works for any continuous "
-                            "flow, with probe noise. both: compares them. finite scale: two runs with slightly less and more "
-                            "noise and any sampler. Neutral: with score."),
+                    tooltip="with score: 3 model calls per step or the like. without score: 5, works for any "
+                            "continuous flow, with probe noise. both: compares them. finite scale: two runs with "
+                            "slightly less and more noise and any sampler. Neutral: with score."),
                 io.Float.Input(
                     "end_percent", default=0.95, min=0.05, max=1.0, step=0.01, round=0.001,
-                    tooltip="Share of the sampling after which alignment is read; the image is finished all the same. The "
-                            "score is ill-conditioned near zero noise. 0.95 is neutral; 1 reads at the last sigma above 0."),
+                    tooltip="Share of the sampling after which alignment is read; the image is finished all the same. "
+                            "The score is ill-conditioned near zero noise. 0.95 is neutral; 1 reads at the last sigma "
+                            "above 0."),
                 io.Int.Input(
                     "probes", default=1, min=1, max=64,
-                    tooltip="Random probes per step for the way without the score: n probes divide its noise by sqrt(n), "
-                            "at 4 calls each. 1 is neutral."),
+                    tooltip="Random probes per step for the way without the score: n probes divide its noise by "
+                            "sqrt(n), at 4 calls each. 1 is neutral."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
                     tooltip="Seed of the probes only; the noise has its own. Any value is neutral."),
                 io.Float.Input(
                     "detail_shift", default=0.02, min=-2.0, max=2.0, step=0.01, round=0.0001, optional=True,
-                    tooltip="Wanted change in bits per dimension (-log2 p / D); positive: more detail. The scale output is "
-                            "the noise scale that should reach it. 0 is neutral: scale 1."),
+                    tooltip="Wanted change in bits per dimension (-log2 p / D); positive: more detail. The scale "
+                            "output is the noise scale that should reach it. 0 is neutral: scale 1."),
                 io.Float.Input(
                     "scale_step", default=0.01, min=0.0001, max=0.2, step=0.001, round=0.0001, optional=True,
-                    tooltip="h of the finite scale method: it compares noise times 1 - h and 1 + h. Smaller is closer to "
-                            "the derivative, until rounding takes over. 0.01 is neutral."),
+                    tooltip="h of the finite scale method: it compares noise times 1 - h and 1 + h. Smaller is closer "
+                            "to the derivative, until rounding takes over. 0.01 is neutral."),
                 io.Sampler.Input(
                     "sampler", optional=True,
-                    tooltip="The sampler of the finite scale method, any of ComfyUI's; the other methods have their own "
-                            "solver. Not connected (neutral): the pack's solver."),
+                    tooltip="The sampler of the finite scale method, any of ComfyUI's; the other methods have their "
+                            "own solver. Not connected (neutral): the pack's solver."),
             ],
             outputs=[
-                io.Boolean.Output(display_name="aligned", tooltip="True where scaling works for every image of the batch."),
-                io.Float.Output(display_name="cosine", tooltip="Smallest cosine of the batch, from -1 to 1: above 0 is aligned."),
-                io.String.Output(display_name="report", tooltip="Numbers for every image, the profile, the cost, and what to do."),
-                io.Image.Output(display_name="plot", tooltip="Cosine against log-SNR, a line for each image, and the verdict."),
-                io.Latent.Output(display_name="latent", tooltip="The finished sample, which had to be computed anyway."),
+                io.Boolean.Output(display_name="aligned",
+                                  tooltip="True where scaling works for every image of the batch."),
+                io.Float.Output(display_name="cosine",
+                                tooltip="Smallest cosine of the batch, from -1 to 1: above 0 is aligned."),
+                io.String.Output(display_name="report",
+                                 tooltip="Numbers for every image, the profile, the cost, and what to do."),
+                io.Image.Output(display_name="plot",
+                                tooltip="Cosine against log-SNR, a line for each image, and the verdict."),
+                io.Latent.Output(display_name="latent",
+                                 tooltip="The finished sample, which had to be computed anyway."),
                 io.Float.Output(
                     display_name="scale",
-                    tooltip="Noise scale for the wanted detail_shift, for PriorGuidanceScale with match_quantile off; the mean "
-                            "over the batch. 1 where an image is not aligned."),
+                    tooltip="Noise scale for the wanted detail_shift, for PriorGuidanceScale with match_quantile off; "
+                            "the mean over the batch. 1 where an image is not aligned."),
                 Floats.Output(
                     display_name="response",
                     tooltip="Predicted change of bits per dimension for 1% more noise, for every image."),
@@ -144,9 +153,9 @@ class Check:
 
 
 def examine(guider, noise, latent, sigmas, settings, sampler=None):
-    """The `Check` of a GUIDER, NOISE, LATENT and SIGMAS of the host. sampler: a SAMPLER, of the finite scale method alone.
+    """The `Check` of a GUIDER, NOISE, LATENT and SIGMAS of the host.
 
-    Raises ValueError, naming the input, before any model call.
+    sampler: a SAMPLER, of the finite scale method alone. Raises ValueError, naming the input, before any model call.
     """
     if sampler is not None:
         require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
@@ -173,8 +182,8 @@ class _Run:
         require("noise", noise, "generate_noise", "a NOISE, for instance of RandomNoise")
         if latent.get("noise_mask") is not None:
             raise ValueError(
-                "latent_image has a noise_mask; score alignment is about whole images that start from noise: connect the "
-                "latent without a mask")
+                "latent_image has a noise_mask; score alignment is about whole images that start from noise: connect "
+                "the latent without a mask")
         patcher = guider.model_patcher
         samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
         check_latent(patcher, samples, empty_allowed=True)
@@ -191,11 +200,13 @@ class _Run:
         wanted = self.settings.method
         probes = 0 if wanted == WITH_SCORE else self.settings.probes
         evaluations, rest = self.stop + 1, sum(v > 0 for v in self.sigmas[self.stop + 1:])
-        calls = lambda method: evaluations * alignment.calls_per_evaluation(method, probes) + rest
+
+        def calls(method):
+            return evaluations * alignment.calls_per_evaluation(method, probes) + rest
 
         def work(model):
             method, why = self._derivative_method(model)
-            model.expect(_DETECTION_CALLS + calls(method))
+            model.expect(jacobian.TRIAL_CALLS + calls(method))
             differentiate = alignment.Differentiate(
                 model.predict, method, model.dtype, probes, self.settings.seed, self.indices)
             samples, profile = alignment.trace_alignment(
@@ -204,8 +215,8 @@ class _Run:
             return model.model_sampling.inverse_noise_scaling(end, samples), profile, method, why
 
         samples, profile, method, why = run_in_guider(
-            self.guider, self.samples, work, _DETECTION_CALLS + calls(jacobian.DIFFERENCES), self.sigmas, self.noise_seed,
-            self.noise)
+            self.guider, self.samples, work, jacobian.TRIAL_CALLS + calls(jacobian.DIFFERENCES), self.sigmas,
+            self.noise_seed, self.noise)
         amounts = {WITH_SCORE: profile.alignment}
         if probes:
             amounts[WITHOUT_SCORE] = profile.alignment_without_score
@@ -226,22 +237,26 @@ class _Run:
 
         def score(model):
             x = alpha * model.x
-            return score_from_eps(eps_from_denoised(x, model.predict(x, sigma), sigma, alpha), self.coordinates.s(sigma))
+            return score_from_eps(eps_from_denoised(x, model.predict(x, sigma), sigma, alpha),
+                                  self.coordinates.s(sigma))
 
         # The host's samplers return y = x / alpha.
         grad = run_in_guider(self.guider, (less + more) / 2, score, 1, [sigma], self.noise_seed)
         inside = self.guider.model_patcher.model.process_latent_in
-        amount, cosine = (v.double().cpu() for v in alignment.finite_alignment(
+        amount, cosine = (v.cpu().double() for v in alignment.finite_alignment(
             inside(less).to(grad), inside(more).to(grad), grad, h))
         calls = 2 * self.stop + len(self.sigmas)
         return Check(
-            finished, [sigma], [-2 * math.log(self.coordinates.s(sigma))], {FINITE_SCALE: cosine[None]}, amount, calls,
+            finished, [sigma], [log_snr(self.coordinates.s(sigma))], {FINITE_SCALE: cosine[None]}, amount, calls,
             0, len(self.sigmas) - 1, f"none: runs with the noise times {1 - h:g} and {1 + h:g}")
 
     def _start(self, model):
         """(x, tangent) at the first noise level; the tangent is what less noise changes, without the latent's part."""
         sigma, highest = torch.tensor(self.sigmas[0]).to(model.noise), _is_maximum(model.model_sampling, self.sigmas[0])
-        begin = lambda noise: model.model_sampling.noise_scaling(sigma, noise, model.x, highest)
+
+        def begin(noise):
+            return model.model_sampling.noise_scaling(sigma, noise, model.x, highest)
+
         x = begin(model.noise.clone())  # some of the host's samplings write into it
         return x, begin(torch.zeros_like(x)) - x
 
@@ -278,14 +293,15 @@ def _schedule(sigmas, model_sampling, end_percent):
         raise ValueError(f"sigmas are {shown}; they must be finite, not negative, and descend")
     values = [v for i, v in enumerate(values) if not i or v < values[i - 1]]
     if sum(v > 0 for v in values) < 3:
-        raise ValueError(f"sigmas are {shown}; score alignment needs at least three different noise levels above 0, that is "
-                         "three steps: about 30 are good")
+        raise ValueError(f"sigmas are {shown}; score alignment needs at least three different noise levels above 0, "
+                         f"that is three steps; {ENOUGH_STEPS} are usually enough")
     if not _is_maximum(model_sampling, values[0]):
-        raise ValueError(f"sigmas begin at {values[0]:.4g} and the model's maximum is {float(model_sampling.sigma_max):.4g}; "
-                         "scaling the noise is about images that start from pure noise: use denoise 1")
+        raise ValueError(f"sigmas begin at {values[0]:.4g} and the model's maximum is "
+                         f"{float(model_sampling.sigma_max):.4g}; scaling the noise is about images that start from "
+                         "pure noise: use denoise 1")
     level = float(model_sampling.percent_to_sigma(end_percent)) * (1 - 1e-6)
     stop = max(i for i, v in enumerate(values) if i == 0 or (v >= level and v > 0))
     if stop < 2:
-        raise ValueError(f"end_percent is {end_percent}: it leaves {stop + 1} of the noise levels {shown}; at least three "
-                         "are needed: take a larger end_percent or more steps")
+        raise ValueError(f"end_percent is {end_percent}: it leaves {stop + 1} of the noise levels {shown}; at least "
+                         "three are needed: take a larger end_percent or more steps")
     return values, stop

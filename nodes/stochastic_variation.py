@@ -111,8 +111,8 @@ class StochasticDetailVariation(io.ComfyNode):
                             "exact: 1 + 2 probes calls."),
                 io.Int.Input(
                     "probes", default=1, min=1, max=MAX_PROBES,
-                    tooltip="Pieces into which hutchinson and exact cut the noise of a step, each corrected by itself. More "
-                            "are more exact and cost model calls. 1 is the least."),
+                    tooltip="Pieces into which hutchinson and exact cut the noise of a step, each corrected by itself; every "
+                            "one costs model calls. 1 is the least, and enough up to strength 1."),
                 *per_image_inputs(),
                 Floats.Input(
                     "variation_index", optional=True,

@@ -5,6 +5,7 @@ Tests say `from density_guidance.dg_core import ...` for the pack, `import comfy
 """
 
 import asyncio
+import gc
 import sys
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap():
+    """The host collects garbage whenever it loads a model; what earlier tests left need not be looked through again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

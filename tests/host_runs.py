@@ -213,7 +213,7 @@ def free_model(model_type="FLOW", function=lambda x, t: x):
 
 
 def free_run(model, sampler, sigmas, noise, cfg=1.0):
-    """`guider.sample` of the host, as its nodes call it, for a model without conditioning and noise given as a tensor."""
+    """`guider.sample` of the host, as its nodes call it, for a model without conditioning; noise: a tensor."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds([[None, {}]], [[None, {}]])
     guider.set_cfg(cfg)

@@ -1,4 +1,4 @@
-"""Small mixtures of Gaussians with full covariances, exact at every noise level and differentiable: hand-made densities."""
+"""Hand-made densities: small mixtures of Gaussians with full covariances, exact at every noise level."""
 
 import math
 
@@ -18,13 +18,17 @@ class Mixture:
 
     @classmethod
     def random(cls, count, components, dim, generator):
-        """`count` densities. Means about 1.5 sqrt(D) from zero, variances from 0.003 to 1, of different sizes by component."""
+        """`count` densities.
+
+        Means about 1.5 sqrt(D) from zero, variances from 0.003 to 1, of different sizes by component.
+        """
         normal = lambda *shape: torch.randn(count, components, *shape, dtype=torch.float64, generator=generator)
         uniform = lambda *shape: torch.rand(count, components, *shape, dtype=torch.float64, generator=generator)
         basis = torch.linalg.qr(normal(dim, dim)).Q
         variances = 10 ** (-2 * uniform(1)) * (0.3 + 0.7 * uniform(dim))
         weights = 0.2 + uniform()
-        return cls(weights / weights.sum(1, keepdim=True), 1.5 * normal(dim), basis @ torch.diag_embed(variances) @ basis.mT)
+        return cls(weights / weights.sum(1, keepdim=True), 1.5 * normal(dim),
+                   basis @ torch.diag_embed(variances) @ basis.mT)
 
     def _parts(self, y, s):
         """Joint log-densities (B, K), and the scores of the components (B, K, D)."""

@@ -44,7 +44,7 @@ _FLUX = {
 
 
 def dit(dtype=torch.float32, seed=0):
-    """A `ModelPatcher` of a Flux with two blocks of width 64 and random weights that compute in `dtype`: a flow model."""
+    """A `ModelPatcher` of a Flux, a flow model: two blocks of width 64, random weights that compute in `dtype`."""
     with torch.inference_mode():
         config = comfy.supported_models.FluxSchnell({**_FLUX, "dtype": dtype})
         config.set_inference_dtype(dtype, None)
@@ -58,4 +58,5 @@ def dit(dtype=torch.float32, seed=0):
 
 def dit_conditioning(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(1, 7, CONTEXT, generator=generator), {"pooled_output": torch.randn(1, 8, generator=generator)}]]
+    return [[torch.randn(1, 7, CONTEXT, generator=generator),
+             {"pooled_output": torch.randn(1, 8, generator=generator)}]]

@@ -34,7 +34,7 @@ def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=
 
     sigmas: the schedule. within: None, or the mask outside of which the host replaces the prediction. factors: of the
     strength, {step: number}; 1 where there are none.
-    Returns (largest error of the change relative to the change, share eta - 1 of each guided step, smallest and largest).
+    Returns (largest error of the change, relative to it, and share eta - 1 of each guided step, smallest and largest).
     The error is the part of (guided - unguided) that differs from the wanted one, projected on that.
     Raises AssertionError where an unguided step is changed.
     """
@@ -55,7 +55,8 @@ def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=
         scale = wanted.square().sum(1)
         assert (scale > 0).all(), f"nothing to steer at sigma {level}"
         rounding = 4e-7 * unguided.abs().amax()
-        assert ((change - wanted).abs() <= 1e-5 * wanted.abs().amax() + rounding).all(), f"not the wanted change at {level}"
+        allowed = 1e-5 * wanted.abs().amax() + rounding
+        assert ((change - wanted).abs() <= allowed).all(), f"not the wanted change at {level}"
         worst = max(worst, float(((change * wanted).sum(1) / scale - 1).abs().max()))
         eps = (x.double() - alpha_of(model, level) * unguided).flatten(1)
         share = -alpha_of(model, level) * (change * eps).sum(1) / eps.square().sum(1)

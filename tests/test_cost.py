@@ -27,7 +27,7 @@ def ways():
     }
 
 
-@pytest.mark.xfail(reason="not reached yet: 1.12 to 1.18 with a network that costs nothing and one image of 4 x 128 x 128")
+@pytest.mark.xfail(reason="not reached yet: 1.12 to 1.18 with a network that costs nothing, one image of 4 x 128 x 128")
 @SHAPES
 @MODELS
 def test_guided_euler_takes_at_most_a_tenth_more_time(model_type, shape):
@@ -73,7 +73,8 @@ def test_the_count_of_synchronisations_sees_them():
 @MODELS
 def test_no_synchronisation_inside_a_step(model_type, shape):
     """What guidance reads from the device does not grow with the steps; the own solver reads no more than Euler."""
-    few, many = ({name: synchronisations(model_type, shape, steps, s) for name, s in ways().items()} for steps in (4, 12))
+    few, many = ({name: synchronisations(model_type, shape, steps, s) for name, s in ways().items()}
+                 for steps in (4, 12))
     assert many["guided"] - many["plain"] == few["guided"] - few["plain"]
     assert many["own"] - few["own"] <= many["plain"] - few["plain"]
 

@@ -8,6 +8,7 @@ import comfy.samplers
 import pytest
 import torch
 from density_guidance.dg_core import log_density as ld
+from density_guidance.dg_core import target_control
 from density_guidance.dg_core.coordinates import coordinates_of
 from density_guidance.nodes import DensityTargetSampler, DensityTrace, LogDensity
 from density_guidance.nodes import density_target as dt
@@ -44,7 +45,8 @@ def exact_divergence(sampler, model):
             zero = torch.zeros(len(x), dtype=torch.float64)
             return ld.Sight(pure.expand_as(x), zero, zero)
         y = x.double() / alpha
-        return ld.Sight(density.denoised(y, s).float(), density.dim + s**2 * density.laplacian(y, s), torch.zeros(len(x)).double())
+        trace = density.dim + s**2 * density.laplacian(y, s)
+        return ld.Sight(density.denoised(y, s).float(), trace, torch.zeros_like(trace))
 
     return comfy.samplers.KSAMPLER(sampler.sampler_function, {**sampler.extra_options, "look": lambda: look})
 
@@ -140,7 +142,8 @@ def test_the_last_step_to_zero_is_taken():
     sampler = exact_divergence(target_sampler(value=0.2), model)
     full = h.schedule(model, 17)
     state = h.picture(model, sampler, full[:-1])
-    denoised = h.picture(model, "euler", torch.stack([full[-2], full[-1]]), {"samples": state}, noise=h.outputs(h.custom.DisableNoise)[0])
+    no_noise = h.outputs(h.custom.DisableNoise)[0]
+    denoised = h.picture(model, "euler", torch.stack([full[-2], full[-1]]), {"samples": state}, noise=no_noise)
     found = h.picture(model, sampler, full)
     assert float((found - denoised).norm() / denoised.norm()) < 2e-3
 
@@ -151,6 +154,9 @@ def test_the_last_step_to_zero_is_taken():
     ({"max_passes": 0}, ["max_passes is 0"]),
     ({"tolerance": -1}, ["tolerance is -1"]),
     ({"probes": 0}, ["probes is 0"]),
+    ({"probes": 1.5}, ["probes is 1.5", "whole"]),
+    ({"max_passes": 1.5}, ["max_passes is 1.5", "whole"]),
+    ({"reference_image": 0.5}, ["reference_image is 0.5", "whole"]),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_bad_settings_are_refused(change, words):
     with pytest.raises(ValueError) as error:
@@ -170,3 +176,41 @@ def test_bad_runs_are_refused_before_any_call(sampler, sigmas, latent, words):
         h.sample(model, target_sampler(**sampler), sigmas, {**h.empty_latent(), **latent})
     assert all(word in str(error.value) for word in words)
     assert seen.calls == 0
+
+
+def test_repeated_and_rising_noise_levels_change_nothing():
+    model = h.exact_model("flow")
+    plain = h.schedule(model, 8)
+    sigmas = torch.cat([plain[:3], plain[2:3], plain[2:3] * (1 + 1e-7), plain[3:]])
+    sampler = exact_divergence(target_sampler(value=0.2), model)
+    assert torch.equal(*(h.picture(model, sampler, s, h.empty_latent(2)) for s in (sigmas, plain)))
+
+
+def test_packed_parts_are_refused(monkeypatch):
+    model, seen = h.recording(h.exact_model("flow"))
+    extra = type(model.model).extra_conds
+    monkeypatch.setattr(
+        type(model.model), "extra_conds", lambda self, **kwargs: {**extra(self, **kwargs), "latent_shapes": None})
+    with pytest.raises(ValueError, match="packs several parts"):
+        h.picture(model, target_sampler(value=0.2), h.schedule(model, 4))
+    assert seen.calls == 0
+
+
+class _Passes:
+    """Runs whose ends are given, (B,) each, with the number of the pass as image."""
+
+    def __init__(self, *ends):
+        self._ends, self._count = ends, 0
+
+    def run(self, target=None, reference=None):
+        end = torch.tensor(self._ends[self._count], dtype=torch.float64)
+        self._count += 1
+        return target_control.Run(torch.full((len(end), 1), self._count - 1.0), {}, end, torch.zeros_like(end), None)
+
+
+def test_an_image_within_tolerance_is_left_alone():
+    """Whether its neighbour needs another pass must not change it, though the pass may come nearer."""
+    reached = target_control.reach(
+        _Passes([0.0, 0.0], [0.9, 3.0], [1.0, 1.05]), lambda unguided: torch.ones_like(unguided), 0.2, 2)
+    assert reached.x.flatten().tolist() == [1, 2] and reached.achieved.tolist() == [0.9, 1.05]
+    assert reached.passes == 2

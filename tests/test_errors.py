@@ -126,7 +126,8 @@ def test_model_samplings_without_a_log_density(way, sampling, words):
 def test_neutral_settings_refuse_no_model():
     model = h.free_model("EPS", lambda x, t: x / 2)
     model.add_object_patch("model_sampling", Bridge())
-    noise, schedule = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([10.0, 3.0, 1.0, 0.0])
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    schedule = torch.tensor([10.0, 3.0, 1.0, 0.0])
     plain, neutral = (h.free_run(model, sampler, schedule, noise)
                       for sampler in (h.core_sampler("euler"), h.guided_sampler(0.5, sampler="euler")))
     assert torch.isfinite(plain).all() and torch.equal(plain, neutral)
@@ -150,7 +151,8 @@ def test_schedules(way, prediction, sigmas, words):
 @EVERY_WAY
 def test_sigmas_of_another_model(way):
     model, seen = h.recording(h.exact_model("flow"))
-    fails(["sigmas", "60.0", "above 1", "scheduler"], h.sample, *guided_runs(model, way), torch.tensor([60.0, 8.0, 1.0, 0.1]))
+    fails(["sigmas", "60.0", "above 1", "scheduler"], h.sample, *guided_runs(model, way),
+          torch.tensor([60.0, 8.0, 1.0, 0.1]))
     assert seen.calls == 0
 
 
@@ -221,13 +223,14 @@ def test_log_density_needs_the_built_in_model():
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 4, 32, 32), (1, 3, 2, 32, 32)], ids=str)
 def test_log_density_of_another_latent(shape):
-    fails(["latent", " x ".join(map(str, shape[1:])), "3 x 32 x 32"], h.outputs, nodes.ExactLogDensity, h.exact_model("eps"),
-          {"samples": torch.zeros(shape)}, torch.tensor([1.0, 0.5]))
+    fails(["latent", " x ".join(map(str, shape[1:])), "3 x 32 x 32"], h.outputs, nodes.ExactLogDensity,
+          h.exact_model("eps"), {"samples": torch.zeros(shape)}, torch.tensor([1.0, 0.5]))
 
 
 def test_log_density_at_a_sigma_beyond_the_flow():
     """A flow model has no sigma of 1 or more."""
-    fails(["sigmas", "1.0"], h.outputs, nodes.ExactLogDensity, h.exact_model("flow"), h.empty_latent(), torch.tensor([1.0]))
+    fails(["sigmas", "1.0"], h.outputs, nodes.ExactLogDensity, h.exact_model("flow"), h.empty_latent(),
+          torch.tensor([1.0]))
 
 
 @pytest.mark.parametrize("lists, words", [

@@ -1,4 +1,4 @@
-"""The model with a known density: the mathematics against autograd and dense Gaussians, the model against the mathematics."""
+"""The model with a known density: its mathematics against autograd and dense Gaussians, and the model against it."""
 
 import comfy.samplers
 import latent_preview
@@ -189,7 +189,8 @@ def test_prediction_of_the_host_is_the_exact_one(density, prediction, component,
     result = apply(model, x, sigma, h.conditioning(prediction, component))
     if alpha == 0:
         mean = density.means[component] if component >= 0 else weights[0] / weights.sum() @ density.means
-        expected = torch.from_numpy(scipy.fft.idctn(mean.view(1, 3, h.SIZE, h.SIZE).numpy(), axes=(1, 2, 3), norm="ortho"))
+        expected = torch.from_numpy(scipy.fft.idctn(mean.view(1, 3, h.SIZE, h.SIZE).numpy(), axes=(1, 2, 3),
+                                                    norm="ortho"))
         expected = expected.expand_as(x)
     else:
         expected = density.denoised(x.double() / alpha, sigma / alpha, weights)
@@ -250,7 +251,8 @@ def test_previews_show_the_picture():
     model = h.exact_model("flow")
     x0 = model.model.density.sample(1, 0.0, torch.Generator().manual_seed(3)).float()
     latent_format = model.model.latent_format
-    previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
+    previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors,
+                                                   latent_format.latent_rgb_factors_bias)
     with torch.inference_mode():
         shown = np.asarray(previewer.decode_latent_to_preview(x0)).astype(float)
         decoded = h.exact_vae().decode(model.model.process_latent_out(x0))[0].clamp(0, 1).numpy() * 255

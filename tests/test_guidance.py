@@ -92,7 +92,8 @@ def test_detail_shift_is_what_is_predicted(shift, dim, log_range):
             guidance.z_value(0.5, shift, dim, log_range)
         return
     z = guidance.z_value(0.5, shift, dim, log_range)
-    assert units.nats_to_bits_per_dim(guidance.predicted_shift(z, dim, log_range), dim) == pytest.approx(shift, abs=1e-9)
+    predicted = guidance.predicted_shift(z, dim, log_range)
+    assert units.nats_to_bits_per_dim(predicted, dim) == pytest.approx(shift, abs=1e-9)
 
 
 def test_statistics_per_image_and_masked():

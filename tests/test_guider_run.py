@@ -87,14 +87,15 @@ def test_patches_see_the_noise_levels_that_come():
     model, levels = h.kept(h.exact_model("eps").clone()), []
 
     def attention_patches(executor, x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs):
-        levels.append(transformer_options["sample_sigmas"].tolist())
+        levels.append(transformer_options["sample_sigmas"])
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs)
 
     model.add_wrapper(WrappersMP.APPLY_MODEL, attention_patches)
     with torch.inference_mode():
         guider_run.run_in_guider(
-            basic(model, h.conditioning()), torch.ones(1, 3, h.SIZE, h.SIZE), lambda m: m.predict(m.x, 2.0), 1, [4.0, 2.0])
-    assert levels == [[4.0, 2.0]]
+            basic(model, h.conditioning()), torch.ones(1, 3, h.SIZE, h.SIZE), lambda m: m.predict(m.x, 2.0), 1, [4, 2])
+    assert levels[0].tolist() == [4.0, 2.0]
+    assert levels[0].dtype == torch.float32 and levels[0].device == model.load_device
 
 
 def test_an_interrupt_stops_at_the_next_call():

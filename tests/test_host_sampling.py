@@ -52,7 +52,8 @@ def guided_steps(prediction, sigmas, start=0.0, end=1.0):
 def z_of(prediction, sigmas, quantile, detail_shift, start=0.0, end=1.0, dim=DIM):
     steps = guided_steps(prediction, sigmas, start, end)
     s = [sigmas[i] / alpha_of(prediction, sigmas[i]) for i in (steps[0], steps[-1] + 1)]
-    return scipy.stats.norm.ppf(quantile) - detail_shift * math.log(2) * dim / (np.sqrt(2 * dim) * math.log(s[0] / s[1]))
+    per_z = np.sqrt(2 * dim) * math.log(s[0] / s[1])
+    return scipy.stats.norm.ppf(quantile) - detail_shift * math.log(2) * dim / per_z
 
 
 def steered(prediction, x, denoised, sigma, z, mask=1.0):
@@ -205,7 +206,8 @@ def test_guidance_is_last_and_sees_the_combined_prediction(prediction, as_patch)
     model, seen = h.recording(model)
     sampler = "euler" if as_patch else h.guided_sampler(0.2, sampler="euler")
     schedule = h.schedule(model, 6)
-    h.sample(model, sampler, schedule, positive=h.conditioning(component=3), negative=h.conditioning(component=40), cfg=3.0)
+    h.sample(model, sampler, schedule, positive=h.conditioning(component=3), negative=h.conditioning(component=40),
+             cfg=3.0)
     sigmas = schedule.double().tolist()
     assert_steered(prediction, seen, sigmas, z_of(prediction, sigmas, 0.2, 0.0))
 
@@ -255,7 +257,8 @@ def previews(model, sampler, schedule, latent=None, mask=None):
     latent = h.empty_latent()["samples"] if latent is None else latent
     noise = h.random_noise().generate_noise({"samples": latent})
     with torch.inference_mode():
-        result = guider.sample(noise, latent, sampler, schedule, mask, lambda i, x0, x, n: shown.append((i, x0.clone(), n)),
+        result = guider.sample(noise, latent, sampler, schedule, mask,
+                               lambda i, x0, x, n: shown.append((i, x0.clone(), n)),
                                True, h.SEED)
     return result, shown
 
@@ -445,7 +448,7 @@ def test_a_single_step_to_zero_is_the_prediction(prediction, sampler):
     schedule = h.schedule(model, 1)
     result = h.picture(model, h.guided_sampler(0.1, 0.5, sampler=sampler), schedule)
     plain = h.picture(model, "euler", schedule)
-    assert torch.equal(result, plain) if sampler else torch.equal(result, model.model.process_latent_out(seen.denoised[0]))
+    assert torch.equal(result, plain if sampler else model.model.process_latent_out(seen.denoised[0]))
     assert_close(result, plain, 1e-5)
 
 
@@ -461,23 +464,27 @@ def test_schedule_of_one_sigma_calls_no_model(prediction, sampler):
 @OWN_AND_EULER
 def test_empty_schedule_returns_the_latent(prediction, sampler):
     model, latent = h.exact_model(prediction), {"samples": run("flow", "euler")[0]}
-    assert torch.equal(h.picture(model, h.guided_sampler(0.1, sampler=sampler), torch.tensor([]), latent), latent["samples"])
+    assert torch.equal(h.picture(model, h.guided_sampler(0.1, sampler=sampler), torch.tensor([]), latent),
+                       latent["samples"])
 
 
 @EVERY_KIND
 @OWN_AND_EULER
-@pytest.mark.parametrize("stretch", [slice(0, 4), slice(3, None), slice(2, 5)], ids=["end above 0", "img2img", "middle"])
+@pytest.mark.parametrize("stretch", [slice(0, 4), slice(3, None), slice(2, 5)],
+                         ids=["end above 0", "img2img", "middle"])
 def test_part_of_a_schedule(prediction, sampler, stretch):
     """Below the first sigma and above zero: guidance acts, and neutral equals unguided."""
     model, latent = h.exact_model(prediction), {"samples": run("flow", "euler")[0]}
     schedule = h.schedule(model, 8)[stretch]
-    neutral, more, less = (h.picture(model, h.guided_sampler(q, sampler=sampler), schedule, latent) for q in (0.5, 0.1, 0.9))
+    neutral, more, less = (h.picture(model, h.guided_sampler(q, sampler=sampler), schedule, latent)
+                           for q in (0.5, 0.1, 0.9))
     assert torch.isfinite(more).all() and torch.isfinite(less).all()
     s = float(schedule[-1])
     if s == 0:
         s = float(schedule[-2])
     density, inside = model.model.density, model.model.process_latent_in
-    bits = torch.stack([density.bits_per_dim(inside(x.double()), s / alpha_of(prediction, s)) for x in (more, neutral, less)])
+    bits = torch.stack([density.bits_per_dim(inside(x.double()), s / alpha_of(prediction, s))
+                        for x in (more, neutral, less)])
     if schedule[-1] > 0:
         assert (bits.diff(dim=0) < 0).all()
     assert not torch.equal(more, neutral)

@@ -9,6 +9,7 @@ from density_guidance.dg_core.exact_density import ExactDensity
 from density_guidance.nodes import exact_model, guider_run
 from density_guidance.tests import host_runs as h
 from density_guidance.tests import networks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_derivative_of_the_exact_denoiser_is_its_hessian_product(density, method
     value, slope = jacobian.directional_derivative(lambda x: density.denoised(x, s), y, v, method, step)
     assert torch.equal(value, density.denoised(y, s))
     assert relative(slope, expected) < bound
-    assert relative(jacobian.eps_derivative(v, slope, s), -s * density.hessian_product(y, s, v)) < 30 * bound
+    assert relative((v - slope) / s, -s * density.hessian_product(y, s, v)) < 30 * bound  # J v
 
 
 def test_trace_is_the_mean_over_all_probes():
@@ -42,16 +43,35 @@ def test_trace_is_the_mean_over_all_probes():
     assert float(jacobian.probe_trace(probes, slope).mean()) == pytest.approx(float(matrix.trace()), abs=1e-12)
 
 
-def test_divergence_has_an_exact_identity_part(density):
-    """Pure noise of data at a point: Dhat = 0 and div eps = D / s, with any probe."""
+def test_a_denoiser_of_data_at_a_point_has_no_trace():
+    """Pure noise: Dhat = 0 with any probe, so that div eps is its identity part alone."""
     y = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     v = jacobian.rademacher(y, 0, 0)
     _, slope = jacobian.derivative_in_ve(lambda x: torch.zeros_like(x), y, v, 0.7, "forward")
-    trace = jacobian.probe_trace(v, slope)
-    assert jacobian.divergence(48, trace, 0.5).tolist() == [96.0, 96.0]
-    exact = -density.laplacian(torch.zeros(1, 3, 16, 16, dtype=torch.float64), 3.0) * 3.0
-    trace = density.dim + 9.0 * density.laplacian(torch.zeros(1, 3, 16, 16, dtype=torch.float64), 3.0)
-    torch.testing.assert_close(jacobian.divergence(density.dim, trace, 3.0), exact)
+    assert jacobian.probe_trace(v, slope).tolist() == [0.0, 0.0]
+
+
+class _Operators(TorchDispatchMode):
+    """Names of what torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compute", [
+    lambda x: jacobian.difference_step(x, x, torch.float32, 2.0),
+    lambda x: jacobian.directional_derivative(torch.sin, x, x, "differences", 0.1),
+], ids=["scale", "step"])
+def test_numbers_are_not_copied_to_the_device_as_tensors(compute):
+    """A copy from the host's memory waits for the device."""
+    with _Operators() as seen:
+        compute(torch.ones(2, 8))
+    assert seen.names and not any("lift_fresh" in name for name in seen.names)
 
 
 def test_ve_derivative_carries_alpha():
@@ -108,6 +128,24 @@ def test_the_method_is_found_out(network, method, words):
     found, reason = jacobian.method_of(network, x, jacobian.rademacher(x, 0, 0))
     assert found == method
     assert all(word in reason for word in words)
+
+
+def test_lack_of_memory_passes_through_the_trial():
+    """Another time there may be enough: it is no property of the network."""
+    def network(x):
+        if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise torch.OutOfMemoryError("out of memory")
+        return x
+
+    with pytest.raises(torch.OutOfMemoryError):
+        jacobian.method_of(network, torch.ones(1, 4), torch.ones(1, 4))
+
+
+def test_the_trial_takes_the_calls_that_are_told():
+    """Differences ask for two batches at once, which a host splits."""
+    rows = []
+    jacobian.method_of(lambda x: rows.append(len(x)) or x.sin(), torch.ones(1, 4), torch.ones(1, 4))
+    assert sum(rows) == jacobian.TRIAL_CALLS
 
 
 def test_interrupts_pass_through_the_trial():

@@ -6,7 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 from density_guidance.dg_core import log_density as ld
-from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.dg_core.coordinates import VE, coordinates_of
 from density_guidance.nodes import LogDensity, guider_run
 from density_guidance.nodes import log_density as node
 from density_guidance.tests import host_runs as h
@@ -126,6 +126,39 @@ def test_a_readout_does_not_depend_on_the_batch():
     assert h.outputs(LogDensity, guider, latent, 8, 1, 4, 0.05)[0] != together
 
 
+def test_the_first_look_is_at_noise_levels_of_the_schedule():
+    """Patches like context windows find out their step from the noise level, and stop at one that they don't know."""
+    model, seen = h.recording(h.exact_model("eps"))
+    latent, _ = pictures("eps", 1)
+    h.outputs(LogDensity, guider_of(model), latent, 5, 1, 0, FLOOR["eps"])
+    levels = node.levels_of(guider_of(model), latent["samples"], FLOOR["eps"], 5)
+    assert {round(float(sigma[0]), 4) for sigma in seen.sigma} == {round(s, 4) for s in levels}
+
+
+@pytest.mark.parametrize("indices", [[0, 2, 1], [0, 1, 1], [2, 1, 1], [0, 1, 2, 1]], ids=str)
+def test_a_track_refuses_to_turn_back(indices):
+    track, x = ld.LogDensityTrack(4), torch.ones(1, 4)
+    sight = ld.Sight(x, torch.ones(1), torch.ones(1))
+    with pytest.raises(ValueError, match="only ascend or only descend"):
+        for i in indices:
+            track.add(x, [1.0, 2.0, 4.0][i], 1.0, sight)
+
+
+def test_error_bars_survive_a_trace_near_zero():
+    """The diagonal of the last probe cannot be scaled to a trace a thousand times as large."""
+    dim, generator = 64, torch.Generator().manual_seed(0)
+    balanced = torch.tensor([1.0, -1.0] * (dim // 2)) + 1e-3
+    mixing = 0.3 * torch.randn(dim, dim, generator=generator)
+    mixing = (mixing + mixing.T) / 2
+    mixing.fill_diagonal_(1.0)
+    look = ld.ProbedModel(lambda x, sigma: x * balanced if sigma > 1 else x @ mixing, VE, "forward")
+    x = torch.zeros(32, dim)
+    look(x, 2.0, 0)
+    variance = look(x, 0.5, 1).variance
+    exact = 2 * float((mixing - torch.eye(dim)).square().sum())
+    assert float(variance.mean()) == pytest.approx(exact, rel=0.15) and float(variance.min()) > 0.4 * exact
+
+
 # --- real networks -----------------------------------------------------------------------------------------------
 
 
@@ -172,6 +205,18 @@ def test_the_method_is_found_out_once(monkeypatch):
     assert len(tries) == 1 and all("said" in report for report in reports)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_calls_that_are_told_are_those_that_come(monkeypatch, dtype):
+    totals = []
+    monkeypatch.setattr(guider_run.latent_preview, "prepare_callback",
+                        lambda *_: lambda i, x0, x, total: totals.append((i, total)))
+    guider = guider_of(networks.unet(dtype), networks.unet_conditioning())
+    for _ in range(2):  # without and with knowledge of the method
+        totals.clear()
+        h.outputs(LogDensity, guider, {"samples": torch.ones(1, 4, 16, 16)}, 3, 2, 0, 0.05)
+        assert totals[-1] == (len(totals) - 1, len(totals))
+
+
 def test_levels_of_a_training_table_are_in_it():
     """SD models round sigma to 1000 levels: the readout asks for those alone, each once."""
     guider = guider_of(networks.unet(), networks.unet_conditioning())
@@ -186,6 +231,8 @@ def test_levels_of_a_training_table_are_in_it():
 
 @pytest.mark.parametrize("change, words", [
     ({"steps": 1}, ["steps is 1"]),
+    ({"steps": 2.7}, ["steps is 2.7", "whole"]),
+    ({"probes": 1.5}, ["probes is 1.5", "whole"]),
     ({"probes": 0}, ["probes is 0"]),
     ({"noise_floor": 0.05}, ["noise_floor is 0.05", "0.1", "60"]),
     ({"noise_floor": 60.0}, ["noise_floor is 60"]),

@@ -24,7 +24,7 @@ def soft_disc(size, x=0.5, y=0.5, radius=0.35):
 
 
 def resized(mask, shape):
-    """What a mask (N, H, W) is on an image latent (B, C, height, width): bilinear, repeated over channels and images."""
+    """A mask (N, H, W) on an image latent (B, C, height, width): bilinear, repeated over channels and images."""
     small = torch.nn.functional.interpolate(mask[:, None], size=shape[-2:], mode="bilinear")
     return small.repeat(math.ceil(shape[0] / len(small)), 1, 1, 1)[:shape[0]].expand(shape)
 
@@ -162,9 +162,11 @@ def shift_over_predicted(prediction, quantile, sampler, steps=40, **more):
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, steps)[:-1]
     latent, positive = h.empty_latent(4), h.conditioning(prediction, 5)
-    log_range = guidance.guided_range(sigmas.tolist(), coordinates_of(model.get_model_object("model_sampling"))).log_range
+    log_range = guidance.guided_range(sigmas.tolist(),
+                                      coordinates_of(model.get_model_object("model_sampling"))).log_range
     mask = more.get("mask")
-    dim = latent["samples"][0].numel() if mask is None else float(resized(mask, latent["samples"].shape)[0].double().sum())
+    samples = latent["samples"]
+    dim = samples[0].numel() if mask is None else float(resized(mask, samples.shape)[0].double().sum())
     weights = model.model.density.one_hot(5)
 
     def nats(q):
@@ -172,7 +174,8 @@ def shift_over_predicted(prediction, quantile, sampler, steps=40, **more):
         bits = torch.tensor(exact_model.read(model, picture, sigmas, weights))
         return -bits * math.log(2) * latent["samples"][0].numel()
 
-    return float((nats(quantile) - nats(0.5)).mean()) / guidance.predicted_shift(quantile_to_z(quantile), dim, log_range)
+    predicted = guidance.predicted_shift(quantile_to_z(quantile), dim, log_range)
+    return float((nats(quantile) - nats(0.5)).mean()) / predicted
 
 
 @pytest.mark.parametrize("prediction", ["eps", "flow"])

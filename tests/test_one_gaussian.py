@@ -77,7 +77,8 @@ def test_converged_result_at_32_steps_and_twentieth_of_euler(run, oracle, schedu
         _, _, y_euler = run(guided_euler(quantile), scheduler, 32)
         s = coordinates.s(schedule[-2])
         true = oracle.converged(start_noise(schedule, coordinates), schedule, coordinates, quantile_to_z(quantile))
-        error = lambda y: float((oracle.log_prob(oracle.coefficients(y), s) - oracle.log_prob(true, s)).abs().max() / oracle.dim)
+        error = lambda y: float(
+            (oracle.log_prob(oracle.coefficients(y), s) - oracle.log_prob(true, s)).abs().max() / oracle.dim)
         worst, worst_euler = max(worst, error(y)), max(worst_euler, error(y_euler))
     print(f"{scheduler}: {worst:.1e} nats per dimension, Euler {worst_euler:.1e}")
     assert worst < 5e-4

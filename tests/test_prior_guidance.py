@@ -81,7 +81,8 @@ def test_dtype_of_the_latent_is_kept(dtype):
     """The squared norm, 65,536, overflows float16."""
     noise = scaled(quantile=0.01).generate_noise({"samples": torch.zeros(2, 16, 64, 64, dtype=dtype)})
     assert noise.dtype == dtype
-    np.testing.assert_allclose(norms(noise), scipy.stats.chi.ppf(0.99, 65536), rtol=max(1e-6, torch.finfo(dtype).eps / 20))
+    np.testing.assert_allclose(norms(noise), scipy.stats.chi.ppf(0.99, 65536),
+                               rtol=max(1e-6, torch.finfo(dtype).eps / 20))
 
 
 def test_mask_limits_the_norm_and_the_change():
@@ -153,4 +154,5 @@ def test_both_guidances_together(host_nodes):
     other = scaled_model(h.guided_model(model, 0.3), 0.1)
     a, b = (h.ksampler(host_nodes, m, "euler", 4) for m in (one, other))
     assert torch.equal(a, b)
-    assert torch.equal(a, h.picture(model, h.guided_sampler(0.3, sampler="euler"), h.schedule(model, 4), noise=scaled(quantile=0.1)))
+    c = h.picture(model, h.guided_sampler(0.3, sampler="euler"), h.schedule(model, 4), noise=scaled(quantile=0.1))
+    assert torch.equal(a, c)

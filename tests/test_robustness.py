@@ -32,7 +32,8 @@ def test_random_runs():
 def test_nothing_of_the_host_is_replaced():
     """No module or class of the host holds a function or class of the pack."""
     host = [m for name, m in list(sys.modules.items())
-            if name.split(".")[0] in ("comfy", "comfy_extras", "comfy_execution", "nodes", "execution", "latent_preview")]
+            if name.split(".")[0] in ("comfy", "comfy_extras", "comfy_execution", "nodes", "execution",
+                                      "latent_preview")]
     assert len(host) > 50
     places = [(m.__name__, vars(m)) for m in host]
     places += [(c.__qualname__, vars(c)) for m in host for c in vars(m).values() if isinstance(c, type)]
@@ -42,7 +43,7 @@ def test_nothing_of_the_host_is_replaced():
 
 
 def test_beside_a_pack_that_patches_the_samplers(monkeypatch):
-    """Another pack has replaced the host's functions and added a sampler: guidance acts the same, through its functions."""
+    """Another pack has replaced the host's functions and added a sampler: guidance acts the same, through them."""
     calls = []
 
     def replaced(original):
@@ -51,7 +52,8 @@ def test_beside_a_pack_that_patches_the_samplers(monkeypatch):
             return original(*args, **kwargs)
         return function
 
-    for owner, name in ((comfy.samplers, "sampling_function"), (comfy.samplers, "calc_cond_batch"), (comfy.samplers, "cfg_function"),
+    for owner, name in ((comfy.samplers, "sampling_function"), (comfy.samplers, "calc_cond_batch"),
+                        (comfy.samplers, "cfg_function"),
                         (comfy.samplers.KSAMPLER, "sample"), (comfy.samplers.CFGGuider, "predict_noise")):
         monkeypatch.setattr(owner, name, replaced(getattr(owner, name)))
     monkeypatch.setattr(comfy.samplers, "SAMPLER_NAMES", [*comfy.samplers.SAMPLER_NAMES, "another_packs"])

@@ -57,7 +57,7 @@ def test_every_sampler_with_every_scheduler(name, scheduler, kind):
 
 @pytest.mark.parametrize("sampler", [None, "euler"], ids=["own", "euler"])
 def test_a_schedule_that_rises_by_a_rounding(sampler):
-    """uni_pc leaves 0.001 where the schedule ended in 0: with the exponential scheduler that is 1e-10 above the one before."""
+    """uni_pc leaves 0.001 where the schedule ended in 0: with the exponential scheduler 1e-10 above the one before."""
     model = h.free_model("FLOW", towards_a_pattern)
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     risen = torch.tensor([1.0, 0.1, 0.01, 0.001, 0.001])
@@ -116,4 +116,5 @@ def test_nodes_that_do_a_similar_thing_are_named(caplog, node, args):
     with caplog.at_level(logging.WARNING):
         h.picture(model, h.guided_sampler(0.3, sampler="euler"), h.schedule(model, 3), h.empty_latent(1))
     found = [r.getMessage() for r in caplog.records if "add up" in r.getMessage()]
-    assert len(found) == 1 and node.define_schema().node_id.replace("TemporalScoreRescaling", "Temporal Score") in found[0]
+    name = node.define_schema().node_id.replace("TemporalScoreRescaling", "Temporal Score")
+    assert len(found) == 1 and name in found[0]

@@ -43,7 +43,7 @@ def check(mixture, x, sigmas, coordinates, probes=None, method=jacobian.FORWARD)
 def end_of_run(mixture, x, sigmas, coordinates):
     """y at the last sigma."""
     y = solve(lambda x, sigma: mixture.denoised(x, sigma, coordinates), x, [*sigmas, sigmas[-1]], coordinates,
-              GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=alignment.ORDER)
+              GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=alignment.TANGENT_ORDER)
     return y / coordinates.alpha(sigmas[-1])
 
 
@@ -109,7 +109,7 @@ def test_verdict_on_random_mixtures(coordinates, components, dim):
 
 @COORDINATES
 def test_narrow_beside_broad(coordinates):
-    """Noise that points to the narrow component: more of it comes closer, to a higher density. Away from it: aligned."""
+    """Noise that points to the narrow component: more of it comes closer, to a higher density. Away: aligned."""
     mixture = Mixture([[0.5, 0.5]], [[[0.0, 0.0], [3.0, 0.0]]], torch.diag_embed(
         torch.tensor([[[1.0, 1.0], [0.01, 0.01]]], dtype=torch.float64)))
     towards = torch.tensor([[0.45, 0.1], [-1.5, 0.1]], dtype=torch.float64)
@@ -176,7 +176,8 @@ def test_scale_is_exact_for_centred_gaussian_data():
     for shift in (-0.1, 0.3):
         r = alignment.scale_for_shift(shift, a, 4)
         density = lambda r: gaussian.log_prob(
-            (gaussian.bases[:, 0] @ ((gaussian.variances[:, 0] + S_END**2).sqrt() * noise)[..., None])[..., 0] * r, S_END)
+            (gaussian.bases[:, 0] @ ((gaussian.variances[:, 0] + S_END**2).sqrt() * noise)[..., None])[..., 0] * r,
+            S_END)
         reachable = (r > alignment.SCALE_RANGE[0]) & (r < alignment.SCALE_RANGE[1])
         assert reachable.sum() >= 8
         found = (density(1.0) - density(r[:, None])) / (4 * math.log(2))
@@ -195,7 +196,8 @@ def test_where_alignment_is_lost():
     assert alignment.lost_at(cosine).tolist() == [-1, -1, 1, 2]
 
 
-@pytest.mark.parametrize("sigmas, stop", [([3.0, 3.0, 1.0], 2), ([3.0, 1.0, 0.0], 2), ([3.0, 1.0], 0), ([3.0, 1.0], 2)], ids=str)
+@pytest.mark.parametrize("sigmas, stop", [([3.0, 3.0, 1.0], 2), ([3.0, 1.0, 0.0], 2), ([3.0, 1.0], 0), ([3.0, 1.0], 2)],
+                         ids=str)
 def test_bad_schedules(sigmas, stop):
     with pytest.raises(ValueError, match=f"stop is {stop}"):
         alignment.trace_alignment(None, None, torch.ones(1, 2), torch.ones(1, 2), sigmas, VE, stop)
@@ -218,7 +220,7 @@ def test_samples_do_not_depend_on_the_stop():
     assert calls == sigmas[5:12]
     assert torch.equal(*ends)
     assert torch.equal(ends[0], solve(lambda x, sigma: mixture.denoised(x, sigma, FLOW), x, sigmas, FLOW,
-                                      GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=alignment.ORDER))
+                                      GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=alignment.TANGENT_ORDER))
 
 
 # --- the derivative of the trace ----------------------------------------------------------------------------------
@@ -241,7 +243,8 @@ def test_trace_derivative(method, dtype, tolerance):
     predict = lambda y: in_parts(mixture, y, s)
 
     def trace(y):
-        columns = [torch.func.jvp(lambda y: mixture.denoised(y, s, VE), (y,), (e.expand_as(y),))[1] for e in torch.eye(4).to(y)]
+        columns = [torch.func.jvp(lambda y: mixture.denoised(y, s, VE), (y,), (e.expand_as(y),))[1]
+                   for e in torch.eye(4).to(y)]
         return sum(column[:, i] for i, column in enumerate(columns))
 
     h = 1e-4
@@ -249,7 +252,8 @@ def test_trace_derivative(method, dtype, tolerance):
     steps = jacobian.trace_steps(y, v, torch.float32, method, s)
     scale = 1e-1 if dtype is torch.float64 else 1
     value, slope, found = jacobian.trace_derivative(
-        predict, y.to(dtype), v.to(dtype), lambda _: [p.to(dtype) for p in basis(y)], method, tuple(scale * a for a in steps))
+        predict, y.to(dtype), v.to(dtype), lambda _: [p.to(dtype) for p in basis(y)], method,
+        tuple(scale * a for a in steps))
     torch.testing.assert_close(value.double(), predict(y), rtol=1e-5, atol=1e-5)
     derivative = torch.func.jvp(lambda y: mixture.denoised(y, s, VE), (y,), (v,))[1]
     assert (slope.double() - derivative).norm() < tolerance * derivative.norm()

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import comfy.model_management
 import pytest
@@ -10,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
 from density_guidance.dg_core.coordinates import coordinates_of
-from density_guidance.nodes import PriorGuidanceScale, ScoreAlignmentCheck, exact_model
+from density_guidance.nodes import PriorGuidanceScale, ScoreAlignmentCheck, exact_model, plots
 from density_guidance.tests import host_runs as h
 from density_guidance.tests import networks
 from density_guidance.tests.test_errors import fails
@@ -248,7 +249,8 @@ def test_bad_input_before_any_call():
     ]
     for words, wrong in cases:
         fails(words, check, model, **wrong)
-    fails(["guider is a int", "GUIDER"], h.outputs, ScoreAlignmentCheck, 3, h.random_noise(), latent, full, "both", 0.95, 1, 0)
+    fails(["guider is a int", "GUIDER"], h.outputs, ScoreAlignmentCheck, 3, h.random_noise(), latent, full, "both",
+          0.95, 1, 0)
     assert seen.calls == 0
 
 
@@ -258,3 +260,11 @@ def test_report_and_plot():
     assert report.startswith("Aligned") and "log-SNR" in report and "model calls" in report
     assert plot.ndim == 4 and plot.shape[-1] == 3 and 0 <= plot.min() < plot.max() <= 1
     assert latent["samples"].shape == (2, 3, h.SIZE, h.SIZE) and len(response) == 2
+
+
+def test_plot_without_matplotlib(monkeypatch):
+    """A white picture of the same size."""
+    drawn = plots.curves_image({"y": [[0.0], [1.0]]}, "x", [0.0, 1.0])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    white = plots.curves_image({"y": [[0.0], [1.0]]}, "x", [0.0, 1.0])
+    assert white.shape == drawn.shape and (white == 1).all() and (drawn < 1).any()

@@ -7,22 +7,11 @@ import pytest
 import torch
 from density_guidance.dg_core import guidance, solver
 from density_guidance.dg_core.coordinates import FLOW, VE
+from density_guidance.tests.gaussians import gaussian, geometric
 from scipy.integrate import solve_ivp
 
 DIM = 64
 POINT7 = torch.tensor(0.7, dtype=torch.float64)
-
-
-def gaussian(variance, coordinates):
-    """model(x, sigma) -> denoised for data N(0, diag(variance)), and the list of sigmas it was called at."""
-    calls = []
-
-    def model(x, sigma):
-        calls.append(sigma)
-        alpha = coordinates.alpha(sigma)
-        return x * (alpha * variance / (alpha**2 * variance + sigma**2))
-
-    return model, calls
 
 
 def run(variance, coordinates, sigmas, z, noise):
@@ -31,10 +20,6 @@ def run(variance, coordinates, sigmas, z, noise):
     x = solver.solve(model, noise * sigmas[0], sigmas, coordinates, guided, z, noise[0].numel())
     assert calls == list(dict.fromkeys(sigmas[:-1]))
     return x
-
-
-def geometric(start, stop, steps):
-    return np.geomspace(start, stop, steps + 1).tolist()
 
 
 @pytest.fixture

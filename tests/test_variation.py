@@ -8,6 +8,7 @@ import torch
 from density_guidance.dg_core import guidance, solver
 from density_guidance.dg_core.coordinates import FLOW, VE
 from density_guidance.dg_core.variation import CORRECTIONS, ImageNoise, Variation, displacement, inner, level_set_step
+from density_guidance.tests.gaussians import gaussian, geometric
 
 EVERY_CORRECTION = pytest.mark.parametrize("correction", CORRECTIONS)
 SHAPE = (4, 4, 4)
@@ -16,37 +17,22 @@ IMAGES = 64
 C2 = 0.5
 
 
-def gaussian(variance, coordinates):
-    """model(x, sigma) of data N(0, diag(variance)), and the sigmas it was called at."""
-    calls = []
-
-    def model(x, sigma):
-        calls.append(sigma)
-        alpha = coordinates.alpha(sigma)
-        return x * (alpha * variance / (alpha**2 * variance + sigma**2))
-
-    return model, calls
-
-
 def start(seed=0):
     """One noise for all images, and as many numbers of it as there are."""
     noise = torch.randn(1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return noise.expand(IMAGES, -1, -1, -1)
 
 
-def run(sigmas, variance, strength=1.0, correction="expected", coordinates=VE, z=0.0, mask=None, probes=1, window=(1e9, 0)):
+def run(sigmas, variance, strength=1.0, correction="expected", coordinates=VE, z=0.0, mask=None, probes=1,
+        window=(1e9, 0)):
     """(state at the last sigma, calls)."""
     model, calls = gaussian(variance, coordinates)
     steps = guidance.guided_range(sigmas, coordinates, *window)
     variation = strength and Variation(steps, strength, ImageNoise(3, range(IMAGES)), correction, probes)
     dim = DIM if mask is None else float(mask.sum())
-    x = solver.solve(model, start() * sigmas[0], sigmas, coordinates, guidance.guided_range(sigmas, coordinates), z, dim,
-                     mask, variation=variation or None)
+    x = solver.solve(model, start() * sigmas[0], sigmas, coordinates, guidance.guided_range(sigmas, coordinates), z,
+                     dim, mask, variation=variation or None)
     return x, calls
-
-
-def geometric(start, stop, steps):
-    return np.geomspace(start, stop, steps + 1).tolist()
 
 
 @EVERY_CORRECTION
@@ -69,7 +55,8 @@ def test_isotropic_gaussian_keeps_its_norm(correction, coordinates, z):
         assert abs(float(turned.mean())) < 0.5 if strength else float(turned.min()) > 1 - 1e-9
     of_the_dropped_term = math.log((C2 + s[0] ** 2) / (C2 + s[-1] ** 2))
     change = w[1.0] - w[0.0]
-    print(f"w changes by {float(change.mean()):+.3f}, spread {float(change.std()):.3f}; {of_the_dropped_term:.2f} without P")
+    print(f"w changes by {float(change.mean()):+.3f}, spread {float(change.std()):.3f}; {of_the_dropped_term:.2f} "
+          "without P")
     assert abs(float(change.mean())) < 0.15 * of_the_dropped_term
     assert float(change.std()) < 0.15 * of_the_dropped_term
 
@@ -131,7 +118,8 @@ def test_mask_keeps_the_noise_inside(correction):
     assert inside.numpy() == pytest.approx(whole.numpy(), rel=0.1)
 
 
-@pytest.mark.parametrize("strength, window", [(0.0, (1e9, 0)), (1.0, (0.01, 0.001))], ids=["strength 0", "empty window"])
+@pytest.mark.parametrize("strength, window", [(0.0, (1e9, 0)), (1.0, (0.01, 0.001))],
+                         ids=["strength 0", "empty window"])
 @EVERY_CORRECTION
 def test_nothing_to_add_is_the_plain_solver(strength, window, correction):
     s = [*geometric(5.0, 0.1, 12), 0.0]
@@ -146,7 +134,8 @@ def test_nothing_to_add_is_the_plain_solver(strength, window, correction):
 
 
 @pytest.mark.parametrize("correction, probes, extra", [
-    ("expected", 1, 0), ("expected", 5, 0), ("hutchinson", 1, 1), ("hutchinson", 3, 3), ("exact", 1, 2), ("exact", 2, 4)])
+    ("expected", 1, 0), ("expected", 5, 0), ("hutchinson", 1, 1), ("hutchinson", 3, 3), ("exact", 1, 2),
+    ("exact", 2, 4)])
 def test_model_calls(correction, probes, extra):
     """Only steps with noise call more often, and none at more than the first level."""
     s = [*geometric(5.0, 0.1, 12), 0.0]

@@ -151,7 +151,8 @@ def test_measured_change_of_detail_sweep_is_the_asked_for_one(prediction, server
     (shown,) = node_outputs(entry, "DensityContactSheet")
     table = np.array([row["bits_per_dim"] for row in json.loads(shown["table"][0])["rows"]])
     assert table.shape == (len(shifts), inputs_of(workflow, "LoadExactDensityModel")["batch_size"])
-    np.testing.assert_allclose(table - table[shifts.index(0)], np.array(shifts)[:, None] * np.ones(table.shape[1]), atol=0.01)
+    np.testing.assert_allclose(table - table[shifts.index(0)], np.array(shifts)[:, None] * np.ones(table.shape[1]),
+                               atol=0.01)
 
     latents = [path for path in server.saved_files(entry) if path.suffix == ".latent"]
     assert len(latents) == len(shifts)
@@ -227,7 +228,8 @@ def english(object_info):
         definitions[node_id] = {
             "display_name": info["display_name"],
             "description": info["description"],
-            "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, options in inputs_in(info).items()},
+            "inputs": {name: {"name": name, "tooltip": options["tooltip"]}
+                       for name, options in inputs_in(info).items()},
             "outputs": {
                 str(i): {"name": name, "tooltip": tooltip}
                 for i, (name, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))
@@ -273,7 +275,8 @@ def small_run(quantile, prefix, steps=4, batch_size=2, size="32"):
     inputs_of(workflow, "KSampler").update(steps=steps)
     inputs_of(workflow, "SaveImage").update(filename_prefix=prefix)
     workflow["latent"] = {
-        "class_type": "SaveLatent", "inputs": {"samples": [node_of(workflow, "KSampler"), 0], "filename_prefix": prefix}}
+        "class_type": "SaveLatent",
+        "inputs": {"samples": [node_of(workflow, "KSampler"), 0], "filename_prefix": prefix}}
     return workflow
 
 
