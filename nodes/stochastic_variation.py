@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 
 from ..dg_core.coordinates import coordinates_of
-from ..dg_core.units import require_number
+from ..dg_core.units import require_number, require_whole
 from ..dg_core.variation import CORRECTIONS, MAX_PROBES, MAX_STRENGTH, ImageNoise, Variation, require_correction
 from .guided_run import (
     GuidanceSettings,
@@ -29,6 +29,7 @@ WINDOWS = {
 VARY = [*WINDOWS, CUSTOM]
 MAX_SEED = 2**64 - 1
 MAX_INDEX = 2**31 - 1
+MAX_VARIATIONS = 64
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class VariationGrid(io.ComfyNode):
                 io.String.Input(
                     "quantiles", default="0.3, 0.5, 0.7",
                     tooltip="The quantile of each row, separated by commas, between 0.001 and 0.999. 0.5 is neutral."),
-                io.Int.Input("variations", default=4, min=1, max=64, tooltip="Number of variations in each row."),
+                io.Int.Input("variations", default=4, min=1, max=MAX_VARIATIONS, tooltip="Number of variations in each row."),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The batch, row by row, for the sampler."),
@@ -168,11 +169,14 @@ class VariationGrid(io.ComfyNode):
         rows = numbers("quantiles", quantiles)
         for value in rows:
             GuidanceSettings(quantile=value)
+        variations = require_whole("variations", variations, 1, MAX_VARIATIONS)
         count = len(rows) * variations
-        grid = {**latent, "samples": _repeat_first(latent["samples"], count),
-                "batch_index": [latent.get("batch_index", [0])[0]] * count}
-        if "noise_mask" in latent:
-            grid["noise_mask"] = _repeat_first(latent["noise_mask"], count)
+        samples, mask = latent["samples"], latent.get("noise_mask")
+        first = (latent.get("batch_index") or [0])[0]
+        grid = {**latent, "samples": _repeat_first(samples, count), "batch_index": [first] * count}
+        # The host takes the masks of a video for its frames, and gives them to every image of the batch.
+        if mask is not None and not (samples.ndim == 5 and mask.ndim < 5):
+            grid["noise_mask"] = _repeat_first(mask[None] if mask.ndim == 2 else mask, count)
         return io.NodeOutput(grid, [q for q in rows for _ in range(variations)],
                              [float(i) for _ in rows for i in range(variations)], rows, variations)
 

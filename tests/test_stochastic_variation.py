@@ -4,6 +4,7 @@ import math
 from functools import lru_cache
 
 import comfy.model_management
+import comfy.sampler_helpers
 import numpy as np
 import pytest
 import torch
@@ -286,3 +287,14 @@ def test_grid_repeats_the_mask_and_names_bad_input():
     for text, word in (("0.5, 2", "quantile is 2"), ("a", "quantiles has 'a'"), ("", "quantiles is empty")):
         with pytest.raises(ValueError, match=word):
             h.outputs(VariationGrid, latent, text, 2)
+    for variations in (0, 65, 2.5, None):
+        with pytest.raises(ValueError, match="variations is"):
+            h.outputs(VariationGrid, latent, "0.5", variations)
+
+
+def test_grid_of_a_video_keeps_the_mask_of_every_frame():
+    frames = torch.zeros(5, 1, 8, 8)
+    frames[3:] = 1
+    grid = h.outputs(VariationGrid, {"samples": torch.zeros(1, 4, 5, 8, 8), "noise_mask": frames}, "0.3, 0.5", 2)[0]
+    mask = comfy.sampler_helpers.prepare_mask(grid["noise_mask"], grid["samples"].shape, torch.device("cpu"))
+    assert mask.shape[0] == 4 and torch.equal(mask[:, 0, :, 0, 0], torch.tensor([0.0, 0, 0, 1, 1]).expand(4, 5))
