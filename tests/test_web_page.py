@@ -11,7 +11,6 @@ pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs the progr
 WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
 TEMPLATES = sorted(WORKFLOWS.glob("*.json"))
 HELP = ".node-help-content"
-PICTURE = '[data-testid="template-workflow-{}"] img'
 
 
 def read(path):
@@ -25,8 +24,7 @@ def seen(server):
     async def look(page):
         found = {"pictures": {}, "templates": {}, "help": {}}
         for path in TEMPLATES:  # an empty profile is greeted with the templates
-            found["pictures"][path.stem] = await page.wait_for(
-                f"document.querySelector('{PICTURE.format(path.stem)}')?.naturalWidth")
+            found["pictures"][path.stem] = await width_of_picture(page, path.stem)
         for path in TEMPLATES:
             missing = await page.load(read(path))
             found["templates"][path.stem] = {"missing": missing, "api": await page.to_api()}
@@ -35,6 +33,14 @@ def seen(server):
         return found
 
     return with_page(server.client.url, look)
+
+
+async def width_of_picture(page, name):
+    """Of a template's card; the page has the pictures only of those cards that are scrolled into view."""
+    card = f"document.querySelector('[data-testid=\"template-workflow-{name}\"]')"
+    await page.wait_for(f"Boolean({card})")
+    await page.evaluate(f"{card}.scrollIntoView({{behavior: 'instant', block: 'center'}})")
+    return await page.wait_for(f"{card}.querySelector('img')?.naturalWidth")
 
 
 async def show_help(page, name):
