@@ -63,9 +63,8 @@ class DensityTrace(io.ComfyNode):
         _check(sampler, latent_image)
         traced = _TracedSampler(sampler, exact_trace)
         output, denoised = SamplerCustomAdvanced.execute(noise, guider, traced, sigmas, latent_image).result
-        plot = plot_of(traced.record["rows"])
         record = json.dumps(_numbers(traced.record), indent=1, allow_nan=False)
-        return io.NodeOutput(output, denoised, blank_image() if plot is None else plot, record)
+        return io.NodeOutput(output, denoised, plot_of(traced.record["rows"]), record)
 
 
 def _check(sampler, latent_image):
@@ -246,7 +245,7 @@ _CURVES = {"eps_energy": "||eps||² / D", "eta": "eta", "shift": "shift, bits/di
 
 
 def plot_of(rows):
-    """The curves of a record against log-SNR, those that it has; None without matplotlib."""
+    """The curves of a record against log-SNR, those that it has; a blank image without rows."""
     rows = [row for row in rows if row["s"] is not None]
     if not rows:
         return blank_image()

@@ -19,7 +19,7 @@ from ..dg_core.log_density import (
 )
 from ..dg_core.units import require_whole
 from .guider_run import check_latent, run_in_guider
-from .plots import blank_image, curves_image
+from .plots import curves_image
 from .schema import CATEGORY, Floats, require
 
 # ModelPatcher -> {type of guider: (method, reason)}. A patch more makes another ModelPatcher.
@@ -79,9 +79,7 @@ class LogDensity(io.ComfyNode):
             "log-SNR, -2 ln s", -2 * np.log([min(s, 1e3) for s in readout.s]),
             [f"image {i}" for i in range(len(readout.log_prob))])
         report = report_of(readout, [*how, f"steps {steps}, probes {probes}, seed {seed}, noise floor {levels[0]:.4g}"])
-        if plot is None:
-            report += "\nno plot: matplotlib is not installed (pip install matplotlib)"
-        return io.NodeOutput(readout.bits_per_dim.tolist(), report, blank_image() if plot is None else plot)
+        return io.NodeOutput(readout.bits_per_dim.tolist(), report, plot)
 
 
 def levels_of(guider, samples, noise_floor, steps):
