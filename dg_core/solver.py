@@ -10,8 +10,11 @@ theta, but smooth against ln(s). Each is interpolated by Lagrange polynomials in
 integrated against its own measure (an exponential Adams method; with one node it is the DDIM step). A step predicts,
 calls the model once, and corrects with that call (predict-evaluate-correct).
 
-Source of the flow: arXiv 2502.05807, section 5. State, clock and the split of the measures: derived here. Adams methods
-in this mode: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section III.1.
+Few steps at a high CFG are stiff, and there high orders are unstable. The step is a sum of terms, the DDIM step and what
+each further node adds; where they don't fall off, image by image, they are left out, down to the DDIM step, which is stable.
+
+Source of the flow: arXiv 2502.05807, section 5. State, clock, the split of the measures and the choice of the order: derived
+here. Adams methods in this mode: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section III.1.
 """
 
 import math
@@ -27,6 +30,8 @@ from .variation import displacement, level_set_step
 
 ORDER = 3
 _GUIDANCE_NODES = 2
+_TRUSTED = 0.3  # smooth flows on the host's schedules stay below 0.2
+_LEAST_TERM = 0.05  # of the first term of a series, see `trusted`
 _MIN_SPACING = 0.02  # of the coming step; no scheduler of the host comes near it
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
@@ -104,13 +109,39 @@ class _History:
         weights = [float(p[0]) for p in _lagrange(nodes, np.array([theta]))]
         return sum(w * value for w, value in zip(weights, self._values))
 
-    def integrate(self, u, theta_from, theta_to, correct):
-        """u plus the integral from theta_from to theta_to; `correct` uses one more node than a prediction."""
-        n = self._predictor_nodes + correct
-        weights = self._weights(theta_from, theta_to, self._theta[:n])
-        for w, value in zip(weights, self._values[:n]):
-            u = torch.add(u, value, alpha=w)
-        return u
+    def terms(self, theta_from, theta_to, correct):
+        """What each node adds to the integral from theta_from to theta_to; the first term is that of one node, theta_from.
+
+        `correct` uses one more node than a prediction.
+        """
+        nodes = list(zip(self._theta, self._values))[:self._predictor_nodes + correct]
+        if correct:
+            nodes[:2] = nodes[1::-1]  # the newest node is theta_to
+        theta, values = zip(*nodes)
+        used = [0.0] * len(nodes)
+        for n in range(1, len(nodes) + 1):
+            weights = self._weights(theta_from, theta_to, theta[:n])
+            yield sum((w - u) * value for w, u, value in zip(weights, used, values))
+            used[:n] = weights
+
+
+def trusted(terms, region=None):
+    """The sum of the terms (B, ...) of a series, without those that don't fall off.
+
+    A term is left out where its norm reaches that of the term before, and counts in full up to the share `_TRUSTED` of it;
+    with a term, those after it are left out as much. region: None, or weights of the elements in the norms.
+    """
+    total = first = before = None
+    for term in terms:
+        norm = squared_norm(term, region).sqrt()
+        if total is None:
+            total, trust, first, before = term, 1.0, norm, norm
+            continue
+        # A term that happens to be near zero says nothing of the next one.
+        ratio = norm / torch.maximum(before, _LEAST_TERM * first).clamp_min(1e-30)
+        trust = trust * ((1 - ratio) / (1 - _TRUSTED)).clamp(0, 1)
+        total, before = torch.addcmul(total, term, per_image(trust, term.ndim)), norm
+    return total
 
 
 class _Flow:
@@ -127,7 +158,8 @@ class _Flow:
             constant = gain(z, dim, like)
             self._gain = lambda step: constant
         self._amount = mask if weights is None else weights if mask is None else weights * mask
-        self._weights = (None if mask is None else region_of(mask)) if weights is None else weights
+        self._region = None if mask is None else region_of(mask)
+        self._weights = self._region if weights is None else weights
         self._curve = None if curve is None else torch.tensor(curve, dtype=torch.float64)
         self._noise = _History(eps_weights, order)
         self._picture = _History(denoised_weights, order)
@@ -153,10 +185,10 @@ class _Flow:
 
     def follow(self, u, theta_from, theta_to, step, correct=False):
         """The state u at theta_from, followed to theta_to during `step`."""
-        u = self._noise.integrate(u, theta_from, theta_to, correct)
-        u = self._picture.integrate(u, theta_from, theta_to, correct)
+        plain = zip(*(part.terms(theta_from, theta_to, correct) for part in (self._noise, self._picture)))
+        u = u + trusted((noise + picture for noise, picture in plain), self._region)
         if self._steering and self._guided.first <= step < self._guided.last:
-            u = self._guidance.integrate(u, theta_from, theta_to, correct)
+            u = u + sum(self._guidance.terms(theta_from, theta_to, correct))
         return u
 
     def eps_at(self, theta):

@@ -22,9 +22,9 @@ def require_number(name, value, low, high):
 def require_whole(name, value, low, high):
     """Return `value` as an int; raise ValueError unless it is a whole number in [low, high]."""
     number = require_number(name, value, low, high)
-    if number != int(number):
+    if isinstance(value, str) or number != int(number):
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
-    return int(number)
+    return int(value)  # a float rounds large ones
 
 
 def require_quantile(quantile):

@@ -26,7 +26,9 @@ r          -              noise level, as s
 xi         noise          1; standard normal
 """
 
+import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
@@ -35,7 +37,7 @@ import torch
 
 from .coordinates import per_image
 from .guidance import GuidedRange
-from .units import require_number
+from .units import require_number, require_whole
 
 # name -> (a call at the state before the noise; a call at the foot of every piece of noise)
 CORRECTIONS = {"expected": (False, False), "hutchinson": (True, False), "exact": (True, True)}
@@ -100,8 +102,7 @@ def require_correction(correction, probes):
     """Raise ValueError unless `correction` is one of `CORRECTIONS` and `probes` a whole number from 1 to `MAX_PROBES`."""
     if correction not in CORRECTIONS:
         raise ValueError(f"correction is {correction!r}; it must be one of {', '.join(CORRECTIONS)}")
-    if require_number("probes", probes, 1, MAX_PROBES) != int(probes):
-        raise ValueError(f"probes is {probes!r}; it must be a whole number from 1 to {MAX_PROBES}")
+    require_whole("probes", probes, 1, MAX_PROBES)
 
 
 def inner(a, b, weight=None):
@@ -132,6 +133,20 @@ def level_set_step(foot, change, eps_foot, eps_top, weight=None):
     a = -inner(eps_foot + eps_top, change) / (2 * inner(eps_top, eps_top, weight)).clamp_min(1e-30)
     step = (a - k * a.square() / 2) * (eps_top if weight is None else eps_top * weight)
     return foot + change + step, eps_top + k * step
+
+
+def indices_of(starting_noise):
+    """An index for each image of a batch (B, ...), from the noise that it starts from: the same in every batch.
+
+    Images that share their noise are told apart by their order.
+    """
+    digests, seen = [], Counter()
+    for image in starting_noise:
+        content = image.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        seen[content] += 1
+        digest = hashlib.blake2b(content, digest_size=8, salt=seen[content].to_bytes(8, "big")).digest()
+        digests.append(int.from_bytes(digest, "big"))
+    return digests
 
 
 class ImageNoise:

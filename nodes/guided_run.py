@@ -300,7 +300,7 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
                           variation=None):
     """`dg_core.solver.solve` with the signature of the host's sampler functions.
 
-    variation: None, or an object whose of_run(guider, sigmas, batch) is a `dg_core.variation.Variation` or None.
+    variation: None, or an object whose of_run(guider, sigmas, starting_noise) is a `dg_core.variation.Variation` or None.
     """
     extra_args = extra_args or {}
     guider = model.inner_model
@@ -311,7 +311,7 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
         guided = guidance.guided_range(sigmas.tolist(), coordinates)  # refuses a schedule that ascends
         steering = Steering(coordinates, guided, 0.0, 1, extra_args.get("denoise_mask"))
     dtype, wide = x.dtype, compute_dtype(x.dtype)
-    variation = variation and variation.of_run(guider, schedule, len(x))
+    variation = variation and variation.of_run(guider, schedule, getattr(model, "noise", x))  # a wrapper of the model may hide it
 
     def predict(x, sigma):
         if variation is not None:  # there may be many calls between two callbacks

@@ -1,12 +1,21 @@
 """Variations of an image at an unchanged log-density, as a sampler, and the batch for a grid of them."""
 
+import logging
 from dataclasses import dataclass
 
 from comfy_api.latest import io
 
 from ..dg_core.coordinates import coordinates_of
 from ..dg_core.units import require_number, require_whole
-from ..dg_core.variation import CORRECTIONS, MAX_PROBES, MAX_STRENGTH, ImageNoise, Variation, require_correction
+from ..dg_core.variation import (
+    CORRECTIONS,
+    MAX_PROBES,
+    MAX_STRENGTH,
+    ImageNoise,
+    Variation,
+    indices_of,
+    require_correction,
+)
 from .guided_run import (
     GuidanceSettings,
     range_of_percents,
@@ -43,7 +52,7 @@ class VariationSettings:
     variation_seed: int = 0
     correction: str = "expected"
     probes: int = 1
-    variation_index: tuple[float, ...] | None = None  # one for each image, in the place of its place in the batch
+    variation_index: tuple[float, ...] | None = None  # one for each image, in the place of its starting noise
 
     def __post_init__(self):
         if self.vary not in VARY:
@@ -51,15 +60,14 @@ class VariationSettings:
         if self.vary == CUSTOM:
             require_window(self.start_percent, self.end_percent)
         require_number("strength", self.strength, 0.0, MAX_STRENGTH)
-        require_number("variation_seed", self.variation_seed, 0, MAX_SEED)
+        require_whole("variation_seed", self.variation_seed, 0, MAX_SEED)
         require_correction(self.correction, self.probes)
         for i, value in enumerate(self.variation_index or ()):
-            name = f"variation_index, for image {i},"
-            if require_number(name, value, 0, MAX_INDEX) != int(value):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number")
+            require_whole(f"variation_index, for image {i},", value, 0, MAX_INDEX)
 
-    def of_run(self, guider, sigmas, batch):
-        """The `Variation` of a run, None where no step gets noise. sigmas: list of floats."""
+    def of_run(self, guider, sigmas, starting_noise):
+        """The `Variation` of a run, None where no step gets noise. sigmas: list of floats. starting_noise: (B, ...)."""
+        batch = len(starting_noise)
         require_batch("variation_index", self.variation_index, batch)
         if self.strength == 0:
             return None
@@ -68,9 +76,12 @@ class VariationSettings:
         percents = WINDOWS.get(self.vary, {}).get(coordinates.slope, (self.start_percent, self.end_percent))
         steps = range_of_percents(model_sampling, sigmas, coordinates, *percents)
         if steps.log_range == 0:
+            logging.warning(
+                "Stochastic detail variation: no step of this run of %d lies between %g and %g of the sampling (vary: %s), the last "
+                "step to zero noise not counted; nothing is varied.", max(len(sigmas) - 1, 0), *percents, self.vary)
             return None
         require_one_part(guider)
-        indices = repeated(self.variation_index, batch) if self.variation_index else range(batch)
+        indices = repeated(self.variation_index, batch) if self.variation_index else indices_of(starting_noise)
         return Variation(steps, self.strength, ImageNoise(self.variation_seed, indices), self.correction, self.probes)
 
 
@@ -103,8 +114,8 @@ class StochasticDetailVariation(io.ComfyNode):
                             "last step to zero noise gets none."),
                 io.Int.Input(
                     "variation_seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
-                    tooltip="Which variation. Each image of a batch has noise of its own, from this seed and its place in "
-                            "the batch. No unit; neutral: any, with strength 0."),
+                    tooltip="Which variation. Each image of a batch has noise of its own, from this seed and the noise "
+                            "that it starts from. No unit; neutral: any, with strength 0."),
                 io.Combo.Input(
                     "correction", options=list(CORRECTIONS), default="expected",
                     tooltip="How the change of log-density by the noise is undone. expected: at no extra model call, with "
@@ -118,7 +129,7 @@ class StochasticDetailVariation(io.ComfyNode):
                 Floats.Input(
                     "variation_index", optional=True,
                     tooltip="Which variation of the seed each image of the batch gets, from 0; images with the same number "
-                            "get the same noise. Not connected (neutral): its place in the batch."),
+                            "get the same noise. Not connected (neutral): one for each starting noise."),
             ],
             outputs=[io.Sampler.Output(
                 display_name="sampler",

@@ -1,5 +1,6 @@
 """StochasticDetailVariation and VariationGrid in the real host, on the model whose density is known."""
 
+import logging
 import math
 from functools import lru_cache
 
@@ -164,7 +165,7 @@ def test_same_seed_gives_the_same_picture(prediction):
 @EVERY_KIND
 @EVERY_CORRECTION
 def test_a_variation_does_not_depend_on_its_batch(prediction, correction):
-    """Image and variation by their numbers: alone, in another order, among others."""
+    """The starting noise makes the variation: alone, in another order, among others. variation_index takes its place."""
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, 8)[:-1]
 
@@ -173,10 +174,12 @@ def test_a_variation_does_not_depend_on_its_batch(prediction, correction):
         return h.picture(model, varied("everything", correction=correction, **lists), sigmas, latent)
 
     together = batch([0, 1, 2, 3])
-    mixed = batch([3, 1], variation_index=[3.0, 1.0])
+    mixed = batch([3, 1])
     assert torch.allclose(mixed[0], together[3], atol=1e-4) and torch.allclose(mixed[1], together[1], atol=1e-4)
-    alone = batch([2], variation_index=[2.0])
+    alone = batch([2])
     assert torch.allclose(alone[0], together[2], atol=1e-4)
+    twins = batch([0, 0])
+    assert torch.allclose(twins[0], together[0], atol=1e-4) and not torch.allclose(twins[0], twins[1], atol=1e-2)
     twins = batch([0, 0, 0], variation_index=[5.0, 5.0, 6.0])
     assert torch.allclose(twins[0], twins[1], atol=1e-4) and not torch.allclose(twins[0], twins[2], atol=1e-2)
 
@@ -240,6 +243,8 @@ def test_interrupt_stops_before_the_next_model_call():
     ({"strength": 3.5}, ["strength", "3.5", "0.0", "3.0"]),
     ({"strength": math.nan}, ["strength", "nan"]),
     ({"seed": -1}, ["variation_seed", "-1"]),
+    ({"seed": 1.5}, ["variation_seed", "1.5", "whole"]),
+    ({"probes": "2"}, ["probes", "'2'", "whole"]),
     ({"correction": "best"}, ["correction", "'best'", "hutchinson"]),
     ({"probes": 0}, ["probes", "0", "16"]),
     ({"quantile": 0.0}, ["quantile", "0.0", "0.001"]),
@@ -254,6 +259,13 @@ def test_bad_input_is_named(kwargs, words):
     with pytest.raises(ValueError) as error:
         varied(**kwargs)
     assert not [word for word in words if word not in str(error.value)], str(error.value)
+
+
+def test_a_window_without_a_step_is_said_in_the_log(caplog):
+    model = h.exact_model("flow")
+    with caplog.at_level(logging.WARNING):
+        h.sample(model, varied(vary="structure"), h.schedule(model, 2))
+    assert "structure" in caplog.text and "nothing is varied" in caplog.text
 
 
 def test_variation_index_that_does_not_fit_the_batch():
@@ -277,7 +289,8 @@ def test_grid_is_what_its_rows_would_be():
     together = h.picture(model, varied(quantiles=quantiles, variation_index=index), sigmas, grid)
     assert seen.calls == 8
     for row, quantile in enumerate(levels):
-        alone = h.picture(model, varied(quantile=quantile), sigmas, {**h.empty_latent(3), "batch_index": [4] * 3})
+        alone = h.picture(model, varied(quantile=quantile, variation_index=index[:3]), sigmas,
+                          {**h.empty_latent(3), "batch_index": [4] * 3})
         assert torch.allclose(together[3 * row:3 * row + 3], alone, atol=1e-4)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from density_guidance.dg_core import guidance, solver
 from density_guidance.dg_core.coordinates import FLOW, VE
-from density_guidance.dg_core.variation import CORRECTIONS, ImageNoise, Variation, displacement, inner, level_set_step
+from density_guidance.dg_core.variation import CORRECTIONS, ImageNoise, Variation, displacement, indices_of, inner, level_set_step
 from density_guidance.tests.gaussians import gaussian, geometric
 
 EVERY_CORRECTION = pytest.mark.parametrize("correction", CORRECTIONS)
@@ -199,6 +199,16 @@ def test_noise_of_an_image_depends_on_seed_and_index_alone():
     assert not torch.equal(again, x[:1])  # a new draw at every call
     assert torch.equal(again, ImageNoise(7, [4])(like[:1])) and not torch.equal(again, other)
     assert torch.equal(ImageNoise(7, [4])(like[:1].bfloat16()), again.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_an_image_is_known_by_its_starting_noise(dtype):
+    noise = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    a, b, c = indices_of(noise)
+    assert len({a, b, c}) == 3
+    assert indices_of(noise[[2, 0]]) == [c, a] and indices_of(noise.transpose(1, 2).contiguous().transpose(1, 2)) == [a, b, c]
+    first, second, other = indices_of(noise[[1, 1, 0]])
+    assert (first, other) == (b, a) and second not in (a, b, c)
 
 
 def test_noise_is_not_the_initial_noise():

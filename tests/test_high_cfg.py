@@ -1,0 +1,47 @@
+"""The pack's own solver where few steps at a high CFG make the flow stiff."""
+
+import pytest
+import torch
+from density_guidance.tests import host_runs as h
+from density_guidance.tests.test_stochastic_variation import EVERY_CORRECTION, varied
+
+# prediction, scheduler and steps at which high orders are unstable, but the host's first-order samplers are not
+STIFF = pytest.mark.parametrize("prediction, scheduler, steps", [
+    ("eps", "karras", 16), ("v", "exponential", 8), ("flow", "simple", 12)], ids=lambda v: str(v))
+COMPONENT = 3
+
+
+def run(prediction, scheduler, steps, cfg, sampler):
+    model = h.exact_model(prediction)
+    return h.picture(model, sampler, h.schedule(model, steps, scheduler), positive=h.conditioning(prediction, COMPONENT),
+                     negative=h.conditioning(prediction), cfg=cfg)
+
+
+@STIFF
+@pytest.mark.parametrize("quantile", [0.5, 0.2])
+def test_error_is_no_larger_than_that_of_euler(prediction, scheduler, steps, quantile):
+    for cfg in (3.0, 8.0):
+        converged = run(prediction, scheduler, 150, cfg, h.guided_sampler(quantile))
+        own, euler = (run(prediction, scheduler, steps, cfg, h.guided_sampler(quantile, sampler=s)) for s in (None, "euler"))
+        error, error_euler = (float((x - converged).square().mean().sqrt()) for x in (own, euler))
+        print(f"CFG {cfg:g}: {error:.1e}, Euler {error_euler:.1e}")
+        assert error < error_euler
+
+
+@STIFF
+@EVERY_CORRECTION
+def test_variations_stay_in_range(prediction, scheduler, steps, correction):
+    for strength in (0.5, 3.0):
+        plain, variation = (run(prediction, scheduler, steps, 8.0, sampler) for sampler in (
+            h.guided_sampler(), varied("everything", strength, correction)))
+        assert float(variation.abs().max()) < 1.5 * float(plain.abs().max())
+
+
+def test_an_image_alone_chooses_its_order():
+    """A picture of the batch in trouble changes nothing for the others."""
+    model = h.exact_model("eps")
+    sigmas = h.schedule(model, 8, "exponential")
+    settings = {"positive": h.conditioning("eps", COMPONENT), "negative": h.conditioning("eps"), "cfg": 8.0}
+    pictures = h.picture(model, h.guided_sampler(), sigmas, h.empty_latent(3), **settings)
+    alone = h.picture(model, h.guided_sampler(), sigmas, {**h.empty_latent(1), "batch_index": [2]}, **settings)
+    assert torch.allclose(alone[0], pictures[2], atol=1e-4)
