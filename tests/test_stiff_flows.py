@@ -1,4 +1,4 @@
-"""The pack's own solver where few steps at a high CFG make the flow stiff."""
+"""The pack's own solver where a high CFG, few steps or strong noise make the flow stiff."""
 
 import pytest
 import torch
@@ -35,6 +35,13 @@ def test_variations_stay_in_range(prediction, scheduler, steps, correction):
         plain, variation = (run(prediction, scheduler, steps, 8.0, sampler) for sampler in (
             h.guided_sampler(), varied("everything", strength, correction)))
         assert float(variation.abs().max()) < 1.5 * float(plain.abs().max())
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_strong_noise_in_many_pieces_stays_in_range(prediction):
+    plain, variation = (run(prediction, "karras", 10, 1.0, sampler) for sampler in (
+        h.guided_sampler(), varied("everything", 3.0, "exact", probes=16)))
+    assert float(variation.abs().max()) < 1.5 * float(plain.abs().max())
 
 
 def test_an_image_alone_chooses_its_order():
