@@ -346,6 +346,13 @@ def test_a_window_without_a_step_is_said_in_the_log(caplog):
     assert "structure" in caplog.text and "nothing is varied" in caplog.text
 
 
+def test_the_bounds_of_the_seed():
+    for seed in (0, 2**64 - 1):
+        varied(seed=seed)
+    with pytest.raises(ValueError, match="variation_seed is 18446744073709551616"):
+        varied(seed=2**64)
+
+
 def test_variation_index_that_does_not_fit_the_batch():
     model, seen = h.recording(h.exact_model("flow"))
     with pytest.raises(ValueError, match="variation_index has 3 numbers and the latent has 2 images"):
