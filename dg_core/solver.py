@@ -112,8 +112,11 @@ class _History:
     def terms(self, theta_from, theta_to, correct):
         """What each node adds to the integral from theta_from to theta_to; the first term is that of one node, theta_from.
 
-        `correct` uses one more node than a prediction.
+        `correct` uses one more node than a prediction. None before the first value: a flow that is raised by noise right after
+        pure noise has not met its guidance yet.
         """
+        if not self._theta:
+            return
         nodes = list(zip(self._theta, self._values))[:self._predictor_nodes + correct]
         if correct:
             nodes[:2] = nodes[1::-1]  # the newest node is theta_to
