@@ -374,6 +374,8 @@ does without guidance, and its number is the error of the first guided step.
 One run, and the same in {TWO_STAGES} (guided in both), differ by {results["two_stages"]:.0e} of the largest number.
 EasyCache and LazyCache decide by the state what to reuse, so a guided run may call the model at other steps.
 
+Not tried, because ComfyUI 0.3.75 has no node for it: NAG, and CFG limited to an interval.
+
 Unsampling (FlipSigmas) adds noise, and is refused: use the sampler without guidance for it, \
 and guide the sampling after it.
 """
