@@ -130,6 +130,8 @@ the change that a node makes against its definition: the change of the final pre
 Where a network with random weights predicts little noise, eta is far from 1; \
 with trained weights ||eps||^2 is close to D.
 
+Not tried, because ComfyUI 0.3.75 has none: a model of video and audio packed into one latent; such latents are refused.
+
 Refused before any model call: {" ".join(f'"{text}."' for text in refused)}
 """
 

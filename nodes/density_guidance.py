@@ -1,16 +1,22 @@
 """Density guidance as a sampler and as a model patch."""
 
 import comfy.patcher_extension
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from .guided_run import GuidanceSettings, GuidedSampler, run_guided, solver_sampler
-from .schema import CATEGORY, floats, guidance_inputs, mask_of, per_image_inputs, region_inputs, require
+from .plots import curve_image
+from .schema import CATEGORY, curve_input, floats, guidance_inputs, mask_input, mask_of, per_image_inputs, require
 
 
 def _settings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve):
     return GuidanceSettings(quantile, detail_shift, start_percent, end_percent,
                             floats("quantiles", quantiles), floats("detail_shifts", detail_shifts), mask_of(mask),
                             floats("curve", curve))
+
+
+def _output(result, settings):
+    """The node's output, with the curve as a picture in the node where there is one."""
+    return io.NodeOutput(result, ui=None if settings.curve is None else ui.PreviewImage(curve_image(settings.curve)))
 
 
 class DensityGuidanceSampler(io.ComfyNode):
@@ -29,7 +35,8 @@ class DensityGuidanceSampler(io.ComfyNode):
                     tooltip="The sampler to guide, any of ComfyUI's. Not connected (neutral): the pack's own third-order "
                             "solver, one model call per step, which meets the asked-for shift most exactly."),
                 *per_image_inputs(),
-                *region_inputs(),
+                mask_input(),
+                curve_input(),
             ],
             outputs=[io.Sampler.Output(
                 display_name="sampler",
@@ -43,9 +50,9 @@ class DensityGuidanceSampler(io.ComfyNode):
         settings = _settings(
             quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
         if sampler is None:
-            return io.NodeOutput(solver_sampler(settings))
+            return _output(solver_sampler(settings), settings)
         require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
-        return io.NodeOutput(GuidedSampler(sampler, settings))
+        return _output(GuidedSampler(sampler, settings), settings)
 
 
 class DensityGuidanceModel(io.ComfyNode):
@@ -61,7 +68,8 @@ class DensityGuidanceModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model whose sampling is guided. Its weights are not changed."),
                 *guidance_inputs(),
                 *per_image_inputs(),
-                *region_inputs(),
+                mask_input(),
+                curve_input(),
             ],
             outputs=[io.Model.Output(
                 display_name="model",
@@ -75,11 +83,11 @@ class DensityGuidanceModel(io.ComfyNode):
             quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
         require("model", model, "add_wrapper", "a MODEL")
         if settings.neutral:
-            return io.NodeOutput(model)
+            return _output(model, settings)
 
         def guide_run(executor, *args, **kwargs):
             return run_guided(settings, executor, *args, **kwargs)
 
         patched = model.clone()
         patched.add_wrapper(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, guide_run)
-        return io.NodeOutput(patched)
+        return _output(patched, settings)

@@ -57,14 +57,19 @@ class DensityTrace(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image, exact_trace):
-        from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
-
         require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
         _check(sampler, latent_image)
         traced = _TracedSampler(sampler, exact_trace)
-        output, denoised = SamplerCustomAdvanced.execute(noise, guider, traced, sigmas, latent_image).result
+        output, denoised = _sample(noise, guider, traced, sigmas, latent_image)
         record = json.dumps(_numbers(traced.record), indent=1, allow_nan=False)
         return io.NodeOutput(output, denoised, plot_of(traced.record["rows"]), record)
+
+
+def _sample(*inputs):
+    """The outputs of the host's SamplerCustomAdvanced, which is a V3 node in newer hosts only."""
+    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced as node
+
+    return node.execute(*inputs).result if hasattr(node, "execute") else node().sample(*inputs)
 
 
 def _check(sampler, latent_image):

@@ -136,10 +136,7 @@ class Steering:
             return None
         require_one_part(guider)
         mask = None if denoise_mask is None else denoise_mask.to(latent.device)
-        weights = None if mask is None else region_of(mask)
-        if settings.mask is not None:
-            region = mask_for(settings.mask, latent)
-            weights = region if weights is None else weights * region
+        weights = weights_of(settings, latent, mask)
         dim = dimension(latent, weights)
         curve = None if settings.curve is None else guidance.strength_curve(settings.curve)
         images = settings.of_images(len(latent))
@@ -161,6 +158,18 @@ class Steering:
         single = weights is None and not settings.per_image
         z = z[0] if single else torch.tensor(z, dtype=torch.float64)
         return cls(coordinates, guided, z, dim, mask, weights, curve)
+
+
+def weights_of(settings, latent, denoise_mask):
+    """How much each element of a latent counts, and how strongly it is changed: None, or broadcastable to the latent.
+
+    The mask of the settings, within the region that an inpainting run replaces (denoise_mask: None, or from 0 to 1).
+    """
+    region = None if denoise_mask is None else region_of(denoise_mask)
+    if settings.mask is None:
+        return region
+    weights = mask_for(settings.mask, latent)
+    return weights if region is None else weights * region
 
 
 def mask_for(mask, latent):
@@ -304,14 +313,17 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
     """
     extra_args = extra_args or {}
     guider = model.inner_model
-    steering = Steering.of_run(settings, guider, sigmas, x, extra_args.get("denoise_mask"))
+    mask = extra_args.get("denoise_mask")
+    steering = Steering.of_run(settings, guider, sigmas, x, mask)
     schedule = list(itertools.accumulate(sigmas.tolist(), min))  # the last one may rise by a rounding
     if steering is None:
         coordinates = coordinates_of(guider.inner_model.model_sampling)
         guided = guidance.guided_range(sigmas.tolist(), coordinates)  # refuses a schedule that ascends
-        steering = Steering(coordinates, guided, 0.0, 1, extra_args.get("denoise_mask"))
+        steering = Steering(coordinates, guided, 0.0, 1, mask, weights_of(settings, x, mask))
     dtype, wide = x.dtype, compute_dtype(x.dtype)
     variation = variation and variation.of_run(guider, schedule, getattr(model, "noise", x))  # a wrapper of the model may hide it
+    if variation is not None and steering.weights is not None and not steering.weights.any():
+        variation = None  # the region is empty
 
     def predict(x, sigma):
         if variation is not None:  # there may be many calls between two callbacks

@@ -5,7 +5,10 @@ import logging
 import numpy as np
 import torch
 
+from ..dg_core import guidance
+
 SIZE = (7.0, 4.5)  # inches
+CURVE_SIZE = (3.6, 2.4)  # inches; shown in a node
 DPI = 100
 PANEL_HEIGHT = 2.6  # inches, where there are several
 
@@ -46,6 +49,19 @@ def curves_image(panels, x_label, x, labels=None):
             axes[0].legend(labels, fontsize="small")
 
     return figure_image(draw, SIZE if len(panels) == 1 else (SIZE[0], PANEL_HEIGHT * len(panels)))
+
+
+def curve_image(curve):
+    """The plot of a strength curve, its numbers as the user gave them: an IMAGE (1, H, W, 3). See `figure_image`."""
+    values = guidance.strength_curve(curve if len(curve) > 1 else curve * 2)
+
+    def draw(figure):
+        axis = figure.subplots()
+        axis.plot(np.linspace(0, 1, len(values)), values, marker="o")
+        axis.axhline(1, color="grey", linewidth=1)
+        axis.set(xlabel="share of the guided part, in log-SNR", ylabel="strength / mean", ylim=(0, None))
+
+    return figure_image(draw, CURVE_SIZE)
 
 
 def blank_image(size=SIZE):

@@ -71,20 +71,22 @@ def mask_of(value):
     return value.reshape(-1, *value.shape[-2:])
 
 
-def region_inputs():
-    """mask and curve: where and when guidance acts."""
-    return [
-        io.Mask.Input(
-            "mask", optional=True,
-            tooltip="Where guidance acts and how strongly, from 0 to 1: any size, soft edges, one mask for all or one per image "
-                    "(per frame of a video). quantile and detail_shift then count this region. Not connected (neutral): "
-                    "everywhere."),
-        Floats.Input(
-            "curve", optional=True,
-            tooltip="How the strength is spread over the guided part of the sampling: numbers from its beginning to its end, "
-                    "evenly spaced in log-SNR. Only their ratios count; the whole shift stays the same. Not connected "
-                    "(neutral): evenly."),
-    ]
+def mask_input():
+    """mask: where guidance acts."""
+    return io.Mask.Input(
+        "mask", optional=True,
+        tooltip="Where the node acts and how strongly, from 0 to 1: any size, soft edges, one mask for all or one per image "
+                "(per frame of a video). quantile and detail_shift then count this region. Not connected (neutral): "
+                "everywhere.")
+
+
+def curve_input():
+    """curve: when guidance acts."""
+    return Floats.Input(
+        "curve", optional=True,
+        tooltip="How the strength is spread over the guided part of the sampling: numbers from its beginning to its end, "
+                "evenly spaced in log-SNR. Only their ratios count; the whole shift stays the same. The node shows it as a "
+                "plot. Not connected (neutral): evenly.")
 
 
 def guidance_inputs():

@@ -25,7 +25,7 @@ from .guided_run import (
     require_window,
     solver_sampler,
 )
-from .schema import CATEGORY, Floats, floats, level_inputs, numbers, per_image_inputs, require
+from .schema import CATEGORY, Floats, floats, level_inputs, mask_input, mask_of, numbers, per_image_inputs, require
 
 CUSTOM = "custom"
 # Shares of the sampling, by the slope of alpha: variance exploding (0) and flow matching (1), whose shares mean other
@@ -130,6 +130,7 @@ class StochasticDetailVariation(io.ComfyNode):
                     "variation_index", optional=True,
                     tooltip="Which variation of the seed each image of the batch gets, from 0; images with the same number "
                             "get the same noise. Not connected (neutral): one for each starting noise."),
+                mask_input(),
             ],
             outputs=[io.Sampler.Output(
                 display_name="sampler",
@@ -139,9 +140,9 @@ class StochasticDetailVariation(io.ComfyNode):
 
     @classmethod
     def execute(cls, quantile, detail_shift, vary, strength, start_percent, end_percent, variation_seed, correction,
-                probes, quantiles=None, detail_shifts=None, variation_index=None):
+                probes, quantiles=None, detail_shifts=None, variation_index=None, mask=None):
         settings = GuidanceSettings(quantile, detail_shift, quantiles=floats("quantiles", quantiles),
-                                    detail_shifts=floats("detail_shifts", detail_shifts))
+                                    detail_shifts=floats("detail_shifts", detail_shifts), mask=mask_of(mask))
         return io.NodeOutput(solver_sampler(settings, VariationSettings(
             vary, strength, start_percent, end_percent, variation_seed, correction, probes,
             floats("variation_index", variation_index))))

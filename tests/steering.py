@@ -29,6 +29,23 @@ def steered(model, x, denoised, sigma, quantile, weights=None):
     return denoised - sigma / alpha * strength.view(-1, *[1] * (x.ndim - 1)) * w * eps
 
 
+def guided_solver_step(model, x, denoised, sigmas, step, quantile, mask=None):
+    """What guidance adds to the own solver's next state in its first guided `step`, from (x, denoised) there; float64.
+
+    The integral of g = (s / sqrt(1 + s^2)) (eta - 1) eps over ln s, with g as it is at the start, in units of x. mask: of
+    the inpainting.
+    """
+    x, denoised = x.double(), denoised.double()
+    (sigma, sigma_next), (alpha, alpha_next) = sigmas[step:step + 2], (alpha_of(model, v) for v in sigmas[step:step + 2])
+    eps = (x - alpha * denoised) / sigma
+    inside = torch.ones_like(x) if mask is None else (mask > 0) * torch.ones_like(x)
+    dim, norm2 = (v.flatten(1).sum(1) for v in (inside, inside * eps.square()))
+    eta = (2 * dim).sqrt() * scipy.stats.norm.ppf(quantile) / norm2
+    log_range = math.log(sigma_next / alpha_next) - math.log(sigma / alpha)
+    strength = math.hypot(alpha_next, sigma_next) * sigma / math.hypot(alpha, sigma) * log_range * eta
+    return strength.view(-1, *[1] * (x.ndim - 1)) * eps * (1 if mask is None else mask)
+
+
 def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=None):
     """How far a recorded run is from guidance of its final prediction.
 

@@ -1,6 +1,7 @@
 """The host's own guidance methods, guiders, caches and conditionings with the pack: see benchmarks/composability.py."""
 
 import json
+import shutil
 
 import pytest
 from density_guidance.benchmarks import composability
@@ -8,7 +9,12 @@ from density_guidance.launcher.environment import PACK
 from density_guidance.tests.ways import STEERING
 
 
-@pytest.mark.parametrize("name", composability.METHODS)
+METHODS = [pytest.param(name, marks=pytest.mark.skipif(
+    name == composability.COMPILED and not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler")) for name in composability.METHODS]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_guidance_acts_on_the_final_prediction(name):
     """In both orders: neutral to the bit, the method's own prediction guided as a whole, no further model call."""
     assert composability.acts(name)
@@ -17,6 +23,11 @@ def test_guidance_acts_on_the_final_prediction(name):
         assert result["neutral"] and result["finite"] and result["same_method"], (node, result)
         assert result["same_calls"] or composability.METHODS[name].own_state, (node, result)
         assert result["error"] < 1e-4, (node, result)
+    if composability.METHODS[name].sampler == "euler":  # else the method is a sampler
+        result = composability.measure_own(name)
+        assert result["neutral"] and result["finite"] and result["same_method"], result
+        assert result["same_calls"] or composability.METHODS[name].own_state, result
+        assert result["error"] < 1e-4, result
 
 
 def test_caches_do_reuse_predictions():

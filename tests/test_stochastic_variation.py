@@ -13,6 +13,8 @@ from density_guidance.benchmarks.euler_maruyama import fine_details_change
 from density_guidance.dg_core.variation import CORRECTIONS
 from density_guidance.nodes import StochasticDetailVariation, VariationGrid, exact_model
 from density_guidance.tests import host_runs as h
+from density_guidance.tests.test_masks import resized, soft_disc
+from density_guidance.tests.test_samplers import noise_of_a_pattern
 
 EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
 EVERY_CORRECTION = pytest.mark.parametrize("correction", CORRECTIONS)
@@ -99,6 +101,81 @@ def test_variations_keep_the_guided_level(prediction):
                                           same_noise(8)), sigmas)
     assert abs(guided - plain).min() > 0.1
     assert level == pytest.approx(np.repeat(guided, 8), abs=5e-3)
+
+
+# --- by region ---------------------------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@EVERY_CORRECTION
+def test_a_mask_keeps_the_log_density(prediction, correction):
+    """Soft edges, one mask for each half of the batch: bias and spread as without, where the pictures differ enough."""
+    model = h.exact_model(prediction)
+    sigmas = schedule(model)
+    mask = torch.cat([soft_disc(64)] * 8 + [soft_disc(64, 0.3, 0.7, 0.25)] * 8)
+    plain = h.picture(model, h.guided_sampler(), sigmas, same_noise(1))
+    pictures = h.picture(model, varied(correction=correction, mask=mask), sigmas, same_noise(16))
+    change = nats_per_dim(model, pictures, sigmas) - nats_per_dim(model, plain, sigmas)
+    error = change.std(ddof=1) / math.sqrt(len(change))
+    allowed = 2 if correction == "expected" else 1
+    assert abs(change.mean()) + 3 * error <= allowed * 5e-3 and change.std(ddof=1) <= allowed * 2e-3
+    inside = resized(mask, pictures.shape) == 1
+    outside = resized(mask, pictures.shape) == 0
+    difference = (pictures - plain).abs()
+    assert float(difference[inside].mean()) > 5 * float(difference[outside].mean())
+    for half in (pictures[:8], pictures[8:]):
+        assert float(half.std(0).max()) > 0.02
+
+
+@EVERY_CORRECTION
+def test_outside_the_mask_is_the_plain_flow(correction):
+    """A density of independent pixels: only the solver's error is left there, which vanishes with the steps."""
+    model = h.free_model("EPS", noise_of_a_pattern)
+    noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    mask = soft_disc(64)
+    inside, outside = ((resized(mask, noise.shape) == v) for v in (1, 0))
+    errors = []
+    for steps in (16, 64):
+        sigmas = h.schedule(model, steps)
+        sampler = varied("everything", correction=correction, quantile=0.3, mask=mask)
+        difference = (h.free_run(model, sampler, sigmas, noise)
+                      - h.free_run(model, h.guided_sampler(0.3, mask=mask), sigmas, noise)).abs()
+        errors.append(float(difference[outside].mean()))
+        assert float(difference[inside].mean()) > 0.4
+    print(f"{correction}: {errors}")
+    assert errors[1] < errors[0] / 4**1.5 and errors[1] < 1e-3
+
+
+@EVERY_KIND
+def test_masks_that_change_nothing(prediction):
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, 8)
+
+    def run(quantile, **more):
+        return h.picture(model, varied("everything", quantile=quantile, **more), sigmas)
+
+    guided = h.guided_sampler(0.3, mask=soft_disc(64))
+    assert torch.equal(run(0.3, strength=0.0, mask=soft_disc(64)), h.picture(model, guided, sigmas))
+    assert torch.equal(run(0.3, mask=torch.zeros(1, 8, 8)), h.picture(model, h.guided_sampler(), sigmas))
+    for quantile in (0.3, 0.5):
+        assert torch.allclose(run(quantile, mask=torch.ones(1, 8, 8)), run(quantile), atol=1e-4)
+
+
+@EVERY_KIND
+def test_mask_within_an_inpainting(prediction):
+    """Noise where both masks are, and the original to the bit where nothing is replaced."""
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, 8)
+    latent = {**h.empty_latent(2), "samples": h.picture(model, "euler", sigmas)}
+    latent["noise_mask"] = torch.zeros(2, 1, h.SIZE, h.SIZE)
+    latent["noise_mask"][..., 16:] = 1
+    mask = torch.zeros(1, h.SIZE, h.SIZE)
+    mask[:, 16:] = 1
+    result, plain = (h.picture(model, sampler, sigmas, latent) for sampler in (
+        varied("everything", mask=mask), h.guided_sampler()))
+    difference = (result - plain).abs()
+    assert not difference[..., :16].any()
+    assert float(difference[..., 16:, 16:].mean()) > 3 * float(difference[..., :16, 16:].mean())
 
 
 # --- where the change is -----------------------------------------------------------------------------------------
@@ -254,6 +331,7 @@ def test_interrupt_stops_before_the_next_model_call():
     ({"variation_index": [0.5]}, ["variation_index", "image 0", "0.5", "whole"]),
     ({"variation_index": [-1.0]}, ["variation_index", "image 0", "-1"]),
     ({"variation_index": 3}, ["variation_index", "3", "list"]),
+    ({"mask": 2 * torch.ones(1, 8, 8)}, ["mask", "2", "0 to 1"]),
 ], ids=str)
 def test_bad_input_is_named(kwargs, words):
     with pytest.raises(ValueError) as error:
@@ -266,6 +344,13 @@ def test_a_window_without_a_step_is_said_in_the_log(caplog):
     with caplog.at_level(logging.WARNING):
         h.sample(model, varied(vary="structure"), h.schedule(model, 2))
     assert "structure" in caplog.text and "nothing is varied" in caplog.text
+
+
+def test_the_bounds_of_the_seed():
+    for seed in (0, 2**64 - 1):
+        varied(seed=seed)
+    with pytest.raises(ValueError, match="variation_seed is 18446744073709551616"):
+        varied(seed=2**64)
 
 
 def test_variation_index_that_does_not_fit_the_batch():

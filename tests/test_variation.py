@@ -81,6 +81,22 @@ def test_noise_is_orthogonal_to_eps_and_has_the_right_size():
     assert float(size.var()) == pytest.approx(2 * (DIM - 1), rel=0.15)
 
 
+def test_soft_weights_scale_the_noise():
+    """Orthogonal to eps as the weights count it, of the weight's size, and with the spread of its level at each element."""
+    s, s_up, count = 0.7, 0.9, 2000
+    weights = torch.tensor([1.0, 0.7, 0.3, 0.0], dtype=torch.float64).expand(1, *SHAPE)
+    like = torch.empty(count, *SHAPE, dtype=torch.float64)
+    noise = ImageNoise(0, range(count))(like)
+    y, foot, change, eps, _ = jump(noise, weights)
+    _, _, mirrored, _, _ = jump(-noise, weights)
+    rise, path = (change - mirrored) / 2, foot + (change + mirrored) / 2  # the noise, and where along the flow it starts
+    assert float(inner(rise, eps).abs().max()) < 1e-12
+    for w, *parts in zip(weights[0, 0, 0].tolist(), rise.unbind(-1), path.unbind(-1), foot.unbind(-1)):
+        of_rise, of_path, of_foot = (float(v.square().mean()) for v in parts)
+        assert of_rise == pytest.approx(w**2 * (s_up**2 - s**2), rel=0.05)  # the projection takes 1 / D of it
+        assert (of_path + of_rise) / of_foot == pytest.approx(1, abs=0.012)
+
+
 def test_step_to_the_level_set_is_that_of_the_gaussian():
     """log p(top') = log p(foot) up to the square of the step: halving the noise leaves a quarter of a quarter."""
     errors = []

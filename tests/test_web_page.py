@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from density_guidance.benchmarks import long_queue
 from density_guidance.benchmarks._web_page import find_chromium, with_page
+from density_guidance.nodes.plots import curve_image
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs the program chromium on PATH")
 
@@ -30,6 +32,7 @@ def seen(server):
             found["templates"][path.stem] = {"missing": missing, "api": await page.to_api()}
         for name in ("DensityGuidanceSampler", "ExactLogDensity"):
             found["help"][name] = await show_help(page, name)
+        found["curve"] = await curve_in_the_node(page)
         return found
 
     return with_page(server.client.url, look)
@@ -41,6 +44,25 @@ async def width_of_picture(page, name):
     await page.wait_for(f"Boolean({card})")
     await page.evaluate(f"{card}.scrollIntoView({{behavior: 'instant', block: 'center'}})")
     return await page.wait_for(f"{card}.querySelector('img')?.naturalWidth")
+
+
+async def curve_in_the_node(page):
+    """Sizes of the pictures in two guidance nodes, the first with a curve and the second without, after a run."""
+    graph = long_queue.mixed_run(1)
+    sampler = graph["sampler"]["inputs"]
+    graph |= {name: {"class_type": kind, "inputs": inputs} for name, kind, inputs in (
+        ("levels", "DensityLevels", {"values": "0, 2, 1"}),
+        ("even", "DensityGuidanceSampler", {**sampler, "sampler": ["sampler", 0]}),
+        ("decode", "VAEDecode", {"samples": ["sampled", 0], "vae": ["load", 1]}),
+        ("show", "PreviewImage", {"images": ["decode", 0]}))}
+    sampler["curve"] = ["levels", 1]
+    graph["sampled"]["inputs"]["sampler"] = ["even", 0]
+    await page.evaluate(f"app.loadApiJson({json.dumps(graph)}, 'curve')")
+    await page.evaluate("app.queuePrompt(0)")
+    pictures = ("app.graph.nodes.filter(node => node.type === '{}').flatMap(node => node.imgs ?? [])"
+                ".filter(img => img.complete && img.naturalWidth)").format
+    await page.wait_for(f"{pictures('PreviewImage')}.length && {pictures('DensityGuidanceSampler')}.length")
+    return await page.evaluate(f"{pictures('DensityGuidanceSampler')}.map(img => [img.naturalWidth, img.naturalHeight])")
 
 
 async def show_help(page, name):
@@ -79,3 +101,9 @@ def test_page_shows_the_pictures_of_the_templates(seen):
 ])
 def test_page_shows_the_documentation(name, words, seen):
     assert words in seen["help"][name]
+
+
+def test_node_shows_its_curve(seen):
+    """One of two nodes has a curve, and that one a picture."""
+    height, width = curve_image((0.0, 2.0, 1.0)).shape[1:3]
+    assert seen["curve"] == [[width, height]]
