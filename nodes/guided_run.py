@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..dg_core import guidance, solver
 from ..dg_core.coordinates import Coordinates, coordinates_of
 from ..dg_core.statistics import compute_dtype, dimension, region_of
-from ..dg_core.units import quantile_to_z, require_number
+from ..dg_core.units import require_number
 
 WRAPPER_KEY = "density_guidance"
 
@@ -89,7 +89,7 @@ class GuidanceSettings:
     @property
     def neutral(self):
         quantiles, detail_shifts = self.quantiles or (self.quantile,), self.detail_shifts or (self.detail_shift,)
-        return not any(quantile_to_z(q) for q in quantiles) and not any(detail_shifts)
+        return all(q == 0.5 for q in quantiles) and not any(detail_shifts)
 
     @property
     def per_image(self):
