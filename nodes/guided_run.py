@@ -130,8 +130,8 @@ class Steering:
             model_sampling, sigmas.tolist(), coordinates, settings.start_percent, settings.end_percent)
         if guided.log_range == 0:
             logging.warning(
-                "Density guidance: no step of this run of %d lies between start_percent %g and end_percent %g, the last step to "
-                "zero noise and pure noise not counted; nothing is guided.",
+                "Density guidance: no step of this run of %d lies between start_percent %g and end_percent %g, the last step "
+                "to zero noise and pure noise not counted; nothing is guided.",
                 max(len(sigmas) - 1, 0), settings.start_percent, settings.end_percent)
             return None
         require_one_part(guider)
@@ -189,8 +189,8 @@ def advice(sampler_name, model_options):
     sentences = []
     if "cfg_pp" in sampler_name:
         sentences.append(
-            f"{sampler_name} renoises with a prediction that is not guided, so that the shift is not the one asked for (measured "
-            "from 0.6 to 43 times as much): use a smaller one, or the sampler without _cfg_pp")
+            f"{sampler_name} renoises with a prediction that is not guided, so that the shift is not the one asked for "
+            "(measured from 0.6 to 43 times as much): use a smaller one, or the sampler without _cfg_pp")
     elif STOCHASTIC.search(sampler_name):
         sentences.append(
             f"{sampler_name} adds noise at every step and so forgets part of the guidance (measured, mostly 0.3 to 0.5 of the "

@@ -14,7 +14,7 @@ MODELS = pytest.mark.parametrize("model_type", ["EPS", "FLOW"])
 
 @pytest.fixture(scope="module", autouse=True)
 def _kept_pages():
-    """Freed memory stays with the process: whether glibc gives it back, to fault it in anew, is an accident of what ran before."""
+    """Freed memory stays with the process: whether glibc returns it, and faults it in anew, depends on what ran before."""
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_threshold = -1, -3
     assert libc.mallopt(trim_threshold, 2**30) and libc.mallopt(mmap_threshold, 2**25)
@@ -57,7 +57,8 @@ def test_guided_euler_takes_at_most_a_tenth_more_time(model_type, shape, cfg):
             run()
             best[name] = min(best[name], time.thread_time() - start)
     ratio = best["guided"] / best["plain"]
-    print(f"{model_type} {shape} CFG {cfg:g}: {1e3 * best['plain']:.1f} ms plain, {ratio:.3f} times that guided, {rounds} rounds")
+    print(f"{model_type} {shape} CFG {cfg:g}: {1e3 * best['plain']:.1f} ms plain, {ratio:.3f} times that guided, "
+          f"{rounds} rounds")
     assert ratio <= 1.10
 
 
