@@ -47,6 +47,13 @@ class Bench:
         return guider.sample(noise, self.latent["samples"], sampler, sigmas, seed=11, disable_pbar=True,
                              callback=callback)
 
+    def predicted(self, quantile, sigmas):
+        """The shift of bits per dimension against quantile 0.5 that guidance over the whole schedule is to give."""
+        log_range = guidance.guided_range(sigmas.tolist(), self.coordinates).log_range
+        dim = self.density.dim
+        z = guidance.limit_smoothing(quantile_to_z(quantile), dim, log_range)
+        return nats_to_bits_per_dim(guidance.predicted_shift(z, dim, log_range), dim)
+
     def noise(self):
         return torch.randn(self.latent["samples"].shape, generator=torch.Generator().manual_seed(5))
 
@@ -63,9 +70,7 @@ def sampler_shifts(prediction):
     """Measured over predicted change of bits per dimension for every sampler: {name: ratio}."""
     bench = Bench(prediction, COMPONENT, 4)
     sigmas, noise = bench.sigmas("simple", STEPS), bench.noise()
-    log_range = guidance.guided_range(sigmas.tolist(), bench.coordinates).log_range
-    dim = bench.density.dim
-    predicted = nats_to_bits_per_dim(guidance.predicted_shift(quantile_to_z(QUANTILE), dim, log_range), dim)
+    predicted = bench.predicted(QUANTILE, sigmas)
     ratios = {}
     for name in (OWN, *comfy.samplers.SAMPLER_NAMES):
         change = bench.bits(guided(name, QUANTILE), sigmas, noise) - bench.bits(guided(name, 0.5), sigmas, noise)
@@ -105,7 +110,7 @@ def scheduler_errors(prediction):
 
 
 def mixture_levels(prediction, steps):
-    """Share of seeds whose density rises with every level, and mean bits per dimension of the levels."""
+    """Share of seeds whose density rises with every level, mean bits per dimension of the levels, and predicted shifts."""
     bench = Bench(prediction, -1, SEEDS)
     sigmas = bench.sigmas("simple", steps)
     source = type("Seeds", (), {"seed": 5, "generate_noise": lambda self, latent: bench.noise()})()
@@ -113,7 +118,8 @@ def mixture_levels(prediction, steps):
     bits = torch.stack([bench.bits(guided(OWN, q), sigmas, noise) for q in LEVELS])
     rising = float((bits.diff(dim=0) < 0).all(0).float().mean())
     print(f"{prediction:5} mixture, {steps} steps: {rising:.0%} of {SEEDS} seeds", flush=True)
-    return {"monotone": rising, "bits_per_dim": bits.mean(1).tolist()}
+    return {"monotone": rising, "bits_per_dim": bits.mean(1).tolist(),
+            "predicted_shifts": [bench.predicted(q, sigmas) for q in LEVELS]}
 
 
 def measure():
@@ -143,7 +149,9 @@ def tables(results):
     mixture = [f"| model | steps | {levels} | seeds in order |", "|---|---|" + "---|" * (len(results["levels"]) + 1)]
     for p, by_steps in results["mixture"].items():
         for steps, r in by_steps.items():
-            bits = " | ".join(f"{b:.3f}" for b in r["bits_per_dim"])
+            middle = r["bits_per_dim"][results["levels"].index(0.5)]
+            bits = " | ".join(f"{b:.3f} ({middle + shift:.3f})" if shift else f"{b:.3f}"
+                              for b, shift in zip(r["bits_per_dim"], r["predicted_shifts"]))
             mixture.append(f"| {p} | {steps} | {bits} | {r['monotone']:.0%} |")
     return tuple("\n".join(t) for t in (samplers, schedulers, mixture))
 
@@ -182,9 +190,8 @@ and ComfyUI's Euler with the same guidance.
 
 ## The whole mixture
 
-Mean exact bits per dimension over {results["seeds"]} seeds (own solver, noise at its median norm), \
-and the share of seeds
-whose log-density rises with every step of the quantile.
+Mean exact bits per dimension over {results["seeds"]} seeds (own solver, noise at its median norm), in brackets what was
+predicted from the one at quantile 0.5, and the share of seeds whose log-density rises with every step of the quantile.
 
 {mixture}
 """

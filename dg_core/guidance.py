@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from .coordinates import per_image
-from .statistics import compute_dtype
+from .statistics import compute_dtype, squared_norm
 from .units import bits_per_dim_to_nats, quantile_to_z
 
 
@@ -161,8 +161,9 @@ class PredictionGuide:
 
         denoised~ = denoised - (eta - 1) (y - denoised)
 
-    One guide serves one run. The cost of a step is its three passes over the latent and its small operations: one
-    temporary serves as sigma * eps and as the result, and thresholds stand for comparisons, which cost twice as much.
+    One guide serves one run. A step costs three passes over the latent, with one temporary that serves as sigma * eps and
+    as the result, and some work on the numbers of each image. On a CPU that work is done on floats, since small tensor
+    operations take as long as a pass; elsewhere reading a number would wait for the device.
     """
 
     def __init__(self, coordinates, z, dim, guided, weights=None, curve=None):
@@ -170,60 +171,76 @@ class PredictionGuide:
         broadcastable to x: how strongly it is guided and how much it counts in D and ||eps||^2. The control's part of the
         log-density stays what is predicted: the rate <score, gain w eps> holds <w eps, eps> just as the norm does.
         curve: None, or a `strength_curve`."""
-        self._flow = coordinates.slope != 0
+        self._slope = coordinates.slope
         self._guided = guided
         self._z, self._dim = z, dim
         self._weights = weights
         self._curve = curve
-        self._dtype = None
+        self._guide = None
 
     def __call__(self, x, denoised, sigma):
         """The guided prediction: x, denoised (B, ...), sigma (B,) -> shape and dtype of denoised.
 
         Outside the guided range the prediction keeps its values. Everything stays on x's device, in float32 or wider.
         """
-        if self._dtype is None:
+        if self._guide is None:
             self._prepare(x, sigma)
-        prediction = denoised
-        if x.dtype != self._dtype or denoised.dtype != self._dtype or sigma.dtype != self._dtype:
-            x, prediction, sigma = x.to(self._dtype), denoised.to(self._dtype), sigma.to(self._dtype)
-        sigma = sigma.view(self._column)
-        # sigma eps = x - alpha denoised
-        if self._flow:
-            alpha = self._one - sigma
-            noise = torch.addcmul(x, prediction, alpha, value=-1)
-        else:
-            noise = x - prediction
-        if self._weights is None:
-            counted = noise
-            norm = torch.linalg.vector_norm(noise, dim=self._dims, keepdim=True)
-        else:
-            counted = noise * self._weights
-            norm = (counted * noise).sum(self._dims, keepdim=True).sqrt_()
-        # 1 / ||eps||^2, 0 below the range; the clamp keeps an image without noise from dividing by zero
-        strength = torch.threshold(sigma, self._low, 0.0).div_(norm.clamp_min_(1e-12)).square_()
-        if self._flow:
-            strength.div_(torch.threshold(alpha, self._least_alpha, torch.inf))
-        elif self._high is not None:
-            strength.mul_(sigma <= self._high)
-        if self._curve is not None:
-            strength.mul_(curve_at(self._curve, self._guided, sigma / alpha if self._flow else sigma))
-        guided = torch.addcmul(prediction, counted, strength.mul_(self._minus_gain), out=counted)
-        return guided if denoised.dtype == self._dtype else guided.to(denoised.dtype)
+        if x.dtype is denoised.dtype is self._dtype:
+            return self._guide(x, denoised, sigma)
+        return self._guide(x.to(self._dtype), denoised.to(self._dtype), sigma).to(denoised.dtype)
 
     def _prepare(self, x, sigma):
         self._dtype = compute_dtype(x.dtype)
-        self._column = (-1, *[1] * (x.ndim - 1))
-        self._dims = tuple(range(1, x.ndim))
-        self._minus_gain = -gain(self._z, self._dim, x.new_empty((), dtype=self._dtype)).view(self._column)
         # The margins allow for samplers that recompute sigma from its logarithm, and for the rounding of narrow dtypes.
         margin = 1 + max(1e-4, torch.finfo(sigma.dtype).eps)
+        self._low = self._guided.sigma_end * margin
+        # A sampler that churns goes above the first sigma of its schedule. alpha = 0 is never guided.
+        self._high = math.inf if self._guided.first == 0 else self._guided.sigma_start * margin
+        if self._slope:
+            self._high = min(self._high, (1 - LEAST_ALPHA) / self._slope)
+        if x.device.type == "cpu" and self._weights is None and self._curve is None:
+            self._guide = self._image_by_image
+            z, dim = (_listed(v, len(x)) for v in (self._z, self._dim))
+            self._gains = [(2 * d) ** 0.5 * v for v, d in zip(z, dim)]
+            return
+        self._guide = self._all_at_once
+        self._column = (-1, *[1] * (x.ndim - 1))
+        self._gains = gain(self._z, self._dim, x.new_empty((), dtype=self._dtype)).view(self._column)
         if self._curve is not None:
             self._curve = torch.tensor(self._curve, dtype=self._dtype, device=x.device)
-        self._low = self._guided.sigma_end * margin
-        high = self._guided.sigma_start * margin
-        if self._flow:  # alpha = 0 is never guided, however close to it the range begins
-            self._one = torch.ones((), dtype=self._dtype, device=x.device)
-            self._least_alpha = max(1 - high, LEAST_ALPHA)
-        else:  # a sampler that churns goes above the first sigma of its schedule
-            self._high = None if self._guided.first == 0 else high
+
+    def _image_by_image(self, x, denoised, sigma):
+        if x.shape[0] == 1:
+            return self._guide_image(x, denoised, *sigma.tolist(), *self._gains)
+        guided = torch.empty_like(denoised)
+        for image in zip(x, denoised, _listed(sigma, len(x)), self._gains, guided):
+            self._guide_image(*image)
+        return guided
+
+    def _guide_image(self, x, denoised, sigma, gain, out=None):
+        """One image, of any shape, with a sigma and a gain that are floats."""
+        if not self._low < sigma <= self._high:
+            return denoised if out is None else out.copy_(denoised)
+        alpha = 1 - self._slope * sigma
+        noise = torch.sub(x, denoised, alpha=alpha, out=out)  # sigma eps
+        norm = torch.linalg.vector_norm(noise).tolist()  # unlike BLAS's dot the same wherever in memory the image lies
+        return torch.sub(denoised, noise, alpha=gain * (sigma / norm) ** 2 / alpha if norm else 0.0, out=noise)
+
+    def _all_at_once(self, x, denoised, sigma):
+        sigma = sigma.to(self._dtype).view(self._column)
+        alpha = 1 - self._slope * sigma
+        noise = torch.addcmul(x, denoised, alpha, value=-1)  # sigma eps
+        norm2 = squared_norm(noise, self._weights).view(self._column)
+        strength = self._gains * sigma.square() / (alpha * norm2)
+        if self._curve is not None:
+            strength = strength * curve_at(self._curve, self._guided, sigma / alpha)
+        inside = (self._low < sigma) & (sigma <= self._high) & (norm2 > 0)
+        if self._weights is not None:
+            noise.mul_(self._weights)
+        return torch.addcmul(denoised, noise, strength.where(inside, 0.0), value=-1, out=noise)
+
+
+def _listed(value, count):
+    """The numbers of a tensor (count,) or (1,), or a single one, `count` times, as a list of floats."""
+    values = value.tolist() if torch.is_tensor(value) else [value]
+    return values if len(values) == count else values * count

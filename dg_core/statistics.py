@@ -21,7 +21,7 @@ def dimension(x, mask=None):
     An int without `mask`; with one (broadcastable to x, values in [0, 1]) the sum of its weights, (B,).
     """
     if mask is None:
-        return x[0].numel()
+        return x.shape[1:].numel()
     return mask.expand_as(x).flatten(1).sum(1, dtype=compute_dtype(mask.dtype))
 
 

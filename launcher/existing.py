@@ -23,10 +23,10 @@ def check_comfyui(folder: Path) -> Path:
     Raises:
         LauncherError: it is not one; the message says what is missing.
     """
-    for part, exists in (("main.py", Path.is_file), ("custom_nodes", Path.is_dir)):
+    for part, exists in (("main.py", os.path.isfile), ("custom_nodes", os.path.isdir)):  # False where one may not look
         if not exists(folder / part):
             raise LauncherError(
-                f"--comfyui {folder}: there is no {part} in it. Give ComfyUI's own folder, the one with main.py and "
+                f"--comfyui {folder}: there is no {part} in it that can be read. Give ComfyUI's own folder, the one with main.py and "
                 "custom_nodes."
             )
     return folder.resolve()

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import LauncherError
-
 if sys.platform == "win32":
     import msvcrt
 
@@ -35,16 +33,10 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[tuple[int, ...]]
     """Hold the lock file `path`; `on_wait` is called once if another process has it.
 
     Yields the file descriptors to pass on (`pass_fds`) to child processes that must hold the lock as well, so that it
-    stays taken should this process be killed before them. Windows has no such thing: there the tuple is empty. Raises
-    LauncherError where the file can't be written.
+    stays taken should this process be killed before them. Windows has no such thing: there the tuple is empty.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise LauncherError(
-            f"{path} can't be written ({error.strerror}); this folder has to be one where you may write") from error
-    with file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         try:
             _try_lock(file.fileno())
         except OSError:

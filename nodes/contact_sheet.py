@@ -57,15 +57,17 @@ class DensityContactSheet(io.ComfyNode):
                 io.Image.Input("images", tooltip="The batches of the sweep, one for each level."),
                 Floats.Input("bits_per_dim", optional=True,
                              tooltip="-log2 p / D of every picture, from a log-density node; one list for each row, or "
-                                     "one for all. Not connected: no numbers."),
+                                     "one for all. Not connected (neutral): no numbers."),
                 io.Float.Input("levels", force_input=True, optional=True,
-                               tooltip="The levels of the sweep, for the labels of the rows."),
-                io.String.Input("label", default="q", tooltip="What the levels are, written before each of them."),
+                               tooltip="The levels of the sweep, for the labels of the rows, in the unit of what was varied. "
+                                       "Not connected (neutral): the rows' numbers."),
+                io.String.Input("label", default="q", tooltip="What the levels are, written before each of them: q (default) "
+                                                              "for quantiles."),
                 io.Int.Input("picture_size", default=192, min=32, max=2048,
-                             tooltip="Width of each picture on the sheet, in pixels."),
+                             tooltip="Width of each picture on the sheet, in pixels. 192 is the default."),
                 io.String.Input("column_label", default="seed", optional=True,
                                 tooltip="What differs from column to column, written above each of them with its "
-                                        "number."),
+                                        "number: seed by default."),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The contact sheet, for SaveImage.")],
             is_input_list=True,

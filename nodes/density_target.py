@@ -77,8 +77,8 @@ class DensityTargetSampler(io.ComfyNode):
                             "to what the same noise gives without guidance (neutral with value 0); or every image alike."),
                 io.Float.Input(
                     "value", default=0.0, min=-20.0, max=20.0, step=0.01, round=0.0001,
-                    tooltip="Bits per dimension; more means more detail. Not used for the same for the whole batch. As a "
-                            "shift 0 is neutral."),
+                    tooltip="Bits per dimension (-log2 p / D); more means more detail. Not used for the same for the whole "
+                            "batch. As a shift 0 is neutral."),
                 io.Int.Input(
                     "reference_image", default=-1, min=-1, max=4095,
                     tooltip="For the same for the whole batch: the number of the image, from 0, whose unguided value all get. "
@@ -86,15 +86,16 @@ class DensityTargetSampler(io.ComfyNode):
                 io.Float.Input(
                     "tolerance", default=0.002, min=0.0, max=1.0, step=0.001, round=0.00001,
                     tooltip="Bits per dimension by which a pass may miss before another one corrects it. The error of the "
-                            "tracked value itself comes on top; more probes lower it."),
+                            "tracked value itself comes on top; more probes lower it. 0.002 is the default."),
                 io.Int.Input(
                     "max_passes", default=2, min=1, max=20,
-                    tooltip="Most guided passes after the unguided one; each is a whole sampling run, with as many model "
-                            "calls per step as probes asks for. 1 is the least."),
+                    tooltip="Number of guided passes, at most, after the unguided one; each is a whole sampling run, with as "
+                            "many model calls per step as probes asks for. 2 is the default."),
                 io.Int.Input(
                     "probes", default=1, min=1, max=64,
-                    tooltip="Random probes of the divergence per step. Each costs a model call with its derivative, which "
-                            "takes about two plain ones; or three calls where the model gives no derivative. 1 is the least."),
+                    tooltip="Number of random probes of the divergence per step. Each costs a model call with its "
+                            "derivative, which takes about two plain ones; or three calls where the model gives no "
+                            "derivative. 1 is the default and the least."),
             ],
             outputs=[io.Sampler.Output(
                 display_name="sampler",

@@ -39,7 +39,7 @@ class DensityTrace(io.ComfyNode):
                 io.Noise.Input("noise", tooltip="The starting noise, for instance of RandomNoise."),
                 io.Guider.Input("guider", tooltip="The model with its prompt, from BasicGuider or CFGGuider."),
                 io.Sampler.Input("sampler", tooltip="Any sampler but dpm_fast and dpm_adaptive, guided or not."),
-                io.Sigmas.Input("sigmas", tooltip="The noise levels, descending."),
+                io.Sigmas.Input("sigmas", tooltip="The noise levels sigma, descending."),
                 io.Latent.Input("latent_image", tooltip="The latent to start from, without a noise mask."),
                 io.Boolean.Input(
                     "exact_trace", default=False,

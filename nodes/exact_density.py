@@ -25,14 +25,14 @@ class LoadExactDensityModel(io.ComfyNode):
                             "SD3, Flux). The density is the same; neutral: any."),
                 io.Combo.Input(
                     "size", options=[str(s) for s in SIZES], default="64",
-                    tooltip="Width and height of the pictures in pixels."),
+                    tooltip="Width and height of the pictures in pixels. 64 is the default."),
                 io.Int.Input(
                     "component", default=-1, min=-1, max=127,
-                    tooltip="Which of the 128 pictures that the density is made of the conditioning asks for, like a "
-                            "prompt. -1 (neutral) asks for all."),
+                    tooltip="Number of the picture, of the 128 that the density is made of, that the conditioning asks for, "
+                            "like a prompt. -1 (neutral) asks for all."),
                 io.Int.Input(
                     "batch_size", default=4, min=1, max=64,
-                    tooltip="Number of pictures in the latent output, each with its own noise."),
+                    tooltip="Number of pictures in the latent output, each with its own noise. 4 is the default."),
             ],
             outputs=[
                 io.Model.Output(display_name="model",
@@ -68,8 +68,8 @@ class ExactLogDensity(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model of LoadExactDensityModel, patched or not."),
                 io.Latent.Input("latent", tooltip="What a sampler returned for the sigmas below."),
-                io.Sigmas.Input("sigmas", tooltip="The sigmas that made the latent; the density is read at the last "
-                                                  "one, which must be above 0 (cut the last step with SplitSigmas)."),
+                io.Sigmas.Input("sigmas", tooltip="The noise levels sigma that made the latent; the density is read at the "
+                                                  "last one, which must be above 0 (cut the last step with SplitSigmas)."),
             ],
             outputs=[
                 Floats.Output(display_name="bits_per_dim", tooltip="-log2 p / D of every image of the latent."),

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..dg_core import guidance, solver
 from ..dg_core.coordinates import Coordinates, coordinates_of
 from ..dg_core.statistics import compute_dtype, dimension, region_of
-from ..dg_core.units import quantile_to_z, require_number
+from ..dg_core.units import require_number
 
 WRAPPER_KEY = "density_guidance"
 
@@ -89,7 +89,7 @@ class GuidanceSettings:
     @property
     def neutral(self):
         quantiles, detail_shifts = self.quantiles or (self.quantile,), self.detail_shifts or (self.detail_shift,)
-        return not any(quantile_to_z(q) for q in quantiles) and not any(detail_shifts)
+        return all(q == 0.5 for q in quantiles) and not any(detail_shifts)
 
     @property
     def per_image(self):
@@ -130,8 +130,8 @@ class Steering:
             model_sampling, sigmas.tolist(), coordinates, settings.start_percent, settings.end_percent)
         if guided.log_range == 0:
             logging.warning(
-                "Density guidance: no step of this run of %d lies between start_percent %g and end_percent %g, the last step to "
-                "zero noise and pure noise not counted; nothing is guided.",
+                "Density guidance: no step of this run of %d lies between start_percent %g and end_percent %g, the last step "
+                "to zero noise and pure noise not counted; nothing is guided.",
                 max(len(sigmas) - 1, 0), settings.start_percent, settings.end_percent)
             return None
         require_one_part(guider)
@@ -198,8 +198,8 @@ def advice(sampler_name, model_options):
     sentences = []
     if "cfg_pp" in sampler_name:
         sentences.append(
-            f"{sampler_name} renoises with a prediction that is not guided, so that the shift is not the one asked for (measured "
-            "from 0.6 to 43 times as much): use a smaller one, or the sampler without _cfg_pp")
+            f"{sampler_name} renoises with a prediction that is not guided, so that the shift is not the one asked for "
+            "(measured from 0.6 to 43 times as much): use a smaller one, or the sampler without _cfg_pp")
     elif STOCHASTIC.search(sampler_name):
         sentences.append(
             f"{sampler_name} adds noise at every step and so forgets part of the guidance (measured, mostly 0.3 to 0.5 of the "

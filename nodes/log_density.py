@@ -44,19 +44,22 @@ class LogDensity(io.ComfyNode):
                 io.Int.Input(
                     "steps", default=32, min=2, max=1000,
                     tooltip="Number of noise levels at which the model is evaluated, N. More lowers the error, with the "
-                            "square root of N; 32 is a good start."),
+                            "square root of N; 32 is the default, a good start."),
                 io.Int.Input(
                     "probes", default=1, min=1, max=64,
                     tooltip="Number of random probes per evaluation, for the divergence. Each costs a model call with its "
                             "derivative, which takes about two plain ones; or three calls where the model gives no "
-                            "derivative. The error falls with the square root of their number. 1 is the least."),
+                            "derivative. The error falls with the square root of their number. 1 is the default "
+                            "and the least."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Seed of the probes. Another seed gives another draw of the error, the same seed the same number."),
+                    tooltip="Seed of the probes. Another seed gives another draw of the error, the same seed the same "
+                            "number. No unit; neutral: any."),
                 io.Float.Input(
                     "noise_floor", default=0.05, min=0.0001, max=100.0, step=0.01, round=0.0001,
                     tooltip="Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is "
-                            "added: the latent is taken as it is. Must lie in the model's range. No unit."),
+                            "added: the latent is taken as it is. Must lie in the model's range. No unit; 0.05 is the "
+                            "default."),
             ],
             outputs=[
                 Floats.Output(display_name="bits_per_dim",

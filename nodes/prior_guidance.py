@@ -54,11 +54,12 @@ def _inputs():
     return [
         io.Float.Input(
             "quantile", default=0.5, min=0.001, max=0.999, step=0.01, round=0.001,
-            tooltip="Quantile q of the noise's own log-density. 0.5 is the median norm; above 0.5 a smaller norm and a "
-                    "smoother image, below it more detail. No unit."),
+            tooltip="Quantile q of the noise's own log-density, which gives its norm r. 0.5 is the default, the median norm; "
+                    "above it a smaller norm and a smoother image, below it more detail. No unit. Neutral: any, with "
+                    "match_quantile off."),
         io.Float.Input(
             "scale", default=1.0, min=0.0, max=10.0, step=0.001, round=0.0001,
-            tooltip="Extra factor on the noise, after the quantile. 1 is neutral; larger gives more detail. No unit."),
+            tooltip="Extra factor on the noise n, after the quantile. 1 is neutral; larger gives more detail. No unit."),
         io.Boolean.Input(
             "match_quantile", default=True,
             tooltip="On: give the noise of every image the norm of the quantile, so that seeds start alike. "

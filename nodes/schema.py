@@ -50,11 +50,11 @@ def per_image_inputs():
         Floats.Input(
             "quantiles", optional=True,
             tooltip="Quantiles q, one for each image of the batch, in the place of quantile; a single number goes to all. "
-                    "No unit. Not connected (neutral): quantile."),
+                    "No unit, 0.5 is neutral. Not connected (neutral): quantile."),
         Floats.Input(
             "detail_shifts", optional=True,
-            tooltip="Shifts in bits per dimension, one for each image of the batch, in the place of detail_shift; a single "
-                    "number goes to all. Not connected (neutral): detail_shift."),
+            tooltip="Shifts in bits per dimension (-log2 p / D), one for each image of the batch, in the place of "
+                    "detail_shift; a single number goes to all. 0 is neutral. Not connected (neutral): detail_shift."),
     ]
 
 
@@ -75,8 +75,8 @@ def mask_input():
     """mask: where guidance acts."""
     return io.Mask.Input(
         "mask", optional=True,
-        tooltip="Where the node acts and how strongly, from 0 to 1: any size, soft edges, one mask for all or one per image "
-                "(per frame of a video). quantile and detail_shift then count this region. Not connected (neutral): "
+        tooltip="Where the node acts and how strongly, w from 0 to 1: any size, soft edges, one mask for all or one per image "
+                "(per frame of a video). quantile and detail_shift then count this region. No unit. Not connected (neutral): "
                 "everywhere.")
 
 
@@ -85,8 +85,8 @@ def curve_input():
     return Floats.Input(
         "curve", optional=True,
         tooltip="How the strength is spread over the guided part of the sampling: numbers from its beginning to its end, "
-                "evenly spaced in log-SNR. Only their ratios count; the whole shift stays the same. The node shows it as a "
-                "plot. Not connected (neutral): evenly.")
+                "evenly spaced in log-SNR. No unit: only their ratios count, and the whole shift stays the same. The node "
+                "shows it as a plot. Not connected (neutral): evenly.")
 
 
 def guidance_inputs():

@@ -49,15 +49,15 @@ class ScoreAlignmentCheck(io.ComfyNode):
                 io.Float.Input(
                     "end_percent", default=0.95, min=0.05, max=1.0, step=0.01, round=0.001,
                     tooltip="Share of the sampling after which alignment is read; the image is finished all the same. "
-                            "The score is ill-conditioned near zero noise. 0.95 is neutral; 1 reads at the last sigma "
+                            "The score is ill-conditioned near zero noise. 0.95 is the default; 1 reads at the last sigma "
                             "above 0."),
                 io.Int.Input(
                     "probes", default=1, min=1, max=64,
-                    tooltip="Random probes per step for the way without the score: n probes divide its noise by "
-                            "sqrt(n), at 4 calls each. 1 is neutral."),
+                    tooltip="Number of random probes per step for the way without the score: n probes divide its noise by "
+                            "sqrt(n), at 4 calls each. 1 is the default."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                    tooltip="Seed of the probes only; the noise has its own. Any value is neutral."),
+                    tooltip="Seed of the probes only; the noise has its own. No unit; neutral: any."),
                 io.Float.Input(
                     "detail_shift", default=0.02, min=-2.0, max=2.0, step=0.01, round=0.0001, optional=True,
                     tooltip="Wanted change in bits per dimension (-log2 p / D); positive: more detail. The scale "
@@ -65,7 +65,7 @@ class ScoreAlignmentCheck(io.ComfyNode):
                 io.Float.Input(
                     "scale_step", default=0.01, min=0.0001, max=0.2, step=0.001, round=0.0001, optional=True,
                     tooltip="h of the finite scale method: it compares noise times 1 - h and 1 + h. Smaller is closer "
-                            "to the derivative, until rounding takes over. 0.01 is neutral."),
+                            "to the derivative, until rounding takes over. No unit; 0.01 is the default."),
                 io.Sampler.Input(
                     "sampler", optional=True,
                     tooltip="The sampler of the finite scale method, any of ComfyUI's; the other methods have their "
@@ -75,7 +75,7 @@ class ScoreAlignmentCheck(io.ComfyNode):
                 io.Boolean.Output(display_name="aligned",
                                   tooltip="True where scaling works for every image of the batch."),
                 io.Float.Output(display_name="cosine",
-                                tooltip="Smallest cosine of the batch, from -1 to 1: above 0 is aligned."),
+                                tooltip="Smallest cosine of the batch, from -1 to 1: above 0 is aligned. No unit."),
                 io.String.Output(display_name="report",
                                  tooltip="Numbers for every image, the profile, the cost, and what to do."),
                 io.Image.Output(display_name="plot",

@@ -107,10 +107,10 @@ class StochasticDetailVariation(io.ComfyNode):
                             "is as much as an SDE sampler adds. No unit."),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
-                    tooltip="For custom: share of the sampling at which noise begins. 0 (default) is pure noise."),
+                    tooltip="For custom: share of the sampling at which noise begins. 0 (neutral) is pure noise."),
                 io.Float.Input(
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
-                    tooltip="For custom: share of the sampling at which noise ends. 1 (default) is the finished image. The "
+                    tooltip="For custom: share of the sampling at which noise ends. 1 (neutral) is the finished image. The "
                             "last step to zero noise gets none."),
                 io.Int.Input(
                     "variation_seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
@@ -120,16 +120,17 @@ class StochasticDetailVariation(io.ComfyNode):
                     "correction", options=list(CORRECTIONS), default="expected",
                     tooltip="How the change of log-density by the noise is undone. expected: at no extra model call, with "
                             "noise in every second step. hutchinson: 1 + probes calls in a step with noise, more exact. "
-                            "exact: 1 + 2 probes calls."),
+                            "exact: 1 + 2 probes calls. Neutral: any, with strength 0."),
                 io.Int.Input(
                     "probes", default=1, min=1, max=MAX_PROBES,
-                    tooltip="Pieces into which hutchinson and exact cut the noise of a step, each corrected by itself; every "
-                            "one costs model calls. 1 is the least, and enough up to strength 1."),
+                    tooltip="Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by "
+                            "itself; every one costs model calls. 1 is the default and the least, and enough up to strength "
+                            "1."),
                 *per_image_inputs(),
                 Floats.Input(
                     "variation_index", optional=True,
                     tooltip="Which variation of the seed each image of the batch gets, from 0; images with the same number "
-                            "get the same noise. Not connected (neutral): one for each starting noise."),
+                            "get the same noise. No unit. Not connected (neutral): one for each starting noise."),
                 mask_input(),
             ],
             outputs=[io.Sampler.Output(
@@ -161,17 +162,21 @@ class VariationGrid(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The latent to vary; the first image of it is taken."),
                 io.String.Input(
                     "quantiles", default="0.3, 0.5, 0.7",
-                    tooltip="The quantile of each row, separated by commas, between 0.001 and 0.999. 0.5 is neutral."),
-                io.Int.Input("variations", default=4, min=1, max=MAX_VARIATIONS, tooltip="Number of variations in each row."),
+                    tooltip="The quantile q of each row, separated by commas, between 0.001 and 0.999. 0.5 is neutral. No "
+                            "unit."),
+                io.Int.Input("variations", default=4, min=1, max=MAX_VARIATIONS,
+                             tooltip="Number of variations in each row. 4 is the default."),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The batch, row by row, for the sampler."),
-                Floats.Output(display_name="quantiles", tooltip="For the input quantiles of the variation node."),
+                Floats.Output(display_name="quantiles", tooltip="Quantile q of each image, for the input quantiles of the "
+                                                                "variation node."),
                 Floats.Output(display_name="variation_index",
-                              tooltip="For the input variation_index of the variation node."),
+                              tooltip="Number of each image in its row, for the input variation_index of the variation node."),
                 io.Float.Output(display_name="levels", is_output_list=True,
-                                tooltip="The quantile of each row, for the labels of a contact sheet."),
-                io.Int.Output(display_name="columns", tooltip="Images in a row, for the batch size of RebatchImages."),
+                                tooltip="The quantile q of each row, for the labels of a contact sheet."),
+                io.Int.Output(display_name="columns",
+                              tooltip="Number of images in a row, for the batch size of RebatchImages."),
             ],
         )
 

@@ -1,5 +1,6 @@
 """What guidance costs: time, memory and synchronisation per step, against the host's own Euler."""
 
+import ctypes
 import time
 
 import pytest
@@ -11,12 +12,20 @@ SHAPES = pytest.mark.parametrize("shape", [(1, 4, 128, 128), (4, 16, 128, 128)],
 MODELS = pytest.mark.parametrize("model_type", ["EPS", "FLOW"])
 
 
-def prepared(model_type, shape, steps, sampler):
+@pytest.fixture(scope="module", autouse=True)
+def _kept_pages():
+    """Freed memory stays with the process: whether glibc returns it, and faults it in anew, depends on what ran before."""
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold = -1, -3
+    assert libc.mallopt(trim_threshold, 2**30) and libc.mallopt(mmap_threshold, 2**25)
+
+
+def prepared(model_type, shape, steps, sampler, cfg=1.0):
     """A run of the host, ready to call, with a network that returns its input."""
     model = h.free_model(model_type)
     schedule = h.schedule(model, steps)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return lambda: h.free_run(model, sampler, schedule, noise)
+    return lambda: h.free_run(model, sampler, schedule, noise, cfg)
 
 
 def ways():
@@ -24,20 +33,22 @@ def ways():
         "plain": h.core_sampler("euler"),
         "guided": h.guided_sampler(0.3, 0.1, sampler="euler"),
         "own": h.guided_sampler(0.3, 0.1),
+        "masked": h.guided_sampler(0.3, 0.1, sampler="euler", mask=torch.ones(1, 8, 8), curve=[1.0, 2.0]),
     }
 
 
-@pytest.mark.xfail(reason="not reached yet: 1.12 to 1.18 with a network that costs nothing, one image of 4 x 128 x 128")
+@pytest.mark.xfail(reason="not reached reliably: 1.08 to 1.12 with CFG 7, 1.10 to 1.15 with CFG 1, where the host does least")
+@pytest.mark.parametrize("cfg", [1.0, 7.0])
 @SHAPES
 @MODELS
-def test_guided_euler_takes_at_most_a_tenth_more_time(model_type, shape):
+def test_guided_euler_takes_at_most_a_tenth_more_time(model_type, shape, cfg):
     """Side by side, interleaved, in the time of this thread alone; the fastest of many rounds of each."""
     samplers = ways()
-    runs = {name: prepared(model_type, shape, 20, samplers[name]) for name in ("plain", "guided")}
+    runs = {name: prepared(model_type, shape, 20, samplers[name], cfg) for name in ("plain", "guided")}
     best = dict.fromkeys(runs, float("inf"))
     for run in runs.values():
         run()
-    deadline = time.perf_counter() + 8
+    deadline = time.perf_counter() + 4
     rounds = 0
     while rounds < 8 or (best["guided"] > 1.05 * best["plain"] and time.perf_counter() < deadline):
         rounds += 1
@@ -46,7 +57,8 @@ def test_guided_euler_takes_at_most_a_tenth_more_time(model_type, shape):
             run()
             best[name] = min(best[name], time.thread_time() - start)
     ratio = best["guided"] / best["plain"]
-    print(f"{model_type} {shape}: {1e3 * best['plain']:.1f} ms plain, {ratio:.3f} times that guided, {rounds} rounds")
+    print(f"{model_type} {shape} CFG {cfg:g}: {1e3 * best['plain']:.1f} ms plain, {ratio:.3f} times that guided, "
+          f"{rounds} rounds")
     assert ratio <= 1.10
 
 
@@ -75,7 +87,8 @@ def test_no_synchronisation_inside_a_step(model_type, shape):
     """What guidance reads from the device does not grow with the steps; the own solver reads no more than Euler."""
     few, many = ({name: synchronisations(model_type, shape, steps, s) for name, s in ways().items()}
                  for steps in (4, 12))
-    assert many["guided"] - many["plain"] == few["guided"] - few["plain"]
+    for name in ("guided", "masked"):
+        assert many[name] - many["plain"] == few[name] - few["plain"]
     assert many["own"] - few["own"] <= many["plain"] - few["plain"]
 
 

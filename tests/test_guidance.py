@@ -130,6 +130,37 @@ def test_guided_prediction_moves_euler_along_eta_eps(coordinates, sigma):
     assert torch.allclose(stepped, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("coordinates, changed", [
+    (VE, {8.0: True, 4.0: True, 1.0: False}), (FLOW, {1.0: False, 0.75: True, 0.1: False})])
+@pytest.mark.parametrize("z", [-1.3, torch.tensor([-1.3, 0.5, 2.0], dtype=torch.float64)], ids=["one z", "z of each"])
+def test_on_a_cpu_and_elsewhere_the_guided_prediction_is_the_same(coordinates, changed, z):
+    """On a CPU images are guided one by one, with floats; on a device, and with weights, all at once, with tensors."""
+    x, denoised = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(10)).unbind()
+    *_, low = changed
+    guided = guidance.guided_range([*changed, 0.05], coordinates, sigma_low=low)
+    for sigma, expected in changed.items():
+        denoised[1] = x[1] / max(1 - coordinates.slope * sigma, 0.01)  # eps = 0
+        one_by_one, at_once = (
+            guidance.PredictionGuide(coordinates, z, 256, guided, weights)(x, denoised, torch.full((3,), sigma))
+            for weights in (None, torch.ones(1, 1, 1, 1)))
+        assert torch.allclose(one_by_one, at_once, rtol=1e-6, atol=1e-6)
+        assert torch.allclose(one_by_one[1], denoised[1])
+        assert torch.equal(one_by_one, denoised) != expected
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 17, 19), (16, 4, 31, 33)])
+def test_an_image_is_guided_alike_wherever_it_lies_in_a_batch(shape):
+    """Its memory begins elsewhere there: these sizes are no multiple of what a processor takes at once."""
+    x, denoised = torch.randn(2, *shape, generator=torch.Generator().manual_seed(11)).unbind()
+
+    def guided(*images):
+        guide = guidance.PredictionGuide(VE, -20.0, x[0].numel(), guidance.guided_range(SCHEDULE, VE))
+        return guide(*images, torch.full((len(images[0]),), 2.0))
+
+    alone = [guided(x[i:i + 1].clone(), denoised[i:i + 1].clone()) for i in range(len(x))]
+    assert torch.equal(torch.cat(alone), guided(x, denoised))
+
+
 def test_prediction_outside_the_range_is_unchanged():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
     r = guidance.guided_range([8.0, 4.0, 2.0, 1.0, 0.0], VE, sigma_high=4.0)

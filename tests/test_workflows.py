@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 import urllib.request
 from pathlib import Path
@@ -208,6 +209,35 @@ def test_node_describes_itself(node_id, object_info):
         assert len(options.get("tooltip", "")) > 10, f"input {name} has no tooltip"
     assert info["output"] and len(info["output_tooltips"]) == len(info["output"])
     assert all(len(tooltip or "") > 10 for tooltip in info["output_tooltips"])
+
+
+# Where the maths has a symbol for a socket, its tooltip names it.
+SYMBOLS = {
+    "quantile": "q", "quantiles": "q", "detail_shift": "-log2 p / D", "detail_shifts": "-log2 p / D",
+    "bits_per_dim": "-log2 p / D", "target": "-log2 p / D", "mask": "w", "strength": "c",
+    "sigmas": "sigma", "noise_floor": "s = sigma / alpha", "scale_step": "h", "steps": "N",
+}
+UNIT = re.compile("No unit|no unit|[Bb]its per dimension|pixels|[Ss]hare of the sampling|[Nn]umber of")
+NUMBER = r"(-?[0-9.]*[0-9])"
+NEUTRAL = re.compile(rf"(?:^|[ (]){NUMBER},? (?:is neutral|\(neutral\)|is the default)")
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_tooltips_name_symbol_unit_and_neutral_value(node_id, object_info):
+    info = object_info[node_id]
+    for name, options in inputs_in(info).items():
+        tooltip, kind = options["tooltip"], specs_in(info)[name][0]
+        assert re.search(rf"(?<![a-z]){re.escape(SYMBOLS.get(name, ''))}(?![a-z])", tooltip), f"{name} has no symbol"
+        if kind in ("INT", "FLOAT") and "default" in options:
+            assert UNIT.search(tooltip), f"{name} has no unit"
+            neutral = [float(number) for number in NEUTRAL.findall(tooltip)]
+            assert {options["default"], 0} & {*neutral} or "eutral: any" in tooltip, f"{name} has no neutral value"
+        elif "default" in options and kind != "STRING":
+            assert re.search("[Nn]eutral|default", tooltip), f"{name} has no neutral value"
+        elif name in info["input"].get("optional", {}) and kind != "STRING":
+            assert "Not connected (neutral)" in tooltip, f"{name} does not say what it is without a link"
+    for name, tooltip in zip(info["output_name"], info["output_tooltips"], strict=True):
+        assert SYMBOLS.get(name, "") in tooltip, f"output {name} has no symbol"
 
 
 @pytest.mark.parametrize("node_id", NODE_IDS)
