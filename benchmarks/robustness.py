@@ -180,8 +180,8 @@ def explore(count, number):
 
 def readme_line(results):
     outcomes = results["outcomes"]
-    return (f"{results['examples']:,} random runs ended in a finite picture ({outcomes['finite']:,}) or, before any model call, "
-            f"with a reason ({outcomes['refused with a reason']:,}), in {results['minutes']} minutes")
+    return (f"{results['examples']:,} random runs ended in a finite picture ({outcomes['finite']:,}) or, before any model "
+            f"call, with a reason ({outcomes['refused with a reason']:,}), in {results['minutes']} minutes")
 
 
 def main():
