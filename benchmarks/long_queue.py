@@ -66,8 +66,8 @@ def memory_after_each(host, count):
 
 
 def readme_line(results):
-    return (f"{results['prompts']} queued prompts of mixed nodes: {results['failed']} failed, and the server's memory changed by "
-            f"{results['growth']:+.1%} after the {SETTLED}th")
+    return (f"{results['prompts']} queued prompts of mixed nodes: {results['failed']} failed, and the server's memory changed "
+            f"by {results['growth']:+.1%} after the {SETTLED}th")
 
 
 def main():

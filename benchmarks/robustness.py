@@ -179,9 +179,10 @@ def explore(count, number):
 
 
 def readme_line(results):
-    outcomes = results["outcomes"]
-    return (f"{results['examples']:,} random runs ended in a finite picture ({outcomes['finite']:,}) or, before any model call, "
-            f"with a reason ({outcomes['refused with a reason']:,}), in {results['minutes']} minutes")
+    finite, refused = (results["outcomes"][key] for key in ("finite", "refused with a reason"))
+    return (f"{results['examples']:,} random runs ended in a finite picture ({finite:,}) or, before any model call, with a "
+            f"reason ({refused:,}), and {results['examples'] - finite - refused} do not work without the pack either; "
+            f"{results['minutes']} minutes")
 
 
 def main():

@@ -110,6 +110,23 @@ def test_neutral_hangs_nothing_into_the_host(settings):
     assert hooks(model, h.guided_sampler(0.2, sampler="euler"))[1]["predict_noise"] == 2  # the comparison can tell
 
 
+@pytest.mark.parametrize("name", [None, "euler"], ids=["own", "euler"])
+def test_a_guider_that_is_used_again_is_as_new(name):
+    """In a graph of several stages one GUIDER serves several samplers: none leaves anything in it."""
+    model = h.exact_model("flow")
+    guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
+    schedule, options = h.schedule(model, 4), repr(guider.model_options)
+
+    def run(quantile):
+        sampler = h.guided_sampler(quantile, sampler=name)
+        samples = h.outputs(h.custom.SamplerCustomAdvanced, h.random_noise(), guider, sampler, schedule, h.empty_latent())
+        assert repr(guider.model_options) == options
+        return samples[0]["samples"]
+
+    plain, guided = run(0.5), run(0.2)
+    assert torch.equal(run(0.5), plain) and torch.equal(run(0.2), guided) and not torch.equal(guided, plain)
+
+
 def test_neutral_model_patch_returns_the_model():
     model = h.exact_model("eps")
     assert h.guided_model(model) is model
