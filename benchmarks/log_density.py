@@ -16,6 +16,7 @@ from ..dg_core import jacobian
 from ..dg_core import log_density as ld
 from ..dg_core.coordinates import FLOW, VE
 from ..dg_core.exact_density import ExactDensity, idct
+from ..dg_core.levels import noise_levels
 from ..nodes import density_target as dt
 from ..nodes import exact_model
 
@@ -65,7 +66,7 @@ class Known:
 def ours(known, kind, y, evaluations, seed=None):
     """`Readout` with one probe a level from `seed`, or with the exact divergence."""
     coordinates = COORDINATES[kind]
-    levels = ld.noise_levels(FLOOR[kind], TOP[kind], evaluations - math.isfinite(TOP[kind]), known.dim)
+    levels = noise_levels(FLOOR[kind], TOP[kind], evaluations - math.isfinite(TOP[kind]), known.dim)
     predict = known.predict(coordinates)
     look = known.exact_look(coordinates) if seed is None else ld.ProbedModel(
         predict, coordinates, jacobian.FORWARD, seed=seed)

@@ -25,6 +25,7 @@ so that the score is needed at the start only, where it is the prior's.
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +35,14 @@ from scipy.interpolate import CubicSpline
 from . import jacobian
 from .coordinates import eps_from_denoised, log_snr
 from .guidance import GuidedRange
+from .levels import noise_levels
 from .solver import solve
 from .units import bits_per_dim_to_nats, nats_to_bits_per_dim
 
 TANGENT_ORDER = 4  # of the solver, for state and tangent together
 _UNGUIDED = GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
 SCALE_RANGE = (0.5, 2.0)
+_STRATA = 4
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Differentiate:
     def __init__(self, predict, method, dtype=torch.float32, probes=0, seed=0, indices=None):
         self._predict, self._method, self._dtype = predict, method, dtype
         self._probes, self._seed, self._indices = probes, seed, indices
-        self._drawn, self._latest = 0, None
+        self._drawn, self._stretched = 0, deque(maxlen=_STRATA)
 
     def __call__(self, x, sigma, tangent):
         def predict(x):
@@ -94,22 +97,36 @@ class Differentiate:
         steps = jacobian.trace_steps(x, tangent, self._dtype, self._method, sigma)
         denoised, derivative, t = jacobian.trace_derivative(
             predict, x, tangent, lambda derivative: self._draw(x, derivative), self._method, steps)
-        self._latest = derivative
+        if self._method != jacobian.FORWARD:
+            self._stretched.appendleft(derivative)
         return denoised, derivative, t
 
     def _draw(self, x, derivative):
-        """Probes stratified along what the denoiser's Jacobian just stretched, here or at the node before: it changes
-        most where it is largest."""
-        direction = self._latest if derivative is None else derivative
+        """Probes stratified along what the denoiser's Jacobian stretched at the last nodes, this one (where it is known
+        before the probes) among them: it changes most where it is largest."""
+        if derivative is not None:
+            self._stretched.appendleft(derivative)
         probes = []
         for _ in range(self._probes):
+            signs = [jacobian.random_signs(self._seed, self._drawn, place, self._indices, x)
+                     for place in range(len(self._stretched))]
             probe = jacobian.rademacher(x, self._seed, self._drawn, self._indices)
-            if direction is not None:
-                signs = jacobian.random_signs(self._seed, self._drawn, self._indices, x)
-                probe = jacobian.stratified(probe, direction, signs)
-            probes.append(probe)
+            probes.append(jacobian.stratified(probe, self._stretched, signs))
             self._drawn += 1
         return probes
+
+
+def nodes_between(s_start, s_stop, count, dim, coordinates):
+    """`count` sigmas (at least 3) from the noise level s_start, which may be infinite, down to s_stop: where tangents bend.
+
+    They are equally spaced on `levels.clock`. A solver has no past at its first node: where that is not pure noise, so that
+    the flow bends there already, the two steps after it grow by halves.
+    """
+    graded = min(2, count - 3) if math.isfinite(s_start) else 0
+    levels = noise_levels(s_stop, s_start, count - graded, dim)[::-1]
+    ratio = levels[1] / s_start
+    first = [s_start * ratio ** (0.5**k) for k in range(graded, 0, -1)]
+    return [coordinates.sigma(s) for s in (s_start, *first, *levels[1:])]
 
 
 def calls_per_evaluation(method, probes=0):
@@ -147,10 +164,10 @@ def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, sto
         """The solver has corrected state and tangent with the call at this node."""
         x, tangent = pair.split(batch)
         if len(alignment) <= stop:
-            sigma, eps = latest["sigma"], latest["eps"].flatten(1)
+            sigma, eps = latest["sigma"], latest["eps"]
             # <-eps / sin(theta), w>, where the radius sqrt(alpha^2 + sigma^2) of sin and w cancels
-            alignment.append(-(eps * tangent.flatten(1)).sum(1, dtype=wide) / sigma)
-            norms.append(torch.linalg.vector_norm(eps, dim=1, dtype=wide)
+            alignment.append(-jacobian.probe_trace(eps, tangent) / sigma)
+            norms.append(torch.linalg.vector_norm(eps.flatten(1), dim=1, dtype=wide)
                          * torch.linalg.vector_norm(tangent.flatten(1), dim=1, dtype=wide) / sigma)
             if latest["t"] is not None:
                 curvature.append(latest["t"].to(wide) * (coordinates.alpha(sigma)**2 + sigma**2) / sigma)

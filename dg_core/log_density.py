@@ -8,13 +8,12 @@ u(theta), whatever chose it, the log-density p of u obeys the exact differential
 
 in which F is the probability-flow ODE, -eps / sin(theta) the score of u, and the identity part of the divergence is
 integrated exactly. So errors of a solver do not count: what its states stray from the flow is charged at the score.
-Source of the rate: arXiv 2502.05807, section 4; the form above, the placement of levels and the end: derived here.
+Source of the rate: arXiv 2502.05807, section 4; the form above and the end: derived here.
 
 symbol     name         unit
 Dhat       -            Jacobian of denoised with respect to y, see `jacobian`
 tr Dhat    trace        1; between 0 (noise rules) and D (the picture rules)
 log p      log_prob     nats of one image; log p_y = log p_u + D ln cos(theta)
-R, S       -            0.2 and 3 sqrt(D): noise levels between which pictures of D numbers become one
 """
 
 import math
@@ -27,62 +26,29 @@ from scipy.interpolate import CubicSpline
 
 from .coordinates import eps_from_denoised
 from .jacobian import FORWARD, derivative_in_ve, difference_step, probe_trace, rademacher, sum_dtype
+from .levels import clock, clock_rate
 from .solver import denoised_weights, eps_weights
 from .statistics import squared_norm
 from .units import nats_to_bits_per_dim, require_number
 
 _DEFECT_NODES = 4
 _COMPARABLE = 0.1, 10.0  # ratio of two traces, within which their diagonals are taken to have one shape
-_MERGING = 0.2, 3.0  # R and S over sqrt(D)
 
 
-# --- where to look -----------------------------------------------------------------------------------------------
-
-
-def noise_levels(s_low, s_high, count, dim):
-    """`count` noise levels from s_low up to s_high (may be infinite), equally spaced on `clock`: a list of floats.
-
-    Raises ValueError unless 0 < s_low < s_high and count >= 2.
-    """
-    if count < 2:
-        raise ValueError(f"steps is {count}; a log-density takes at least 2 model evaluations")
-    if not 0 < s_low < s_high:
-        raise ValueError(f"the noise levels are {s_low:.4g} to {s_high:.4g}; they must ascend from above 0")
-    merging, merged = _merging(dim)
-    ticks = np.exp(np.linspace(clock(s_low, dim), clock(s_high, dim), count)[1:-1])
-    # exp(clock) = s (1 + s/R) / (1 + s/S)^2, solved for s
-    square, linear = 1 / merging - ticks / merged**2, 1 - 2 * ticks / merged
-    return [s_low, *(2 * ticks / (linear + np.sqrt(linear**2 + 4 * square * ticks))).tolist(), s_high]
-
-
-def clock(s, dim):
-    """The clock ln s + ln(1 + s/R) - 2 ln(1 + s/S), finite at s = infinity.
-
-    It is ln s far below R; between R and S, where few dimensions decide between pictures and tr Dhat has narrow peaks, it runs
-    up to twice as fast; above S it comes to a rest.
-    """
-    merging, merged = _merging(dim)
-    if math.isinf(s):
-        return math.log(merged**2 / merging)
-    return math.log(s) + math.log1p(s / merging) - 2 * math.log1p(s / merged)
-
-
-def _merging(dim):
-    return (ratio * dim**0.5 for ratio in _MERGING)
+# --- the weights of what is seen ----------------------------------------------------------------------------------
 
 
 def trace_weights(levels, dim):
     """Weights of tr Dhat at noise levels s (monotonic) in its integral over ln s from the first to the last: an array.
 
-    Integrates the cubic spline of tr Dhat dln(s)/dclock on the clock. At s = infinity tr Dhat is 0 and so is its weight.
+    Integrates the cubic spline of tr Dhat dln(s)/dclock on the clock of `levels`. At s = infinity tr Dhat is 0 and so is its weight.
     """
     ticks = np.array([clock(s, dim) for s in levels])
     if len(ticks) < 2:
         return np.zeros(len(ticks))
     up = ticks[-1] > ticks[0]
     spline = CubicSpline(*((ticks, np.eye(len(ticks))) if up else (ticks[::-1], np.eye(len(ticks))[::-1])))
-    merging, merged = _merging(dim)
-    rate = np.array([1 + s / (s + merging) - 2 * s / (s + merged) if math.isfinite(s) else math.inf for s in levels])
+    rate = np.array([clock_rate(s, dim) if math.isfinite(s) else math.inf for s in levels])
     return spline.integrate(ticks[0], ticks[-1]) / rate
 
 

@@ -285,25 +285,28 @@ def test_stratified_probes_leave_every_trace_as_it_is():
     dim = 4
     generator = torch.Generator().manual_seed(12)
     matrix = torch.randn(dim, dim, dtype=torch.float64, generator=generator)
-    patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * (dim + 1))
-    direction = 3 * torch.randn(dim, dtype=torch.float64, generator=generator)
-    probes = jacobian.stratified(patterns[:, :dim], direction.expand(len(patterns), dim), patterns[:, dim])
+    patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * (dim + 2))
+    directions = 3 * torch.randn(2, dim, dtype=torch.float64, generator=generator)
+    probes = jacobian.stratified(
+        patterns[:, :dim], [d.expand(len(patterns), dim) for d in directions], [patterns[:, dim], patterns[:, dim + 1]])
     values = torch.einsum("bi,ij,bj->b", probes, matrix, probes)
     assert float(values.mean()) == pytest.approx(float(matrix.trace()), rel=1e-12)
-    # and of a matrix of rank one along the direction no value differs
-    along = direction[:, None] * direction
-    assert torch.einsum("bi,ij,bj->b", probes, along, probes).std() < 1e-12 * along.trace()
+    # and of a matrix of rank one along the first direction, or along what the second adds to it, no value differs
+    second = directions[1] - directions[0] * (directions[0] @ directions[1]) / directions[0].square().sum()
+    for direction in (directions[0], second):
+        along = direction[:, None] * direction
+        assert torch.einsum("bi,ij,bj->b", probes, along, probes).std() < 1e-12 * along.trace()
 
 
-def test_stratified_with_no_direction_is_the_probe():
+def test_stratified_along_nothing_is_the_probe():
     probe = jacobian.rademacher(torch.zeros(2, 5), 0, 0)
-    assert torch.equal(jacobian.stratified(probe, torch.zeros(2, 5), torch.ones(2)), probe)
+    assert torch.equal(jacobian.stratified(probe, [torch.zeros(2, 5)], [torch.zeros(2)]), probe)
 
 
 def test_signs_belong_to_the_image():
     x = torch.zeros(3, 4)
-    signs = jacobian.random_signs(5, 2, None, x)
-    assert torch.equal(signs[2:], jacobian.random_signs(5, 2, [2], x[:1])) and set(signs.tolist()) <= {-1.0, 1.0}
-    many = torch.cat([jacobian.random_signs(5, call, None, x) for call in range(200)])
+    signs = jacobian.random_signs(5, 2, 0, None, x)
+    assert torch.equal(signs[2:], jacobian.random_signs(5, 2, 0, [2], x[:1])) and set(signs.tolist()) <= {-1.0, 1.0}
+    many = torch.cat([jacobian.random_signs(5, call, place, None, x) for call in range(100) for place in range(2)])
     first = torch.cat([jacobian.rademacher(x, 5, call)[:, 0] for call in range(200)])
     assert abs(float(many.mean())) < 4 / 600**0.5 and abs(float((many * first).mean())) < 4 / 600**0.5
