@@ -35,7 +35,6 @@ from scipy.interpolate import CubicSpline
 from . import jacobian
 from .coordinates import eps_from_denoised, log_snr
 from .guidance import GuidedRange
-from .levels import noise_levels
 from .solver import solve
 from .units import bits_per_dim_to_nats, nats_to_bits_per_dim
 
@@ -114,19 +113,6 @@ class Differentiate:
             probes.append(jacobian.stratified(probe, self._stretched, signs))
             self._drawn += 1
         return probes
-
-
-def nodes_between(s_start, s_stop, count, dim, coordinates):
-    """`count` sigmas (at least 3) from the noise level s_start, which may be infinite, down to s_stop: where tangents bend.
-
-    They are equally spaced on `levels.clock`. A solver has no past at its first node: where that is not pure noise, so that
-    the flow bends there already, the two steps after it grow by halves.
-    """
-    graded = min(2, count - 3) if math.isfinite(s_start) else 0
-    levels = noise_levels(s_stop, s_start, count - graded, dim)[::-1]
-    ratio = levels[1] / s_start
-    first = [s_start * ratio ** (0.5**k) for k in range(graded, 0, -1)]
-    return [coordinates.sigma(s) for s in (s_start, *first, *levels[1:])]
 
 
 def calls_per_evaluation(method, probes=0):

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..dg_core import alignment, jacobian
 from ..dg_core.coordinates import coordinates_of, eps_from_denoised, log_snr, score_from_eps
-from ..dg_core.levels import snapped
+from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
@@ -231,9 +231,10 @@ class _Run:
             calls(method), forward, len(sigmas) - 1, why)
 
     def _placed(self):
-        """(sigmas, stop): the schedule with as many noise levels down to `stop`, where derivatives want them."""
+        """(sigmas, stop): the schedule with as many noise levels down to `stop`, but placed where derivatives want them."""
         first, last = (self.coordinates.s(self.sigmas[i]) for i in (0, self.stop))
-        nodes = alignment.nodes_between(first, last, self.stop + 1, self.samples[0].numel(), self.coordinates)
+        levels = noise_levels(last, first, self.stop + 1, self.samples[0].numel())
+        nodes = [self.coordinates.sigma(s) for s in reversed(levels)]
         table = training_table(self.guider.model_patcher.get_model_object("model_sampling"))
         if table is not None:
             nodes = snapped(nodes, table)
