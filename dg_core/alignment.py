@@ -38,7 +38,6 @@ from .guidance import GuidedRange
 from .solver import solve
 from .units import bits_per_dim_to_nats, nats_to_bits_per_dim
 
-TANGENT_ORDER = 4  # of the solver, for state and tangent together
 _UNGUIDED = GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
 SCALE_RANGE = (0.5, 2.0)
 _STRATA = 4
@@ -162,8 +161,7 @@ def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, sto
 
     # The last node is reached by a prediction alone; repeating it makes the solver call there and correct.
     schedule = [*sigmas, sigmas[-1]] if stop == len(sigmas) - 1 else sigmas
-    end = solve(model, torch.cat([x, tangent]), schedule, coordinates, _UNGUIDED, callback=corrected,
-                order=TANGENT_ORDER)
+    end = solve(model, torch.cat([x, tangent]), schedule, coordinates, _UNGUIDED, callback=corrected)
     s = tuple(coordinates.s(v) for v in sigmas[:stop + 1])
     return end[:batch], Profile(s, _table(alignment), _table(norms), _table(curvature) if curvature else None)
 
