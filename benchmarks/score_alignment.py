@@ -16,13 +16,14 @@ from comfy_extras import nodes_custom_sampler as custom
 from ..dg_core import alignment, jacobian
 from ..dg_core.coordinates import VE, coordinates_of
 from ..dg_core.exact_density import ExactDensity
+from ..dg_core.levels import noise_levels
 from ..launcher.environment import PACK
 from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
 from ..nodes.exact_model import PREDICTIONS, WEIGHTS, read
 from ..nodes.score_alignment import CheckSettings, examine
 
 DOCS = PACK / "docs"
-OURS, AUTHORS = "fourth-order, VP state", "Euler, uniform in log-SNR"
+OURS, AUTHORS = "third-order, VP state", "Euler, uniform in log-SNR"
 S_START, S_END = 60.0, 0.15
 SIZE, SEEDS = 16, 12  # of the comparison of solvers
 EVALUATIONS = {OURS: (16, 24, 32, 48, 64, 96), AUTHORS: (32, 64, 128, 256, 512, 1024)}
@@ -49,7 +50,7 @@ class Flow:
 
     def ours(self, evaluations):
         x = self.noise * math.hypot(1, S_START)
-        levels = np.geomspace(S_START, S_END, evaluations).tolist()
+        levels = noise_levels(S_END, S_START, evaluations, self.density.dim)[::-1]
         _, profile = alignment.trace_alignment(
             lambda *a: (*self.differentiate(*a), None), None, x, -x, levels, VE, evaluations - 1)
         return profile.alignment[-1]

@@ -25,6 +25,7 @@ so that the score is needed at the start only, where it is the prior's.
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,9 +38,9 @@ from .guidance import GuidedRange
 from .solver import solve
 from .units import bits_per_dim_to_nats, nats_to_bits_per_dim
 
-TANGENT_ORDER = 4  # of the solver, for state and tangent together
 _UNGUIDED = GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
 SCALE_RANGE = (0.5, 2.0)
+_STRATA = 4
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Differentiate:
     def __init__(self, predict, method, dtype=torch.float32, probes=0, seed=0, indices=None):
         self._predict, self._method, self._dtype = predict, method, dtype
         self._probes, self._seed, self._indices = probes, seed, indices
-        self._drawn, self._latest = 0, None
+        self._drawn, self._stretched = 0, deque(maxlen=_STRATA)
 
     def __call__(self, x, sigma, tangent):
         def predict(x):
@@ -94,20 +95,21 @@ class Differentiate:
         steps = jacobian.trace_steps(x, tangent, self._dtype, self._method, sigma)
         denoised, derivative, t = jacobian.trace_derivative(
             predict, x, tangent, lambda derivative: self._draw(x, derivative), self._method, steps)
-        self._latest = derivative
+        if self._method != jacobian.FORWARD:
+            self._stretched.appendleft(derivative)
         return denoised, derivative, t
 
     def _draw(self, x, derivative):
-        """Probes stratified along what the denoiser's Jacobian just stretched, here or at the node before: it changes
-        most where it is largest."""
-        direction = self._latest if derivative is None else derivative
+        """Probes stratified along what the denoiser's Jacobian stretched at the last nodes, this one (where it is known
+        before the probes) among them: it changes most where it is largest."""
+        if derivative is not None:
+            self._stretched.appendleft(derivative)
         probes = []
         for _ in range(self._probes):
+            signs = [jacobian.random_signs(self._seed, self._drawn, place, self._indices, x)
+                     for place in range(len(self._stretched))]
             probe = jacobian.rademacher(x, self._seed, self._drawn, self._indices)
-            if direction is not None:
-                signs = jacobian.random_signs(self._seed, self._drawn, self._indices, x)
-                probe = jacobian.stratified(probe, direction, signs)
-            probes.append(probe)
+            probes.append(jacobian.stratified(probe, self._stretched, signs))
             self._drawn += 1
         return probes
 
@@ -147,10 +149,10 @@ def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, sto
         """The solver has corrected state and tangent with the call at this node."""
         x, tangent = pair.split(batch)
         if len(alignment) <= stop:
-            sigma, eps = latest["sigma"], latest["eps"].flatten(1)
+            sigma, eps = latest["sigma"], latest["eps"]
             # <-eps / sin(theta), w>, where the radius sqrt(alpha^2 + sigma^2) of sin and w cancels
-            alignment.append(-(eps * tangent.flatten(1)).sum(1, dtype=wide) / sigma)
-            norms.append(torch.linalg.vector_norm(eps, dim=1, dtype=wide)
+            alignment.append(-jacobian.probe_trace(eps, tangent) / sigma)
+            norms.append(torch.linalg.vector_norm(eps.flatten(1), dim=1, dtype=wide)
                          * torch.linalg.vector_norm(tangent.flatten(1), dim=1, dtype=wide) / sigma)
             if latest["t"] is not None:
                 curvature.append(latest["t"].to(wide) * (coordinates.alpha(sigma)**2 + sigma**2) / sigma)
@@ -159,8 +161,7 @@ def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, sto
 
     # The last node is reached by a prediction alone; repeating it makes the solver call there and correct.
     schedule = [*sigmas, sigmas[-1]] if stop == len(sigmas) - 1 else sigmas
-    end = solve(model, torch.cat([x, tangent]), schedule, coordinates, _UNGUIDED, callback=corrected,
-                order=TANGENT_ORDER)
+    end = solve(model, torch.cat([x, tangent]), schedule, coordinates, _UNGUIDED, callback=corrected)
     s = tuple(coordinates.s(v) for v in sigmas[:stop + 1])
     return end[:batch], Profile(s, _table(alignment), _table(norms), _table(curvature) if curvature else None)
 

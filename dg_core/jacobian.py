@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .coordinates import per_image
-from .statistics import compute_dtype, squared_norm
+from .statistics import compute_dtype, inner, squared_norm
 
 FORWARD, DIFFERENCES = "forward", "differences"
 METHODS = (FORWARD, DIFFERENCES)
@@ -187,22 +187,29 @@ def _signs(shape, key):
         return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
 
 
-def stratified(probe, direction, signs):
-    """The probe with exactly `signs` (B,), +1 or -1, as its component along `direction` (shape of probe, any length > 0).
+def stratified(probe, directions, signs):
+    """The probe with exactly `signs` as its components along `directions`, made orthogonal to each other.
 
-    E[p p^T] = I stays true for independent signs, and the variance of <p, A p> loses what A has along the direction alone:
-    all of it where A = d d^T and the direction is d, as where a mixture decides between two of its components (derived
-    here). The direction must not depend on the probe.
+    directions: tensors of the probe's shape and of any length above 0, which must not depend on the probe; signs: +1 or -1,
+    (B,) for each. E[p p^T] = I stays true for independent signs, and the variance of <p, A p> loses what A has along one
+    direction alone: all of it where A = d d^T and one of them is d, as where a mixture decides between two of its components
+    (derived here).
     """
-    along = direction / per_image(squared_norm(direction).sqrt().clamp_min(1e-30), direction.ndim)
-    change = signs.to(along) - probe_trace(along, probe).to(along)
-    return probe + per_image(change, along.ndim) * along
+    basis = []
+    for direction, sign in zip(directions, signs):
+        for e in basis:
+            direction = direction - inner(e, direction) * e
+        e = direction / inner(direction, direction).sqrt().clamp_min(1e-30)
+        probe = probe + (per_image(sign.to(e), e.ndim) - inner(e, probe)) * e
+        basis.append(e)
+    return probe
 
 
-def random_signs(seed, call, indices, like):
-    """One sign for every image and call, (B,), on the device of `like` and independent of its `rademacher` probe."""
+def random_signs(seed, call, place, indices, like):
+    """One sign for every image, call and place, (B,), on the device of `like` and independent of its `rademacher` probe."""
     indices = range(len(like)) if indices is None else indices
-    return torch.cat([_signs((1,), (seed, index, call, 1)) for index in indices]).to(like.device, compute_dtype(like.dtype))
+    signs = [_signs((1,), (seed, index, call, 1 + place)) for index in indices]
+    return torch.cat(signs).to(like.device, compute_dtype(like.dtype))
 
 
 def probe_trace(v, dhat_v):

@@ -8,13 +8,12 @@ u(theta), whatever chose it, the log-density p of u obeys the exact differential
 
 in which F is the probability-flow ODE, -eps / sin(theta) the score of u, and the identity part of the divergence is
 integrated exactly. So errors of a solver do not count: what its states stray from the flow is charged at the score.
-Source of the rate: arXiv 2502.05807, section 4; the form above, the placement of levels and the end: derived here.
+Source of the rate: arXiv 2502.05807, section 4; the form above and the end: derived here.
 
 symbol     name         unit
 Dhat       -            Jacobian of denoised with respect to y, see `jacobian`
 tr Dhat    trace        1; between 0 (noise rules) and D (the picture rules)
 log p      log_prob     nats of one image; log p_y = log p_u + D ln cos(theta)
-S          -            3 sqrt(D), the noise level about which pictures become one
 """
 
 import math
@@ -27,49 +26,30 @@ from scipy.interpolate import CubicSpline
 
 from .coordinates import eps_from_denoised
 from .jacobian import FORWARD, derivative_in_ve, difference_step, probe_trace, rademacher, sum_dtype
+from .levels import clock, clock_rate
 from .solver import denoised_weights, eps_weights
 from .statistics import squared_norm
 from .units import nats_to_bits_per_dim, require_number
 
 _DEFECT_NODES = 4
 _COMPARABLE = 0.1, 10.0  # ratio of two traces, within which their diagonals are taken to have one shape
-_MERGING = 3.0  # S / sqrt(D)
 
 
-# --- where to look -----------------------------------------------------------------------------------------------
-
-
-def noise_levels(s_low, s_high, count, dim):
-    """`count` noise levels from s_low up to s_high (may be infinite), equally spaced on `clock`: a list of floats.
-
-    Raises ValueError unless 0 < s_low < s_high and count >= 2.
-    """
-    if count < 2:
-        raise ValueError(f"steps is {count}; a log-density takes at least 2 model evaluations")
-    if not 0 < s_low < s_high:
-        raise ValueError(f"the noise levels are {s_low:.4g} to {s_high:.4g}; they must ascend from above 0")
-    inverse = 1 / (_MERGING * dim**0.5)
-    ticks = np.linspace(clock(s_low, dim), clock(s_high, dim), count)[1:-1]
-    return [s_low, *(1 / (np.exp(-ticks) - inverse)).tolist(), s_high]
-
-
-def clock(s, dim):
-    """The clock -ln(1/s + 1/S): ln s far below S, and finite at s = infinity."""
-    return -math.log((1 / s if math.isfinite(s) else 0.0) + 1 / (_MERGING * dim**0.5))
+# --- the weights of what is seen ----------------------------------------------------------------------------------
 
 
 def trace_weights(levels, dim):
     """Weights of tr Dhat at noise levels s (monotonic) in its integral over ln s from the first to the last: an array.
 
-    Integrates the cubic spline of tr Dhat dln(s)/dclock on the clock. At s = infinity tr Dhat is 0 and so is its weight.
+    Integrates the cubic spline of tr Dhat dln(s)/dclock on the clock of `levels`. At s = infinity tr Dhat is 0 and so is its weight.
     """
     ticks = np.array([clock(s, dim) for s in levels])
     if len(ticks) < 2:
         return np.zeros(len(ticks))
     up = ticks[-1] > ticks[0]
     spline = CubicSpline(*((ticks, np.eye(len(ticks))) if up else (ticks[::-1], np.eye(len(ticks))[::-1])))
-    slope = np.array([1 + s / (_MERGING * dim**0.5) if math.isfinite(s) else 0.0 for s in levels])
-    return spline.integrate(ticks[0], ticks[-1]) * slope
+    rate = np.array([clock_rate(s, dim) if math.isfinite(s) else math.inf for s in levels])
+    return spline.integrate(ticks[0], ticks[-1]) / rate
 
 
 # --- what is seen there ------------------------------------------------------------------------------------------
@@ -188,12 +168,12 @@ class LogDensityTrack:
         return -0.5 * sum(probe_trace(node.eps, strayed) / math.sin(node.theta) for node in (new, old))
 
     def step(self, sigma, alpha):
-        """The state x at another noise level: a step of the flow by two-step Adams-Bashforth, from the last state."""
-        nodes, start, stop = list(self._nodes)[:2], self._nodes[0].theta, math.atan2(sigma, alpha)
-        thetas = [n.theta for n in nodes]
-        u = self._nodes[0].u
-        for node, w_eps, w_denoised in zip(nodes, eps_weights(start, stop, thetas), denoised_weights(start, stop, thetas)):
-            u = u.add(node.eps, alpha=w_eps).add_(node.denoised, alpha=w_denoised)
+        """The state x at another noise level: what the flow leads to if eps and denoised stay as they are (a DDIM step).
+
+        A higher order would follow the flow more closely, for which there is no need, and is less stable where pictures part.
+        """
+        last, stop = self._nodes[0], math.atan2(sigma, alpha)
+        u = last.eps * math.sin(stop) + last.denoised * math.cos(stop)
         return u * math.hypot(alpha, sigma)
 
     @property
@@ -281,8 +261,8 @@ def read_log_density(look, predict, y, levels, coordinates):
     """The log-density of y (B, ...) at the first of the noise levels s, `levels`, ascending floats: a `Readout`.
 
     look(x, sigma, call) -> `Sight`, once at every level, for instance a `ProbedModel`; predict(x, sigma) -> denoised,
-    called once more where the last level is finite. The latent is carried up by two-step Adams-Bashforth, one look a
-    level; where its states stray from the flow is charged, so a higher order gains nothing.
+    called once more where the last level is finite. The latent is carried up by DDIM steps, one look a level; where its
+    states stray from the flow is charged.
     """
     track = LogDensityTrack(y[0].numel())
     for call, s in enumerate(levels):

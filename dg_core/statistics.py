@@ -33,6 +33,12 @@ def squared_norm(x, mask=None):
     return (x.to(dtype).square() * mask).flatten(1).sum(1)
 
 
+def inner(a, b, weight=None):
+    """<a, b> of every image, (B, 1, ...), in their dtype; elements count with their `weight`."""
+    product = a * b if weight is None else a * b * weight
+    return per_image(product.flatten(1).sum(1), a.ndim)
+
+
 def scale_images(x, factor):
     """Multiply image i of x by factor[i], keeping x's dtype."""
     return (x.to(factor.dtype) * per_image(factor, x.ndim)).to(x.dtype)

@@ -35,8 +35,8 @@ from typing import Callable
 import numpy as np
 import torch
 
-from .coordinates import per_image
 from .guidance import GuidedRange
+from .statistics import inner
 from .units import require_number, require_whole
 
 # name -> (a call at the state before the noise; a call at the foot of every piece of noise)
@@ -103,12 +103,6 @@ def require_correction(correction, probes):
     if correction not in CORRECTIONS:
         raise ValueError(f"correction is {correction!r}; it must be one of {', '.join(CORRECTIONS)}")
     require_whole("probes", probes, 1, MAX_PROBES)
-
-
-def inner(a, b, weight=None):
-    """<a, b> of every image, (B, 1, ...); elements count with their `weight`."""
-    product = a * b if weight is None else a * b * weight
-    return per_image(product.flatten(1).sum(1), a.ndim)
 
 
 def displacement(u, foot, eps, theta, raised, noise, weight=None):

@@ -20,9 +20,10 @@ from ..dg_core.units import bits_per_dim_to_nats, nats_to_bits_per_dim, require_
 from .guided_run import GuidanceSettings, require_one_part, sample_density_guided
 from .guider_run import Predict, network_dtype
 from .log_density import methods_of
-from .schema import CATEGORY
+from .schema import CATEGORY, PROBES
 
 ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "same for the whole batch"
+MAX_PASSES, REFERENCE_IMAGES = (1, 20), (-1, 4095)
 PROBE_SEED_OFFSET = 0x6A09E667F3BCC908  # the probes of a run are not those of a readout with the same seed
 
 
@@ -42,9 +43,9 @@ class TargetSettings:
             raise ValueError(f"target is {self.target!r}; it must be one of: {ABSOLUTE}, {SHIFT}, {SAME}")
         require_number("value", self.value, -20.0, 20.0)
         require_number("tolerance", self.tolerance, 0.0, 1.0)
-        require_whole("max_passes", self.max_passes, 1, 20)
-        require_whole("probes", self.probes, 1, 10000)
-        require_whole("reference_image", self.reference_image, -1, 10**6)
+        require_whole("max_passes", self.max_passes, *MAX_PASSES)
+        require_whole("probes", self.probes, *PROBES)
+        require_whole("reference_image", self.reference_image, *REFERENCE_IMAGES)
 
     @property
     def neutral(self):
@@ -80,7 +81,7 @@ class DensityTargetSampler(io.ComfyNode):
                     tooltip="Bits per dimension (-log2 p / D); more means more detail. Not used for the same for the whole "
                             "batch. As a shift 0 is neutral."),
                 io.Int.Input(
-                    "reference_image", default=-1, min=-1, max=4095,
+                    "reference_image", default=-1, min=REFERENCE_IMAGES[0], max=REFERENCE_IMAGES[1],
                     tooltip="For the same for the whole batch: the number of the image, from 0, whose unguided value all get. "
                             "-1 (neutral): the median of the batch."),
                 io.Float.Input(
@@ -88,11 +89,11 @@ class DensityTargetSampler(io.ComfyNode):
                     tooltip="Bits per dimension by which a pass may miss before another one corrects it. The error of the "
                             "tracked value itself comes on top; more probes lower it. 0.002 is the default."),
                 io.Int.Input(
-                    "max_passes", default=2, min=1, max=20,
+                    "max_passes", default=2, min=MAX_PASSES[0], max=MAX_PASSES[1],
                     tooltip="Number of guided passes, at most, after the unguided one; each is a whole sampling run, with as "
                             "many model calls per step as probes asks for. 2 is the default."),
                 io.Int.Input(
-                    "probes", default=1, min=1, max=64,
+                    "probes", default=1, min=PROBES[0], max=PROBES[1],
                     tooltip="Number of random probes of the divergence per step. Each costs a model call with its "
                             "derivative, which takes about two plain ones; or three calls where the model gives no "
                             "derivative. 1 is the default and the least."),
@@ -166,7 +167,10 @@ def _check(settings, guided, x, extra_args):
 
 
 def _probing(guider, predict, coordinates, x, schedule, settings, seed):
-    """look_anew with Rademacher probes, by the derivative that works on this network."""
+    """look_anew with Rademacher probes, by the derivative that works on this network.
+
+    All images get the same probes: where their Jacobians are alike so are the errors, and their differences small.
+    """
     seed = ((seed or 0) + PROBE_SEED_OFFSET) % 2**64
     sigma = next(v for v in schedule[len(schedule) // 2:] + schedule[::-1] if v > 0 and coordinates.alpha(v) > 0)
     dtype = network_dtype(guider.inner_model)
@@ -177,7 +181,8 @@ def _probing(guider, predict, coordinates, x, schedule, settings, seed):
             lambda x: predict(x, sigma), noise, jacobian.rademacher(x, seed, -1), dtype, sigma)
 
     method, _ = methods_of(guider, find)
-    return lambda: ProbedModel(predict, coordinates, method, dtype, seed, int(settings.probes))
+    same = [0] * len(x)
+    return lambda: ProbedModel(predict, coordinates, method, dtype, seed, int(settings.probes), same)
 
 
 def _start(predict, sight, x, sigma, coordinates):

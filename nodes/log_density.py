@@ -10,18 +10,14 @@ from comfy_api.latest import io
 
 from ..dg_core import jacobian
 from ..dg_core.coordinates import coordinates_of
-from ..dg_core.log_density import (
-    ProbedModel,
-    noise_levels,
-    read_log_density,
-    require_noise_floor,
-    trace_weights,
-)
+from ..dg_core.levels import noise_levels, snapped
+from ..dg_core.log_density import ProbedModel, read_log_density, require_noise_floor, trace_weights
 from ..dg_core.units import require_whole
 from .guider_run import check_latent, run_in_guider
 from .plots import curves_image
-from .schema import CATEGORY, Floats, require
+from .schema import CATEGORY, PROBES, Floats, require
 
+STEPS = 2, 1000
 # ModelPatcher -> {type of guider: (method, reason)}. A patch more makes another ModelPatcher.
 _methods = WeakKeyDictionary()
 
@@ -42,11 +38,11 @@ class LogDensity(io.ComfyNode):
                                       "calibrated density: compare it only with numbers of the same settings."),
                 io.Latent.Input("latent", tooltip="The images to read, from VAEEncode or a sampler. A mask is ignored."),
                 io.Int.Input(
-                    "steps", default=32, min=2, max=1000,
+                    "steps", default=32, min=STEPS[0], max=STEPS[1],
                     tooltip="Number of noise levels at which the model is evaluated, N. More lowers the error, with the "
                             "square root of N; 32 is the default, a good start."),
                 io.Int.Input(
-                    "probes", default=1, min=1, max=64,
+                    "probes", default=1, min=PROBES[0], max=PROBES[1],
                     tooltip="Number of random probes per evaluation, for the divergence. Each costs a model call with its "
                             "derivative, which takes about two plain ones; or three calls where the model gives no "
                             "derivative. The error falls with the square root of their number. 1 is the default "
@@ -73,7 +69,7 @@ class LogDensity(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, latent, steps, probes, seed, noise_floor):
-        steps, probes = require_whole("steps", steps, 2, 10000), require_whole("probes", probes, 1, 10000)
+        steps, probes = require_whole("steps", steps, *STEPS), require_whole("probes", probes, *PROBES)
         levels = levels_of(guider, latent["samples"], noise_floor, steps)
         readout, how = read(guider, latent, levels, probes, seed)
         plot = curves_image(
@@ -94,13 +90,16 @@ def levels_of(guider, samples, noise_floor, steps):
     s_min, s_max = coordinates.s(float(sampling.sigma_min)), coordinates.s(float(sampling.sigma_max))
     floor = max(require_noise_floor(noise_floor, s_min, s_max), s_min)
     levels = noise_levels(floor, s_max, max(2, steps - math.isfinite(s_max)), samples[0].numel())
-    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and not isinstance(
+    table = training_table(sampling)
+    return levels if table is None else snapped(levels, table)
+
+
+def training_table(sampling):
+    """The noise levels, floats, to which a model sampling of the host rounds every other; None where it takes any."""
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or isinstance(
             sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
-        # These models round sigma to their training table, so that between its levels the number of sigma is wrong.
-        table = sampling.sigmas.cpu().double()  # in this order: not every device has float64
-        nearest = (table.log()[None] - torch.tensor(levels, dtype=torch.float64).log()[:, None]).abs().argmin(1)
-        levels = [float(table[i]) for i in dict.fromkeys(nearest.tolist())]
-    return levels
+        return None
+    return sampling.sigmas.tolist()
 
 
 def read(guider, latent, levels, probes, seed):

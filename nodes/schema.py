@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 CATEGORY = "sampling/density guidance"
 Floats = io.Custom("FLOATS")
+PROBES = 1, 64  # of the divergence, at each model evaluation
 
 
 def require(name, value, attribute, hint):

@@ -11,12 +11,14 @@ from comfy_api.latest import io
 
 from ..dg_core import alignment, jacobian
 from ..dg_core.coordinates import coordinates_of, eps_from_denoised, log_snr, score_from_eps
-from ..dg_core.units import require_number
+from ..dg_core.levels import noise_levels, snapped
+from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
 from .guided_run import GuidanceSettings, solver_sampler
 from .guider_run import check_latent, run_in_guider
-from .schema import CATEGORY, Floats, require
+from .log_density import training_table
+from .schema import CATEGORY, PROBES, Floats, require
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
 METHODS = (WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE)
@@ -52,7 +54,7 @@ class ScoreAlignmentCheck(io.ComfyNode):
                             "The score is ill-conditioned near zero noise. 0.95 is the default; 1 reads at the last sigma "
                             "above 0."),
                 io.Int.Input(
-                    "probes", default=1, min=1, max=64,
+                    "probes", default=1, min=PROBES[0], max=PROBES[1],
                     tooltip="Number of random probes per step for the way without the score: n probes divide its noise by "
                             "sqrt(n), at 4 calls each. 1 is the default."),
                 io.Int.Input(
@@ -127,7 +129,7 @@ class CheckSettings:
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
         require_number("end_percent", self.end_percent, 0.05, 1.0)
-        require_number("probes", self.probes, 1, 64)
+        require_whole("probes", self.probes, *PROBES)
         require_number("detail_shift", self.detail_shift, -2.0, 2.0)
         require_number("scale_step", self.scale_step, 0.0001, 0.2)
 
@@ -199,7 +201,8 @@ class _Run:
         """`Check` by directional derivatives along one run."""
         wanted = self.settings.method
         probes = 0 if wanted == WITH_SCORE else self.settings.probes
-        evaluations, rest = self.stop + 1, sum(v > 0 for v in self.sigmas[self.stop + 1:])
+        sigmas, stop = self._placed()
+        evaluations, rest = stop + 1, sum(v > 0 for v in sigmas[stop + 1:])
 
         def calls(method):
             return evaluations * alignment.calls_per_evaluation(method, probes) + rest
@@ -210,12 +213,12 @@ class _Run:
             differentiate = alignment.Differentiate(
                 model.predict, method, model.dtype, probes, self.settings.seed, self.indices)
             samples, profile = alignment.trace_alignment(
-                differentiate, model.predict, *self._start(model), self.sigmas, model.coordinates, self.stop)
+                differentiate, model.predict, *self._start(model), sigmas, model.coordinates, stop)
             end = torch.tensor(self.sigmas[-1]).to(samples)
             return model.model_sampling.inverse_noise_scaling(end, samples), profile, method, why
 
         samples, profile, method, why = run_in_guider(
-            self.guider, self.samples, work, jacobian.TRIAL_CALLS + calls(jacobian.DIFFERENCES), self.sigmas,
+            self.guider, self.samples, work, jacobian.TRIAL_CALLS + calls(jacobian.DIFFERENCES), sigmas,
             self.noise_seed, self.noise)
         amounts = {WITH_SCORE: profile.alignment}
         if probes:
@@ -223,9 +226,20 @@ class _Run:
         amounts = amounts if wanted == BOTH else {wanted: amounts[wanted]}
         forward = evaluations * (1 + 2 * probes) if method == jacobian.FORWARD else 0
         return Check(
-            self._finished(samples), self.sigmas[:self.stop + 1], profile.log_snr,
+            self._finished(samples), sigmas[:stop + 1], profile.log_snr,
             {way: amount / profile.norms for way, amount in amounts.items()}, next(iter(amounts.values()))[-1],
-            calls(method), forward, len(self.sigmas) - 1, why)
+            calls(method), forward, len(sigmas) - 1, why)
+
+    def _placed(self):
+        """(sigmas, stop): the schedule with as many noise levels down to `stop`, but placed where derivatives want them."""
+        first, last = (self.coordinates.s(self.sigmas[i]) for i in (0, self.stop))
+        levels = noise_levels(last, first, self.stop + 1, self.samples[0].numel())
+        nodes = [self.coordinates.sigma(s) for s in reversed(levels)]
+        table = training_table(self.guider.model_patcher.get_model_object("model_sampling"))
+        if table is not None:
+            nodes = snapped(nodes, table)
+        nodes = [self.sigmas[0], *nodes[1:-1], self.sigmas[self.stop]]
+        return nodes + self.sigmas[self.stop + 1:], len(nodes) - 1
 
     def finite_scale(self, sampler):
         """`Check` by ordinary runs with scaled noise."""

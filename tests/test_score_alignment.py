@@ -2,12 +2,12 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from density_guidance.dg_core import alignment, jacobian
 from density_guidance.dg_core.coordinates import FLOW, VE
 from density_guidance.dg_core.guidance import GuidedRange
+from density_guidance.dg_core.levels import noise_levels
 from density_guidance.dg_core.solver import solve
 from density_guidance.tests.mixtures import Mixture
 
@@ -15,12 +15,10 @@ S_START, S_END = 40.0, 0.05
 COORDINATES = pytest.mark.parametrize("coordinates", [VE, FLOW], ids=lambda c: c.name)
 
 
-def nodes(count, coordinates):
-    """`count` sigmas, evenly spaced in theta + 0.1 ln s; a flow begins at infinite s."""
-    s = np.geomspace(S_END, S_START, 20001)
-    clock = np.arctan(s) + 0.1 * np.log(s)
-    finite = np.interp(np.linspace(clock[-1], clock[0], count - (coordinates is FLOW)), clock, s)
-    return finite.tolist() if coordinates is VE else [1.0, *(finite / (1 + finite)).tolist()]
+def nodes(count, coordinates, dim=4):
+    """`count` sigmas, placed as the node does; a flow begins at infinite s."""
+    levels = noise_levels(S_END, S_START if coordinates is VE else math.inf, count, dim)
+    return [coordinates.sigma(s) for s in reversed(levels)]
 
 
 def start(count, dim, coordinates, generator):
@@ -43,7 +41,7 @@ def check(mixture, x, sigmas, coordinates, probes=None, method=jacobian.FORWARD)
 def end_of_run(mixture, x, sigmas, coordinates):
     """y at the last sigma."""
     y = solve(lambda x, sigma: mixture.denoised(x, sigma, coordinates), x, [*sigmas, sigmas[-1]], coordinates,
-              GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=alignment.TANGENT_ORDER)
+              GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0))
     return y / coordinates.alpha(sigmas[-1])
 
 
@@ -65,7 +63,7 @@ def test_gaussian_closed_form(coordinates):
     generator = torch.Generator().manual_seed(0)
     gaussian = Mixture.random(64, 1, 6, generator)
     _, x = start(64, 6, coordinates, generator)
-    sigmas = nodes(32, coordinates)
+    sigmas = nodes(32, coordinates, 6)
     profile = check(gaussian, x, sigmas, coordinates)
     # In the eigenbasis y - m shrinks by the ratio of standard deviations; y itself is what is scaled.
     rotate = lambda v: (v[:, None] @ gaussian.bases[:, 0])[:, 0]
@@ -220,7 +218,7 @@ def test_samples_do_not_depend_on_the_stop():
     assert calls == sigmas[5:12]
     assert torch.equal(*ends)
     assert torch.equal(ends[0], solve(lambda x, sigma: mixture.denoised(x, sigma, FLOW), x, sigmas, FLOW,
-                                      GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=alignment.TANGENT_ORDER))
+                                      GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)))
 
 
 # --- the derivative of the trace ----------------------------------------------------------------------------------
@@ -285,25 +283,28 @@ def test_stratified_probes_leave_every_trace_as_it_is():
     dim = 4
     generator = torch.Generator().manual_seed(12)
     matrix = torch.randn(dim, dim, dtype=torch.float64, generator=generator)
-    patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * (dim + 1))
-    direction = 3 * torch.randn(dim, dtype=torch.float64, generator=generator)
-    probes = jacobian.stratified(patterns[:, :dim], direction.expand(len(patterns), dim), patterns[:, dim])
+    patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * (dim + 2))
+    directions = 3 * torch.randn(2, dim, dtype=torch.float64, generator=generator)
+    probes = jacobian.stratified(
+        patterns[:, :dim], [d.expand(len(patterns), dim) for d in directions], [patterns[:, dim], patterns[:, dim + 1]])
     values = torch.einsum("bi,ij,bj->b", probes, matrix, probes)
     assert float(values.mean()) == pytest.approx(float(matrix.trace()), rel=1e-12)
-    # and of a matrix of rank one along the direction no value differs
-    along = direction[:, None] * direction
-    assert torch.einsum("bi,ij,bj->b", probes, along, probes).std() < 1e-12 * along.trace()
+    # and of a matrix of rank one along the first direction, or along what the second adds to it, no value differs
+    second = directions[1] - directions[0] * (directions[0] @ directions[1]) / directions[0].square().sum()
+    for direction in (directions[0], second):
+        along = direction[:, None] * direction
+        assert torch.einsum("bi,ij,bj->b", probes, along, probes).std() < 1e-12 * along.trace()
 
 
-def test_stratified_with_no_direction_is_the_probe():
+def test_stratified_along_nothing_is_the_probe():
     probe = jacobian.rademacher(torch.zeros(2, 5), 0, 0)
-    assert torch.equal(jacobian.stratified(probe, torch.zeros(2, 5), torch.ones(2)), probe)
+    assert torch.equal(jacobian.stratified(probe, [torch.zeros(2, 5)], [torch.zeros(2)]), probe)
 
 
 def test_signs_belong_to_the_image():
     x = torch.zeros(3, 4)
-    signs = jacobian.random_signs(5, 2, None, x)
-    assert torch.equal(signs[2:], jacobian.random_signs(5, 2, [2], x[:1])) and set(signs.tolist()) <= {-1.0, 1.0}
-    many = torch.cat([jacobian.random_signs(5, call, None, x) for call in range(200)])
+    signs = jacobian.random_signs(5, 2, 0, None, x)
+    assert torch.equal(signs[2:], jacobian.random_signs(5, 2, 0, [2], x[:1])) and set(signs.tolist()) <= {-1.0, 1.0}
+    many = torch.cat([jacobian.random_signs(5, call, place, None, x) for call in range(100) for place in range(2)])
     first = torch.cat([jacobian.rademacher(x, 5, call)[:, 0] for call in range(200)])
     assert abs(float(many.mean())) < 4 / 600**0.5 and abs(float((many * first).mean())) < 4 / 600**0.5
