@@ -138,7 +138,7 @@ def check(run, seen=None):
     except (ZeroDivisionError, RuntimeError, IndexError):  # some schedulers need more steps, some samplers more sigmas
         seen["not run by the host either"] += 1
         return
-    before = host_state(model)
+    before = host_state(recorded)
     source = latent["samples"].clone()
     try:
         arguments = _with_nodes(run, recorded, h.core_sampler(run["sampler"]), h.random_noise(run["seed"]))
@@ -148,7 +148,7 @@ def check(run, seen=None):
         assert calls.calls == 0, f"{error}, after {calls.calls} model calls"
         seen["refused with a reason"] += 1
         result = None
-    after = host_state(model)
+    after = host_state(recorded)
     if result is None or run["own"] or any(node["node"] in OWN_SAMPLERS for node in run["nodes"]):  # other draws
         before.pop("random"), after.pop("random")
     assert before == after, {k for k in before if before[k] != after[k]}

@@ -31,6 +31,7 @@ ROUNDING = 1e-6  # of float32 schedules, relative
 # A flow model's state at a smaller alpha is noise alone: float32 schedules may begin at sigma = 1 less a rounding, where
 # s = 1.7e7 would stretch the guided range by a step that changes nothing.
 LEAST_ALPHA = 1e-6
+_LEAST_NORM = 1e-12  # of sigma eps; an image without noise is not guided
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,9 @@ class PredictionGuide:
             self._high = min(self._high, (1 - LEAST_ALPHA) / self._slope)
         if x.device.type == "cpu" and self._weights is None and self._curve is None:
             self._guide = self._image_by_image
-            z, dim = (_listed(v, len(x)) for v in (self._z, self._dim))
-            self._gains = [(2 * d) ** 0.5 * v for v, d in zip(z, dim)]
+            z, dim = (v.tolist() if torch.is_tensor(v) else [v] for v in (self._z, self._dim))
+            count = max(len(z), len(dim))
+            self._gains = [(2 * d) ** 0.5 * v for v, d in zip(_listed(z, count), _listed(dim, count))]
             return
         self._guide = self._all_at_once
         self._column = (-1, *[1] * (x.ndim - 1))
@@ -210,10 +212,11 @@ class PredictionGuide:
             self._curve = torch.tensor(self._curve, dtype=self._dtype, device=x.device)
 
     def _image_by_image(self, x, denoised, sigma):
-        if x.shape[0] == 1:
-            return self._guide_image(x, denoised, *sigma.tolist(), *self._gains)
+        sigmas, gains = _listed(sigma.tolist(), len(x)), _listed(self._gains, len(x))
+        if len(x) == 1:
+            return self._guide_image(x, denoised, sigmas[0], gains[0])
         guided = torch.empty_like(denoised)
-        for image in zip(x, denoised, _listed(sigma, len(x)), self._gains, guided):
+        for image in zip(x, denoised, sigmas, gains, guided, strict=True):
             self._guide_image(*image)
         return guided
 
@@ -224,23 +227,26 @@ class PredictionGuide:
         alpha = 1 - self._slope * sigma
         noise = torch.sub(x, denoised, alpha=alpha, out=out)  # sigma eps
         norm = torch.linalg.vector_norm(noise).tolist()  # unlike BLAS's dot the same wherever in memory the image lies
-        return torch.sub(denoised, noise, alpha=gain * (sigma / norm) ** 2 / alpha if norm else 0.0, out=noise)
+        return torch.sub(denoised, noise, alpha=gain * (sigma / max(norm, _LEAST_NORM)) ** 2 / alpha, out=noise)
 
     def _all_at_once(self, x, denoised, sigma):
         sigma = sigma.to(self._dtype).view(self._column)
         alpha = 1 - self._slope * sigma
         noise = torch.addcmul(x, denoised, alpha, value=-1)  # sigma eps
-        norm2 = squared_norm(noise, self._weights).view(self._column)
+        norm2 = squared_norm(noise, self._weights).view(self._column).clamp_min_(_LEAST_NORM**2)
         strength = self._gains * sigma.square() / (alpha * norm2)
         if self._curve is not None:
             strength = strength * curve_at(self._curve, self._guided, sigma / alpha)
-        inside = (self._low < sigma) & (sigma <= self._high) & (norm2 > 0)
+        inside = (self._low < sigma) & (sigma <= self._high)
         if self._weights is not None:
             noise.mul_(self._weights)
         return torch.addcmul(denoised, noise, strength.where(inside, 0.0), value=-1, out=noise)
 
 
-def _listed(value, count):
-    """The numbers of a tensor (count,) or (1,), or a single one, `count` times, as a list of floats."""
-    values = value.tolist() if torch.is_tensor(value) else [value]
-    return values if len(values) == count else values * count
+def _listed(values, count):
+    """A list of one number, `count` times; one of `count` numbers as it is. Raises ValueError for any other."""
+    if len(values) == 1:
+        return values * count
+    if len(values) != count:
+        raise ValueError(f"{len(values)} numbers for a batch of {count} images; give one for all, or {count}")
+    return values

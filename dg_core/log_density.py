@@ -41,7 +41,8 @@ _COMPARABLE = 0.1, 10.0  # ratio of two traces, within which their diagonals are
 def trace_weights(levels, dim):
     """Weights of tr Dhat at noise levels s (monotonic) in its integral over ln s from the first to the last: an array.
 
-    Integrates the cubic spline of tr Dhat dln(s)/dclock on the clock of `levels`. At s = infinity tr Dhat is 0 and so is its weight.
+    Integrates the cubic spline of tr Dhat dln(s)/dclock on the clock of `levels`. At s = infinity tr Dhat is 0 and so is its
+    weight.
     """
     ticks = np.array([clock(s, dim) for s in levels])
     if len(ticks) < 2:

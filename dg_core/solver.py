@@ -30,7 +30,7 @@ from .variation import displacement, level_set_step
 
 ORDER = 3
 _GUIDANCE_NODES = 2
-_TRUSTED = 0.3  # smooth flows on the host's schedules stay below 0.2
+_TRUSTED = 0.3  # of the term before; 20 steps of a smooth flow stay below
 _LEAST_TERM = 0.05  # of the first term of a series, see `trusted`
 _MIN_SPACING = 0.02  # of the coming step; no scheduler of the host comes near it
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
@@ -74,6 +74,10 @@ class _History:
         self._theta, self._values = [], []
         self._guessed = 0  # how many of them, the oldest, are to be left again
 
+    @property
+    def empty(self):
+        return not self._theta
+
     def _forget_guesses(self):
         if self._guessed:
             del self._theta[-self._guessed:], self._values[-self._guessed:]
@@ -110,12 +114,11 @@ class _History:
         return sum(w * value for w, value in zip(weights, self._values))
 
     def terms(self, theta_from, theta_to, correct):
-        """What each node adds to the integral from theta_from to theta_to; the first term is that of one node, theta_from.
+        """What each node adds to the integral from theta_from to theta_to; the first term is that of one node, near theta_from.
 
-        `correct` uses one more node than a prediction. None before the first value: a flow that is raised by noise right after
-        pure noise has not met its guidance yet.
+        `correct` uses one more node than a prediction. No terms before the first value.
         """
-        if not self._theta:
+        if self.empty:
             return
         nodes = list(zip(self._theta, self._values))[:self._predictor_nodes + correct]
         if correct:
@@ -129,17 +132,19 @@ class _History:
 
 
 def trusted(terms, region=None):
-    """The sum of the terms (B, ...) of a series, without those that don't fall off.
+    """The sum of the terms of a series, without those that don't fall off; each is a pair of tensors (B, ...) to be added.
 
     A term is left out where its norm reaches that of the term before, and counts in full up to the share `_TRUSTED` of it;
-    with a term, those after it are left out as much. region: None, or weights of the elements in the norms.
+    with a term, those after it are left out as much. The parts of the first term may cancel, as they do where the data has
+    the variance of the noise, and are measured one by one. region: None, or weights of the elements in the norms.
     """
-    total = first = before = None
-    for term in terms:
+    parts = next(terms)
+    total = parts[0] + parts[1]
+    first = before = sum(squared_norm(part, region) for part in parts).sqrt()
+    trust = 1.0
+    for one, other in terms:
+        term = one + other
         norm = squared_norm(term, region).sqrt()
-        if total is None:
-            total, trust, first, before = term, 1.0, norm, norm
-            continue
         # A term that happens to be near zero says nothing of the next one.
         ratio = norm / torch.maximum(before, _LEAST_TERM * first).clamp_min(1e-30)
         trust = trust * ((1 - ratio) / (1 - _TRUSTED)).clamp(0, 1)
@@ -188,11 +193,20 @@ class _Flow:
 
     def follow(self, u, theta_from, theta_to, step, correct=False):
         """The state u at theta_from, followed to theta_to during `step`."""
-        plain = zip(*(part.terms(theta_from, theta_to, correct) for part in (self._noise, self._picture)))
-        u = u + trusted((noise + picture for noise, picture in plain), self._region)
+        noise, picture = (part.terms(theta_from, theta_to, correct) for part in (self._noise, self._picture))
+        u = u + trusted(zip(noise, picture, strict=True), self._region)
+        return self.guide(u, theta_from, theta_to, step, correct)
+
+    def guide(self, u, theta_from, theta_to, step, correct=False):
+        """u and what guidance adds to it from theta_from to theta_to, as far as it is known."""
         if self._steering and self._guided.first <= step < self._guided.last:
             u = u + sum(self._guidance.terms(theta_from, theta_to, correct))
         return u
+
+    @property
+    def met_guidance(self):
+        """Whether a prediction in the guided range has been seen."""
+        return not self._guidance.empty
 
     def eps_at(self, theta):
         """The eps that the path leads to at theta."""
@@ -234,6 +248,7 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
         """From the state u at theta to the noise level s above it, by noise: (u, theta, denoised) there."""
         sigma, raised = coordinates.sigma(s), math.atan(s)
         scale = math.hypot(coordinates.alpha(sigma), sigma)
+        met_guidance = flow.met_guidance
         foot = flow.follow(u, theta, raised, step)
         if variation.calls_foot:
             flow.see(foot * scale, model(foot * scale, sigma), sigma, step, ahead[step])
@@ -244,6 +259,8 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
         alpha = coordinates.alpha(sigma)
         u, eps = level_set_step(foot, change, eps, eps_from_denoised(x, denoised, sigma, alpha), flow.amount)
         flow.see(u * scale, (u * scale - sigma * eps) / alpha, sigma, step, ahead[step], put_jump)
+        if not met_guidance:  # after pure noise, which is not guided, the way up could not be, and the way down will be
+            u = flow.guide(u, theta, raised, step)
         return u, raised, denoised
 
     start = None  # the corrected state at the previous node, and its theta

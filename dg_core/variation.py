@@ -140,13 +140,13 @@ def indices_of(starting_noise):
 
     Images that share their noise are told apart by their order.
     """
-    digests, seen = [], Counter()
+    indices, seen = [], Counter()
     for image in starting_noise:
         content = image.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        seen[content] += 1
-        digest = hashlib.blake2b(content, digest_size=8, salt=seen[content].to_bytes(8, "big")).digest()
-        digests.append(int.from_bytes(digest, "big"))
-    return digests
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        seen[digest] += 1
+        indices.append(int.from_bytes(digest, "big") + seen[digest])
+    return indices
 
 
 class ImageNoise:

@@ -23,11 +23,12 @@ def check_comfyui(folder: Path) -> Path:
     Raises:
         LauncherError: it is not one; the message says what is missing.
     """
-    for part, exists in (("main.py", os.path.isfile), ("custom_nodes", os.path.isdir)):  # False where one may not look
+    # These functions of os say no where one may not look; those of pathlib raise.
+    for part, exists in (("main.py", os.path.isfile), ("custom_nodes", os.path.isdir)):
         if not exists(folder / part):
             raise LauncherError(
-                f"--comfyui {folder}: there is no {part} in it that can be read. Give ComfyUI's own folder, the one with main.py and "
-                "custom_nodes."
+                f"--comfyui {folder}: there is no {part} in it that can be read. Give ComfyUI's own folder, the one with "
+                "main.py and custom_nodes."
             )
     return folder.resolve()
 

@@ -321,7 +321,9 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
         guided = guidance.guided_range(sigmas.tolist(), coordinates)  # refuses a schedule that ascends
         steering = Steering(coordinates, guided, 0.0, 1, mask, weights_of(settings, x, mask))
     dtype, wide = x.dtype, compute_dtype(x.dtype)
-    variation = variation and variation.of_run(guider, schedule, getattr(model, "noise", x))  # a wrapper of the model may hide it
+    if variation is not None:
+        starting_noise = getattr(model, "noise", x)  # a wrapper of the model may hide it
+        variation = variation.of_run(guider, schedule, starting_noise)
     if variation is not None and steering.weights is not None and not steering.weights.any():
         variation = None  # the region is empty
 

@@ -73,12 +73,13 @@ class VariationSettings:
             return None
         model_sampling = guider.inner_model.model_sampling
         coordinates = coordinates_of(model_sampling)
-        percents = WINDOWS.get(self.vary, {}).get(coordinates.slope, (self.start_percent, self.end_percent))
+        custom = self.start_percent, self.end_percent
+        percents = custom if self.vary == CUSTOM else WINDOWS[self.vary][coordinates.slope]
         steps = range_of_percents(model_sampling, sigmas, coordinates, *percents)
         if steps.log_range == 0:
             logging.warning(
-                "Stochastic detail variation: no step of this run of %d lies between %g and %g of the sampling (vary: %s), the last "
-                "step to zero noise not counted; nothing is varied.", max(len(sigmas) - 1, 0), *percents, self.vary)
+                "Stochastic detail variation: no step of this run of %d lies between %g and %g of the sampling (vary: %s), the "
+                "last step to zero noise not counted; nothing is varied.", max(len(sigmas) - 1, 0), *percents, self.vary)
             return None
         require_one_part(guider)
         indices = repeated(self.variation_index, batch) if self.variation_index else indices_of(starting_noise)

@@ -148,6 +148,25 @@ def test_on_a_cpu_and_elsewhere_the_guided_prediction_is_the_same(coordinates, c
         assert torch.equal(one_by_one, denoised) != expected
 
 
+@pytest.mark.parametrize("weights", [None, torch.ones(1, 1, 1, 1)], ids=["one by one", "at once"])
+def test_next_to_no_noise_is_guided_to_a_finite_prediction(weights):
+    x, denoised = torch.full((2, 4, 8, 8), 1e-22), torch.zeros(2, 4, 8, 8)
+    guide = guidance.PredictionGuide(VE, -20.0, 256, guidance.guided_range(SCHEDULE, VE), weights)
+    assert guide(x, denoised, torch.full((2,), 2.0)).isfinite().all()
+
+
+@pytest.mark.parametrize("z, alone", [(-20.0, True), (torch.tensor([-20.0, 1.0], dtype=torch.float64), False)])
+def test_a_batch_of_another_size_is_guided_right_or_refused(z, alone):
+    x, denoised = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(12)).unbind()
+    guide = guidance.PredictionGuide(VE, z, 256, guidance.guided_range(SCHEDULE, VE))
+    both = guide(x, denoised, torch.full((2,), 2.0))
+    if alone:
+        assert torch.equal(guide(x[1:], denoised[1:], torch.full((1,), 2.0)), both[1:])
+    else:
+        with pytest.raises(ValueError, match="2 numbers for a batch of 1"):
+            guide(x[1:], denoised[1:], torch.full((1,), 2.0))
+
+
 @pytest.mark.parametrize("shape", [(16, 3, 17, 19), (16, 4, 31, 33)])
 def test_an_image_is_guided_alike_wherever_it_lies_in_a_batch(shape):
     """Its memory begins elsewhere there: these sizes are no multiple of what a processor takes at once."""

@@ -68,6 +68,15 @@ def test_order(noise, coordinates, start, stop, z):
     assert slope == pytest.approx(solver.ORDER, abs=0.2)
 
 
+@pytest.mark.parametrize("variance, limit", [(0.8, 4e-5), (1.0, 2e-6), (1.25, 5e-5)])
+def test_few_steps_keep_the_order_where_signal_and_noise_are_alike(noise, variance, limit):
+    """The variance-preserving state hardly moves there, while eps and denoised do."""
+    s = geometric(20.0, 0.05, 20)
+    x = run(torch.tensor(variance, dtype=torch.float64), VE, s, 0.0, noise)
+    exact = noise * s[0] * math.sqrt((variance + s[-1] ** 2) / (variance + s[0] ** 2))
+    assert float((x - exact).norm() / exact.norm()) < limit
+
+
 def test_parameterisations_agree(noise):
     """The same flow as VE and as flow matching: x only rescales."""
     s = geometric(8.0, 0.1, 12)

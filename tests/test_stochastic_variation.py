@@ -103,6 +103,23 @@ def test_variations_keep_the_guided_level(prediction):
     assert level == pytest.approx(np.repeat(guided, 8), abs=5e-3)
 
 
+@EVERY_KIND
+@EVERY_CORRECTION
+def test_noise_from_the_first_step_on_keeps_what_guidance_adds(prediction, correction):
+    """The change by the quantile, under noise that begins as early as there can be some, is that without noise."""
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, 20)[:-1]
+
+    def added(samplers):
+        levels = (nats_per_dim(model, h.picture(model, s, sigmas, same_noise(4)), sigmas).mean() for s in samplers)
+        return -np.subtract(*levels)
+
+    without = added([h.guided_sampler(), h.guided_sampler(0.2)])
+    under = added([varied("everything", 1.0, correction, quantile) for quantile in (0.5, 0.2)])
+    print(f"{prediction} {correction}: {under / without:.3f}")
+    assert under == pytest.approx(without, rel=0.03)
+
+
 # --- by region ---------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from density_guidance.dg_core import guidance, solver
 from density_guidance.dg_core.coordinates import FLOW, VE
-from density_guidance.dg_core.variation import CORRECTIONS, ImageNoise, Variation, displacement, indices_of, inner, level_set_step
+from density_guidance.dg_core.variation import (
+    CORRECTIONS,
+    ImageNoise,
+    Variation,
+    displacement,
+    indices_of,
+    inner,
+    level_set_step,
+)
 from density_guidance.tests.gaussians import gaussian, geometric
 
 EVERY_CORRECTION = pytest.mark.parametrize("correction", CORRECTIONS)
@@ -98,7 +106,7 @@ def test_soft_weights_scale_the_noise():
 
 
 def test_step_to_the_level_set_is_that_of_the_gaussian():
-    """log p(top') = log p(foot) up to the square of the step: halving the noise leaves a quarter of a quarter."""
+    """log p(top') = log p(foot) up to the third order of the noise or better: at half of it an eighth of the error is left."""
     errors = []
     noise = ImageNoise(0, range(64))(torch.empty(64, *SHAPE, dtype=torch.float64))
     for s_up in (0.9, 0.755):
@@ -116,7 +124,7 @@ def test_step_to_the_level_set_is_that_of_the_gaussian():
         assert float((log_p(top) - log_p(foot)).abs().mean()) > 0.1
         errors.append(float((log_p(after) - log_p(foot)).abs().mean()))
     print(f"errors of log p: {errors}")
-    assert errors[0] < 0.05 and errors[1] < errors[0] / 4
+    assert errors[0] < 0.05 and errors[1] < errors[0] / 8
 
 
 @EVERY_CORRECTION
