@@ -2,16 +2,24 @@
 
     python3 run.py bench architectures
 
-Writes docs/architectures.json and from it docs/architectures.md. Under a minute.
+Writes docs/architectures.json and from it docs/architectures.md. Three minutes.
 """
 
 import json
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from ..dg_core.prior import prior_norm
 from ..launcher.environment import PACK
+from ..nodes import (
+    DensityTargetSampler,
+    DensityTrace,
+    LogDensity,
+    ScoreAlignmentCheck,
+    StochasticDetailVariation,
+)
 from ..tests import host_runs as h
 from ..tests import steering, tiny_models
 from ..tests.ways import WAYS, Run
@@ -71,6 +79,36 @@ def measure(name, dtype, node):
     return {**result, "error": float((ratio / wanted - 1).abs().max())}
 
 
+def variation(strength, correction):
+    return h.outputs(StochasticDetailVariation, 0.5, 0.0, "everything", strength, 0.0, 1.0, 1, correction, 1)[0]
+
+
+def read(name, dtype):
+    """What the nodes do that vary, trace, read, target and check, by their ids: {"finite": ...}, and what each is known by.
+
+    neutral: whether every bit is that of the run without the node. bits_per_dim, cosine: the node's output.
+    """
+    run, unguided, _ = plain(name, dtype)
+    family, latent, sigmas = tiny_models.FAMILIES[name], {"samples": tiny_models.latent(name)}, h.schedule(run.model, STEPS)
+    guider = h.outputs(h.custom.CFGGuider, run.model, tiny_models.conditioning(name, 1), tiny_models.conditioning(name, 2),
+                       family.cfg)[0]
+    finite = lambda samples: bool(torch.isfinite(samples).all())
+    own, still, varied, target = (picture(name, run._replace(sampler=sampler))[0] for sampler in (
+        h.guided_sampler(), variation(0.0, "expected"), variation(0.5, "exact"),
+        h.outputs(DensityTargetSampler, "shift from the unguided run", 0.02, -1, 0.01, 1, 1)[0]))
+    traced = h.outputs(DensityTrace, run.noise, guider, run.sampler, sigmas, latent, True)[0]["samples"]
+    bits = h.outputs(LogDensity, guider, {"samples": unguided}, STEPS, 1, 0, 0.3)[0]
+    cosine = h.outputs(ScoreAlignmentCheck, guider, run.noise, latent, sigmas, "with score", 0.95, 1, 0)[1]
+    return {
+        "StochasticDetailVariation": {"neutral": torch.equal(still, own),
+                                      "finite": finite(varied) and not torch.equal(varied, own)},
+        "DensityTrace": {"neutral": torch.equal(traced, unguided), "finite": finite(traced)},
+        "LogDensity": {"finite": bool(np.isfinite(bits).all()), "bits_per_dim": bits},
+        "DensityTargetSampler": {"finite": finite(target)},
+        "ScoreAlignmentCheck": {"finite": bool(np.isfinite(cosine)), "cosine": cosine},
+    }
+
+
 def refusal(name, node):
     """(message of the error, model calls before it) of a family that cannot be guided."""
     run = Run(h.kept(_built(name, "fp32").clone()), h.core_sampler("euler"), h.random_noise())
@@ -94,7 +132,8 @@ def describe(name):
     }
 
 
-def page(results):
+def table(results):
+    """One line for each family."""
     lines = [
         "| family | class in ComfyUI, sampling | latent of one image | " + " | ".join(DTYPES) + " | eta at quantile "
         f"{results['quantile']:g} |", "|---|---|---|" + "---|" * len(DTYPES) + "---|"]
@@ -106,11 +145,16 @@ def page(results):
         cells, etas = [], []
         for dtype in DTYPES:
             nodes = family["runs"][dtype]
-            works = all(r["neutral"] and r["finite"] and r["calls"] == 0 for r in nodes.values())
+            works = all(r["neutral"] and r["finite"] and r["calls"] == 0 for r in nodes.values()) and all(
+                r.get("neutral", True) and r["finite"] for r in family["read"][dtype].values())
             cells.append(f"{max(r['error'] for r in nodes.values()):.0e}" if works else "fails")
             etas += [eta for r in nodes.values() for eta in r.get("eta", ())]
         lines.append(f"| {family['title']} | {family['class']} | {shape} | {' | '.join(cells)} | "
                      f"{min(etas):.4f} to {max(etas):.4f} |")
+    return chr(10).join(lines)
+
+
+def page(results):
     refused = [f["refused"] for f in results["families"].values() if "refused" in f]
     return f"""# Every model family
 
@@ -125,7 +169,10 @@ plain run bit for bit, guided runs are finite and need no further model call. \
 The numbers are the largest relative error of
 the change that a node makes against its definition: the change of the final prediction, or the norm of the noise.
 
-{chr(10).join(lines)}
+The other nodes that run the model ({", ".join(results["readers"])}) run on every family and weight type, too, with finite results;
+without noise, or as a trace, they leave the plain run bit for bit.
+
+{table(results)}
 
 Where a network with random weights predicts little noise, eta is far from 1; \
 with trained weights ||eps||^2 is close to D.
@@ -143,8 +190,11 @@ def main():
         if name in tiny_models.REFUSED:
             families[name]["refused"] = refusal(name, "DensityGuidanceSampler")[0]
         else:
-            families[name]["runs"] = {d: {node: measure(name, d, node) for node in WAYS} for d in DTYPES}
+            families[name] |= {"runs": {}, "read": {}}
+            for dtype in DTYPES:
+                families[name]["runs"][dtype] = {node: measure(name, dtype, node) for node in WAYS}
+                families[name]["read"][dtype] = read(name, dtype)
         print(name, json.dumps(families[name], default=str)[:160], flush=True)
-    results = {"steps": STEPS, "quantile": QUANTILE, "nodes": list(WAYS), "families": families}
+    results = {"steps": STEPS, "quantile": QUANTILE, "nodes": list(WAYS), "readers": list(families["sd15"]["read"]["fp32"]), "families": families}
     (DOCS / "architectures.json").write_text(json.dumps(results, indent=1) + "\n")
     (DOCS / "architectures.md").write_text(page(results))

@@ -49,7 +49,7 @@ def require_one_part(guider):
     if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
         raise ValueError(
             "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
-            "without it, or with quantile 0.5 and detail_shift 0")
+            "without it, or with neutral settings")
 
 
 def range_of_percents(model_sampling, sigmas, coordinates, start_percent, end_percent):
@@ -309,7 +309,7 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
                           variation=None):
     """`dg_core.solver.solve` with the signature of the host's sampler functions.
 
-    variation: None, or an object whose of_run(guider, sigmas, starting_noise) is a `dg_core.variation.Variation` or None.
+    variation: None, or an object whose of_run(guider, sigmas, start) is a `dg_core.variation.Variation` or None.
     """
     extra_args = extra_args or {}
     guider = model.inner_model
@@ -322,8 +322,8 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
         steering = Steering(coordinates, guided, 0.0, 1, mask, weights_of(settings, x, mask))
     dtype, wide = x.dtype, compute_dtype(x.dtype)
     if variation is not None:
-        starting_noise = getattr(model, "noise", x)  # a wrapper of the model may hide it
-        variation = variation.of_run(guider, schedule, starting_noise)
+        noise = getattr(model, "noise", x)  # a wrapper of the model may hide it
+        variation = variation.of_run(guider, schedule, noise if noise.any() else x)
     if variation is not None and steering.weights is not None and not steering.weights.any():
         variation = None  # the region is empty
 

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+import torch
 from comfy_api.latest import io
 
 from ..dg_core.coordinates import coordinates_of
@@ -65,9 +66,13 @@ class VariationSettings:
         for i, value in enumerate(self.variation_index or ()):
             require_whole(f"variation_index, for image {i},", value, 0, MAX_INDEX)
 
-    def of_run(self, guider, sigmas, starting_noise):
-        """The `Variation` of a run, None where no step gets noise. sigmas: list of floats. starting_noise: (B, ...)."""
-        batch = len(starting_noise)
+    def of_run(self, guider, sigmas, start):
+        """The `Variation` of a run, None where no step gets noise.
+
+        sigmas: list of floats. start: (B, ...), what tells images apart: their starting noise, or the state of a run that
+        goes on without any.
+        """
+        batch = len(start)
         require_batch("variation_index", self.variation_index, batch)
         if self.strength == 0:
             return None
@@ -76,14 +81,17 @@ class VariationSettings:
         custom = self.start_percent, self.end_percent
         percents = custom if self.vary == CUSTOM else WINDOWS[self.vary][coordinates.slope]
         steps = range_of_percents(model_sampling, sigmas, coordinates, *percents)
-        if steps.log_range == 0:
+        indices = repeated(self.variation_index, batch) if self.variation_index else indices_of(start)
+        variation = Variation(
+            steps, self.strength, ImageNoise(self.variation_seed, indices), self.correction, self.probes)
+        if not any(variation.levels(sigmas, i, coordinates) for i in range(len(sigmas) - 1)):
             logging.warning(
                 "Stochastic detail variation: no step of this run of %d lies between %g and %g of the sampling (vary: %s), the "
-                "last step to zero noise not counted; nothing is varied.", max(len(sigmas) - 1, 0), *percents, self.vary)
+                "first step and the last one to zero noise not counted; nothing is varied.",
+                max(len(sigmas) - 1, 0), *percents, self.vary)
             return None
         require_one_part(guider)
-        indices = repeated(self.variation_index, batch) if self.variation_index else indices_of(starting_noise)
-        return Variation(steps, self.strength, ImageNoise(self.variation_seed, indices), self.correction, self.probes)
+        return variation
 
 
 class StochasticDetailVariation(io.ComfyNode):
@@ -184,13 +192,15 @@ class VariationGrid(io.ComfyNode):
     @classmethod
     def execute(cls, latent, quantiles, variations):
         require("latent", latent, "keys", "a LATENT")
+        samples, mask = latent.get("samples"), latent.get("noise_mask")
+        if not torch.is_tensor(samples) or samples.is_nested or not len(samples):
+            raise ValueError("latent has no image, or packs several parts into one; connect a LATENT with an image of one part")
         rows = numbers("quantiles", quantiles)
         for value in rows:
             GuidanceSettings(quantile=value)
         variations = require_whole("variations", variations, 1, MAX_VARIATIONS)
         count = len(rows) * variations
-        samples, mask = latent["samples"], latent.get("noise_mask")
-        first = (latent.get("batch_index") or [0])[0]
+        first = int(latent["batch_index"][0]) if "batch_index" in latent else 0
         grid = {**latent, "samples": _repeat_first(samples, count), "batch_index": [first] * count}
         # The host takes the masks of a video for its frames, and gives them to every image of the batch.
         if mask is not None and not (samples.ndim == 5 and mask.ndim < 5):

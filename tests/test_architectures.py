@@ -26,6 +26,12 @@ def test_every_node_on_every_family(name, dtype):
             assert all(0 < eta < 1 for eta in result["eta"]), (node, result)
 
 
+@pytest.mark.parametrize("name, dtype", RUNS, ids=str)
+def test_nodes_that_vary_trace_read_target_and_check(name, dtype):
+    results = architectures.read(name, dtype)
+    assert all(result["finite"] and result.get("neutral", True) for result in results.values()), results
+
+
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_own_solver_on_every_family(name):
     """Without a sampler connected: finite, one call per step, and different from the unguided solver."""
@@ -53,4 +59,4 @@ def test_table_comes_from_the_benchmark():
     results = json.loads((PACK / "docs" / "architectures.json").read_text())
     assert (PACK / "docs" / "architectures.md").read_text() == architectures.page(results)
     assert list(results["families"]) == list(tiny_models.FAMILIES) and results["nodes"] == list(WAYS)
-    assert "docs/architectures.md" in (PACK / "README.md").read_text()
+    assert architectures.table(results) in (PACK / "README.md").read_text()

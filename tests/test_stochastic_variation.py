@@ -356,11 +356,30 @@ def test_bad_input_is_named(kwargs, words):
     assert not [word for word in words if word not in str(error.value)], str(error.value)
 
 
-def test_a_window_without_a_step_is_said_in_the_log(caplog):
-    model = h.exact_model("flow")
+@pytest.mark.parametrize("prediction, vary, steps", [("flow", "structure", 2), ("eps", "everything", 2), ("flow", "fine details", 4)])
+def test_a_window_without_a_step_is_said_in_the_log(prediction, vary, steps, caplog):
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, steps)
     with caplog.at_level(logging.WARNING):
-        h.sample(model, varied(vary="structure"), h.schedule(model, 2))
-    assert "structure" in caplog.text and "nothing is varied" in caplog.text
+        result = h.picture(model, varied(vary), sigmas)
+    assert vary in caplog.text and "nothing is varied" in caplog.text
+    assert torch.equal(result, h.picture(model, h.guided_sampler(), sigmas))
+
+
+@EVERY_KIND
+def test_a_second_stage_without_noise_knows_its_images(prediction):
+    """DisableNoise: the state tells the images apart, in any batch."""
+    model = h.exact_model(prediction)
+    sigmas = h.schedule(model, 12)
+    early, late = h.core_node("SplitSigmas", sigmas=sigmas, step=8)
+
+    def staged(images):
+        first = h.picture(model, "euler", early, {**h.empty_latent(len(images)), "batch_index": images})
+        no_noise = h.core_node("DisableNoise")
+        return h.picture(model, varied(strength=1.0), late, {"samples": first}, noise=no_noise)
+
+    together, mixed = staged([0, 1, 2]), staged([2, 0])
+    assert torch.allclose(mixed[0], together[2], atol=1e-3) and torch.allclose(mixed[1], together[0], atol=1e-3)
 
 
 def test_the_bounds_of_the_seed():
@@ -402,6 +421,9 @@ def test_grid_repeats_the_mask_and_names_bad_input():
     for text, word in (("0.5, 2", "quantile is 2"), ("a", "quantiles has 'a'"), ("", "quantiles is empty")):
         with pytest.raises(ValueError, match=word):
             h.outputs(VariationGrid, latent, text, 2)
+    for bad in ({}, {"samples": torch.zeros(0, 3, 8, 8)}):
+        with pytest.raises(ValueError, match="latent has no image"):
+            h.outputs(VariationGrid, bad, "0.5", 2)
     for variations in (0, 65, 2.5, None):
         with pytest.raises(ValueError, match="variations is"):
             h.outputs(VariationGrid, latent, "0.5", variations)
