@@ -5,6 +5,7 @@ model call means what it means while sampling.
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import comfy.model_patcher
@@ -16,6 +17,7 @@ from comfy.ldm.modules import attention
 from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 
+from ..dg_core import jacobian
 from ..dg_core.coordinates import Coordinates, coordinates_of
 from ..dg_core.statistics import compute_dtype
 from .guided_run import without_guidance
@@ -113,6 +115,23 @@ class _Work(comfy.samplers.Sampler):
             if callback is not None:
                 callback(step, denoised, x, self._calls)
         return show
+
+
+# ModelPatcher -> {type of guider: (method, reason)}. A patch more makes another ModelPatcher.
+_methods = WeakKeyDictionary()
+
+
+def known_method(guider):
+    """What `derivative_method` found for this guider's model; None before."""
+    return _methods.get(guider.model_patcher, {}).get(type(guider))
+
+
+def derivative_method(guider, predict, x, sigma, dtype):
+    """`jacobian.method_of` at a state x with the noise sigma; asked once for each model, at `jacobian.TRIAL_CALLS`."""
+    if known_method(guider) is None:
+        _methods.setdefault(guider.model_patcher, {})[type(guider)] = jacobian.method_of(
+            lambda x: predict(x, sigma), x, jacobian.rademacher(x, 0, -1), dtype, sigma)
+    return known_method(guider)
 
 
 def network_dtype(model):
