@@ -117,6 +117,9 @@ class _Work(comfy.samplers.Sampler):
         return show
 
 
+# How many times the size of the queries a matrix of attention scores may have; its derivative takes six of them.
+_SCORES = 4
+
 # ModelPatcher -> {type of guider: (method, reason)}. A patch more makes another ModelPatcher.
 _methods = WeakKeyDictionary()
 
@@ -154,7 +157,8 @@ class Predict:
         if sigmas is not None:
             transformer["sample_sigmas"] = torch.tensor(
                 sigmas, dtype=torch.float32, device=guider.model_patcher.load_device)
-        # Fused attention has no forward-mode derivative, and plain attention takes memory without end.
+        # Fused attention has no forward-mode derivative, nor has the host's sliced one where memory is short, and plain
+        # attention takes memory without end.
         self._dual_options = {**self._options, "transformer_options": {
             "optimized_attention_override": _sliced_attention, **transformer}}
 
@@ -176,5 +180,11 @@ class Predict:
         return denoised
 
 
-def _sliced_attention(_, *args, **kwargs):
-    return attention.attention_sub_quad(*args, **kwargs)
+def _sliced_attention(_, query, key, value, heads, mask=None, *args, **kwargs):
+    """The host's attention for some queries at a time, (B, N, heads * d) or (B, heads, N, d): see `_SCORES`."""
+    tokens = max(1, _SCORES * query.numel() // (len(query) * heads * key.shape[-2]))
+    queries = query.split(tokens, -2)
+    by_query = mask is not None and mask.shape[-2] == query.shape[-2]
+    masks = mask.split(tokens, -2) if by_query else [mask] * len(queries)
+    return torch.cat([attention.attention_pytorch(part, key, value, heads, m, *args, **kwargs)
+                      for part, m in zip(queries, masks)], -2)
