@@ -5,6 +5,7 @@
 Writes docs/score_alignment.json and from it docs/score_alignment.md and docs/score_alignment.png. About eight minutes.
 """
 
+import itertools
 import json
 import math
 
@@ -31,6 +32,7 @@ CONVERGED = 768
 CALLS = 3  # of the model for each evaluation of velocity and tangent: one, and a two-sided difference
 BATCH, STEPS = 64, (32, 64)  # of the runs in the host
 STEP_FACTORS = [2.0**k for k in range(-6, 5)]
+MEMORY_SIZE, MEMORY_BATCH = 48, 2
 BENDING = (10.0, 16.0, 25.0)  # noise levels at which the density chooses between its components
 
 
@@ -155,6 +157,31 @@ def step_errors():
     return results
 
 
+def memory():
+    """{derivatives: {way: peak of what is allocated, relative to sampling the same batch}} on a UNet of the host."""
+    from ..tests import host_runs as h
+    from ..tests import networks
+    from ..tests.test_score_alignment_node import check, without_forward_mode
+
+    model, positive = networks.unet(), networks.unet_conditioning()
+    latent = {"samples": torch.zeros(MEMORY_BATCH, 4, MEMORY_SIZE, MEMORY_SIZE)}
+    plain = peak(lambda: h.sample(model, "euler", h.schedule(model, 3), latent, positive=positive))
+    found = {}
+    for name, network in (("forward-mode AD", model), ("differences", without_forward_mode(model))):
+        found[name] = {way: peak(lambda: check(network, way, 3, positive=positive, latent=latent)) / plain
+                       for way in ("with score", "without score")}
+        print(name, found[name], flush=True)
+    return found
+
+
+def peak(run):
+    """Most bytes that torch has allocated at once during run()."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
 def page(results):
     """docs/score_alignment.md."""
     lines = ["# Score alignment: what was measured", "", "Made by `python3 run.py bench score_alignment`.", "",
@@ -172,6 +199,10 @@ def page(results):
             f"{row['response error, median']:.2%} |")
     lines += ["", f"With and without the score, one probe, {BATCH} seeds, 32 x 32, in the host; and the predicted "
               "change of exact bits per dimension for 1% more noise against the measured one.", ""]
+    lines += [
+        f"Most memory allocated at once, relative to sampling the same batch, on a UNet of the host with {MEMORY_SIZE} x "
+        f"{MEMORY_SIZE} latents, batch {MEMORY_BATCH}:", "", "| derivatives by | with score | without score |", "|---|---|---|",
+        *(f"| {name} | {row['with score']:.2f} | {row['without score']:.2f} |" for name, row in results["memory"].items()), ""]
     return "\n".join(lines)
 
 
@@ -219,7 +250,7 @@ def figure(results):
 
 
 def main():
-    results = {"steps": step_errors(), "solvers": solver_errors(),
+    results = {"memory": memory(), "steps": step_errors(), "solvers": solver_errors(),
                "host": {p: {n: host_runs(p, n) for n in STEPS} for p in PREDICTIONS}}
     text = json.dumps(results, indent=1)
     (DOCS / "score_alignment.json").write_text(text + "\n")

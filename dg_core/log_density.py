@@ -29,7 +29,7 @@ from .jacobian import FORWARD, derivative_in_ve, difference_step, probe_trace, r
 from .levels import clock, clock_rate
 from .solver import denoised_weights, eps_weights
 from .statistics import squared_norm
-from .units import nats_to_bits_per_dim, require_number
+from .units import bits_per_dim_to_nats, nats_to_bits_per_dim, require_number
 
 _DEFECT_NODES = 4
 _COMPARABLE = 0.1, 10.0  # ratio of two traces, within which their diagonals are taken to have one shape
@@ -208,7 +208,22 @@ def cos_log(s):
     return -0.5 * math.log1p(s * s)
 
 
+def bits_of_state(log_p_u, s, dim):
+    """Bits per dimension of y, any shape, from the log-density of u in nats, at the finite noise level s."""
+    return nats_to_bits_per_dim(log_p_u + dim * cos_log(s), dim)
+
+
+def state_of_bits(bits, s, dim):
+    """Inverse of `bits_of_state`."""
+    return bits_per_dim_to_nats(bits, dim) - dim * cos_log(s)
+
+
 # --- the end -----------------------------------------------------------------------------------------------------
+
+
+def log_start(predict, x, sigma, alpha, sight):
+    """`log_prior` with the call that it takes where alpha is above 0. predict(x, sigma) -> denoised."""
+    return log_prior(x, sigma, alpha, sight, predict(-x, sigma) if alpha > 0 else None)
 
 
 def log_prior(x, sigma, alpha, sight, opposite):
@@ -272,10 +287,21 @@ def read_log_density(look, predict, y, levels, coordinates):
         x = y * alpha if call == 0 else track.step(sigma, alpha)
         sight = look(x, sigma, call)
         track.add(x, sigma, alpha, sight)
-    end, end_error = log_prior(x, sigma, alpha, sight, predict(-x, sigma) if alpha > 0 else None)
+    end, end_error = log_start(predict, x, sigma, alpha, sight)
     log_prob = end - track.change + track.dim * cos_log(levels[0])
     error = (track.variance + end_error**2).sqrt()
     return Readout(log_prob, error, track.dim, track.s, track.traces, track.eps_energy)
+
+
+def rounding_cost(one, other, levels, dim):
+    """Least error of a readout, bits per dimension, that rounding in a network causes; a float.
+
+    one, other: traces (B,) with the same probe, at states that differ by less than the rounding unit. How far they are apart
+    is the error of one level, and levels err independently. What is rounded alike every time, as in the embedding of the
+    noise level, is not seen.
+    """
+    per_level = float((one - other).square().mean().sqrt()) / 2**0.5
+    return -nats_to_bits_per_dim(per_level * float((trace_weights(levels, dim) ** 2).sum()) ** 0.5, dim)
 
 
 def require_noise_floor(noise_floor, s_min, s_max):

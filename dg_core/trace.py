@@ -19,7 +19,7 @@ import torch
 
 from .coordinates import eps_from_denoised
 from .jacobian import probe_trace
-from .log_density import LogDensityTrack, Sight, cos_log, log_prior, sin_theta
+from .log_density import LogDensityTrack, Sight, bits_of_state, log_prior, sin_theta
 from .statistics import squared_norm
 from .units import nats_to_bits_per_dim
 
@@ -95,6 +95,6 @@ class RunTrace:
                     row["shift"] = nats_to_bits_per_dim(shift, self.dim).tolist()
             if abs(noise - 1) < FULL_NOISE and math.isfinite(s):
                 log_p_u = self._start + change + self.dim * math.log(sin_theta(self._track.s[0]) / sin_theta(s))
-                row["free_bits_per_dim"] = nats_to_bits_per_dim(log_p_u + self.dim * cos_log(s), self.dim).tolist()
+                row["free_bits_per_dim"] = bits_of_state(log_p_u, s, self.dim).tolist()
             rows.append(row)
         return rows

@@ -10,16 +10,14 @@ import torch
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
-from ..dg_core import jacobian
 from ..dg_core.coordinates import coordinates_of
 from ..dg_core.guidance import guided_range
-from ..dg_core.log_density import ProbedModel, cos_log, log_prior
+from ..dg_core.log_density import ProbedModel, bits_of_state, log_start, state_of_bits
 from ..dg_core.statistics import compute_dtype
 from ..dg_core.target_control import TrackedRuns, reach
 from ..dg_core.units import bits_per_dim_to_nats, nats_to_bits_per_dim, require_number, require_whole
 from .guided_run import GuidanceSettings, require_one_part, sample_density_guided
-from .guider_run import Predict, network_dtype
-from .log_density import methods_of
+from .guider_run import Predict, derivative_method, network_dtype
 from .schema import CATEGORY, PROBES
 
 ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "same for the whole batch"
@@ -56,7 +54,7 @@ class TargetSettings:
         if self.target == SHIFT:
             return unguided + bits_per_dim_to_nats(self.value, dim)
         if self.target == ABSOLUTE:
-            return torch.full_like(unguided, bits_per_dim_to_nats(self.value, dim) - dim * cos_log(s_end))
+            return torch.full_like(unguided, state_of_bits(self.value, s_end, dim))
         wanted = unguided.median() if self.reference_image < 0 else unguided[self.reference_image]
         return wanted.expand_as(unguided).clone()
 
@@ -133,7 +131,8 @@ def sample_to_target(model, x, sigmas, extra_args=None, callback=None, disable=N
         x = x.to(compute_dtype(dtype), copy=True)
         predict = Predict(guider, extra_args, len(x))
         look = look or _probing(guider, predict, coordinates, x, schedule, settings, extra_args.get("seed"))
-        start = _start(predict, look()(x, schedule[0], 0), x, schedule[0], coordinates)
+        sigma = schedule[0]
+        start = log_start(predict, x, sigma, coordinates.alpha(sigma), look()(x, sigma, 0))
 
         def step_done(done, x, denoised):
             step = min(steps - 1, int(done * steps / ((1 + settings.max_passes) * len(schedule))))
@@ -175,25 +174,14 @@ def _probing(guider, predict, coordinates, x, schedule, settings, seed):
     sigma = next(v for v in schedule[len(schedule) // 2:] + schedule[::-1] if v > 0 and coordinates.alpha(v) > 0)
     dtype = network_dtype(guider.inner_model)
 
-    def find():
-        noise = x / schedule[0] * sigma
-        return jacobian.method_of(
-            lambda x: predict(x, sigma), noise, jacobian.rademacher(x, seed, -1), dtype, sigma)
-
-    method, _ = methods_of(guider, find)
+    method, _ = derivative_method(guider, predict, x / schedule[0] * sigma, sigma, dtype)
     same = [0] * len(x)
     return lambda: ProbedModel(predict, coordinates, method, dtype, seed, int(settings.probes), same)
 
 
-def _start(predict, sight, x, sigma, coordinates):
-    """log p_u of the first state, and its error."""
-    alpha = coordinates.alpha(sigma)
-    return log_prior(x, sigma, alpha, sight, predict(-x, sigma) if alpha > 0 else None)
-
-
 def _tell(reached, settings, dim, s_end, trace):
     """The achieved values to the log, and to a trace if there is one; a warning for what was not reached."""
-    to_bits = lambda log_p_u: nats_to_bits_per_dim(log_p_u + dim * cos_log(s_end), dim).tolist()
+    to_bits = lambda log_p_u: bits_of_state(log_p_u, s_end, dim).tolist()
     target, achieved, unguided = to_bits(reached.target), to_bits(reached.achieved), to_bits(reached.unguided)
     errors = (reached.standard_error / (dim * math.log(2))).tolist()
     if trace is not None:

@@ -12,13 +12,11 @@ from comfy_api.latest import io
 
 from ..dg_core import jacobian
 from ..dg_core.coordinates import coordinates_of
-from ..dg_core.log_density import LogDensityTrack, ProbedModel, cos_log, log_prior
+from ..dg_core.log_density import LogDensityTrack, ProbedModel, bits_of_state, log_start
 from ..dg_core.statistics import compute_dtype
 from ..dg_core.trace import RunTrace
-from ..dg_core.units import nats_to_bits_per_dim
 from .guided_run import WRAPPER_KEY, outermost, sample_density_guided
-from .guider_run import Predict, network_dtype
-from .log_density import methods_of
+from .guider_run import Predict, derivative_method, network_dtype
 from .plots import blank_image, curves_image
 from .schema import CATEGORY, require
 
@@ -199,24 +197,17 @@ class _Hutchinson:
             x = x.to(compute_dtype(x.dtype), copy=True)
             alpha = self._coordinates.alpha(sigma)
             if alpha > 0 and self._look is None:
-                self._look = self._looking(self._method(x, sigma))
+                method, _ = derivative_method(self._guider, self._predict, x, sigma, self._dtype)
+                self._look = self._looking(method)
             # At pure noise nothing is differentiated, and no method can be found out.
             sight = (self._look or self._looking(jacobian.DIFFERENCES))(x, sigma, len(self._track.s))
             if not self._rows:
-                opposite = self._predict(-x, sigma) if alpha > 0 else None
-                self._start, self._start_error = log_prior(x, sigma, alpha, sight, opposite)
+                self._start, self._start_error = log_start(self._predict, x, sigma, alpha, sight)
             self._track.add(x, sigma, alpha, sight)
             self._rows.append((self._start + self._track.change, (self._track.variance + self._start_error**2).sqrt()))
 
     def _looking(self, method):
         return ProbedModel(self._predict, self._coordinates, method, self._dtype, self._seed)
-
-    def _method(self, x, sigma):
-        def find():
-            probe = jacobian.rademacher(x, self._seed, -1)
-            return jacobian.method_of(lambda x: self._predict(x, sigma), x, probe, self._dtype, sigma)
-
-        return methods_of(self._guider, find)[0]
 
     def rows(self):
         """bits_per_dim and standard_error of every step, lists over the images; nothing where s is infinite."""
@@ -227,7 +218,7 @@ class _Hutchinson:
 def _density_row(log_p_u, error, s, dim):
     if not math.isfinite(s):
         return {}
-    return {"bits_per_dim": nats_to_bits_per_dim(log_p_u + dim * cos_log(s), dim).tolist(),
+    return {"bits_per_dim": bits_of_state(log_p_u, s, dim).tolist(),
             "standard_error": (error / (dim * math.log(2))).tolist()}
 
 
@@ -239,8 +230,7 @@ def target_rows(run):
         row = {"step": i, "sigma": sigma, "s": track.s[i] if math.isfinite(track.s[i]) else None,
                "eps_energy": track.eps_energy[i].tolist()}
         if math.isfinite(track.s[i]):
-            log_p_y = log_p_u + track.dim * cos_log(track.s[i])
-            row["bits_per_dim"] = nats_to_bits_per_dim(log_p_y, track.dim).tolist()
+            row["bits_per_dim"] = bits_of_state(log_p_u, track.s[i], track.dim).tolist()
         rows.append(row)
     return rows
 

@@ -5,6 +5,7 @@ model call means what it means while sampling.
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import comfy.model_patcher
@@ -16,6 +17,7 @@ from comfy.ldm.modules import attention
 from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 
+from ..dg_core import jacobian
 from ..dg_core.coordinates import Coordinates, coordinates_of
 from ..dg_core.statistics import compute_dtype
 from .guided_run import without_guidance
@@ -115,6 +117,26 @@ class _Work(comfy.samplers.Sampler):
         return show
 
 
+# How many times the size of the queries a matrix of attention scores may have; its derivative takes six of them.
+_SCORES = 4
+
+# ModelPatcher -> {type of guider: (method, reason)}. A patch more makes another ModelPatcher.
+_methods = WeakKeyDictionary()
+
+
+def known_method(guider):
+    """What `derivative_method` found for this guider's model; None before."""
+    return _methods.get(guider.model_patcher, {}).get(type(guider))
+
+
+def derivative_method(guider, predict, x, sigma, dtype):
+    """`jacobian.method_of` at a state x with the noise sigma; asked once for each model, at `jacobian.TRIAL_CALLS`."""
+    if known_method(guider) is None:
+        _methods.setdefault(guider.model_patcher, {})[type(guider)] = jacobian.method_of(
+            lambda x: predict(x, sigma), x, jacobian.rademacher(x, 0, -1), dtype, sigma)
+    return known_method(guider)
+
+
 def network_dtype(model):
     """The dtype in which a `BaseModel` of the host computes."""
     return model.manual_cast_dtype or model.get_dtype()
@@ -135,7 +157,8 @@ class Predict:
         if sigmas is not None:
             transformer["sample_sigmas"] = torch.tensor(
                 sigmas, dtype=torch.float32, device=guider.model_patcher.load_device)
-        # Fused attention has no forward-mode derivative, and plain attention takes memory without end.
+        # Fused attention has no forward-mode derivative, nor has the host's sliced one where memory is short, and plain
+        # attention takes memory without end.
         self._dual_options = {**self._options, "transformer_options": {
             "optimized_attention_override": _sliced_attention, **transformer}}
 
@@ -157,5 +180,11 @@ class Predict:
         return denoised
 
 
-def _sliced_attention(_, *args, **kwargs):
-    return attention.attention_sub_quad(*args, **kwargs)
+def _sliced_attention(_, query, key, value, heads, mask=None, *args, **kwargs):
+    """The host's attention for some queries at a time, (B, N, heads * d) or (B, heads, N, d): see `_SCORES`."""
+    tokens = max(1, _SCORES * query.numel() // (len(query) * heads * key.shape[-2]))
+    queries = query.split(tokens, -2)
+    by_query = mask is not None and mask.shape[-2] == query.shape[-2]
+    masks = mask.split(tokens, -2) if by_query else [mask] * len(queries)
+    return torch.cat([attention.attention_pytorch(part, key, value, heads, m, *args, **kwargs)
+                      for part, m in zip(queries, masks)], -2)

@@ -1,7 +1,6 @@
 """The log-density of latents under any model, with an error bar."""
 
 import math
-from weakref import WeakKeyDictionary
 
 import comfy.model_sampling
 import numpy as np
@@ -11,16 +10,13 @@ from comfy_api.latest import io
 from ..dg_core import jacobian
 from ..dg_core.coordinates import coordinates_of
 from ..dg_core.levels import noise_levels, snapped
-from ..dg_core.log_density import ProbedModel, read_log_density, require_noise_floor, trace_weights
+from ..dg_core.log_density import ProbedModel, read_log_density, require_noise_floor, rounding_cost
 from ..dg_core.units import require_whole
-from .guider_run import check_latent, run_in_guider
+from .guider_run import check_latent, derivative_method, known_method, run_in_guider
 from .plots import curves_image
 from .schema import CATEGORY, PROBES, Floats, require
 
 STEPS = 2, 1000
-# ModelPatcher -> {type of guider: (method, reason)}. A patch more makes another ModelPatcher.
-_methods = WeakKeyDictionary()
-
 
 class LogDensity(io.ComfyNode):
     @classmethod
@@ -108,13 +104,14 @@ def read(guider, latent, levels, probes, seed):
     indices = latent.get("batch_index")
 
     def work(model):
-        method, reason = methods_of(guider, lambda: find_method(model, levels, seed))
+        s, x = in_the_middle(model, levels, seed)
+        method, reason = derivative_method(guider, model.predict, x, model.coordinates.sigma(s), model.dtype)
         model.expect(calls(method, model.dtype))
         look = ProbedModel(model.predict, model.coordinates, method, model.dtype, seed, probes, indices)
         readout = read_log_density(look, model.predict, model.x, levels, model.coordinates)
         return readout, [f"divergence by {reason}", precision(model, method, levels, seed)]
 
-    known = _methods.get(guider.model_patcher, {}).get(type(guider))
+    known = known_method(guider)
 
     def calls(method, dtype=torch.float32):
         per_probe = 3 if method == jacobian.DIFFERENCES else 1
@@ -126,22 +123,6 @@ def read(guider, latent, levels, probes, seed):
     coordinates = coordinates_of(guider.model_patcher.get_model_object("model_sampling"))
     sigmas = [coordinates.sigma(s) for s in reversed(levels)]
     return run_in_guider(guider, samples, work, calls(known[0] if known else jacobian.FORWARD), sigmas, seed)
-
-
-def methods_of(guider, find):
-    """(method, reason) for a guider's model; `find` is asked the first time."""
-    known = _methods.setdefault(guider.model_patcher, {})
-    if type(guider) not in known:
-        known[type(guider)] = find()
-    return known[type(guider)]
-
-
-def find_method(model, levels, seed):
-    """`jacobian.method_of` on the latent with noise, at a level in the middle."""
-    s, x = in_the_middle(model, levels, seed)
-    sigma = model.coordinates.sigma(s)
-    v = jacobian.rademacher(x, seed, -1)
-    return jacobian.method_of(lambda x: model.predict(x, sigma), x, v, model.dtype, sigma)
 
 
 def in_the_middle(model, levels, seed):
@@ -159,12 +140,7 @@ def rounds(dtype):
 
 
 def precision(model, method, levels, seed):
-    """A sentence on what rounding in the network costs, which is measured where it is coarser than float32.
-
-    The trace with the same probe at x, and at an x that differs by less than the rounding unit: how far they are apart is
-    the error of one level, and levels err independently. What is rounded alike every time, as in the embedding of the noise
-    level, is not seen: so this is the least.
-    """
+    """A sentence on what rounding in the network costs, which is measured where it is coarser than float32."""
     name = str(model.dtype).removeprefix("torch.")
     if not rounds(model.dtype):
         return f"the network computes in {name}"
@@ -173,9 +149,7 @@ def precision(model, method, levels, seed):
     dithered = x * (1 + torch.finfo(model.dtype).eps / 2 * jacobian.rademacher(x, seed, -3))
     one, other = (
         ProbedModel(model.predict, model.coordinates, method, model.dtype, seed)(x, sigma, 0).trace for x in (x, dithered))
-    dim = x[0].numel()
-    per_level = float((one - other).square().mean().sqrt()) / 2**0.5
-    cost = per_level * float((trace_weights(levels, dim) ** 2).sum()) ** 0.5 / (dim * math.log(2))
+    cost = rounding_cost(one, other, levels, x[0].numel())
     return f"the network computes in {name}, which costs at least {cost:.1g} bits per dimension against float32"
 
 

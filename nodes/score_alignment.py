@@ -16,7 +16,7 @@ from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
 from .guided_run import GuidanceSettings, solver_sampler
-from .guider_run import check_latent, run_in_guider
+from .guider_run import check_latent, derivative_method, known_method, run_in_guider
 from .log_density import training_table
 from .schema import CATEGORY, PROBES, Floats, require
 
@@ -42,7 +42,8 @@ class ScoreAlignmentCheck(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="The empty latent to sample into: gives size and number of "
                                                         "images. Without a noise mask."),
                 io.Sigmas.Input("sigmas", tooltip="The noise schedule sigma, from the model's maximum down; "
-                                                  f"{ENOUGH_STEPS} steps are usually enough."),
+                                                  f"{ENOUGH_STEPS} steps are usually enough. Between its ends noise "
+                                                  "levels are placed where the density changes; finite scale keeps them."),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=WITH_SCORE,
                     tooltip="with score: 3 model calls per step or the like. without score: 5, works for any "
@@ -204,12 +205,14 @@ class _Run:
         sigmas, stop = self._placed()
         evaluations, rest = stop + 1, sum(v > 0 for v in sigmas[stop + 1:])
 
+        trial = 0 if known_method(self.guider) else jacobian.TRIAL_CALLS
+
         def calls(method):
             return evaluations * alignment.calls_per_evaluation(method, probes) + rest
 
         def work(model):
             method, why = self._derivative_method(model)
-            model.expect(jacobian.TRIAL_CALLS + calls(method))
+            model.expect(trial + calls(method))
             differentiate = alignment.Differentiate(
                 model.predict, method, model.dtype, probes, self.settings.seed, self.indices)
             samples, profile = alignment.trace_alignment(
@@ -218,7 +221,7 @@ class _Run:
             return model.model_sampling.inverse_noise_scaling(end, samples), profile, method, why
 
         samples, profile, method, why = run_in_guider(
-            self.guider, self.samples, work, jacobian.TRIAL_CALLS + calls(jacobian.DIFFERENCES), sigmas,
+            self.guider, self.samples, work, trial + calls(jacobian.DIFFERENCES), sigmas,
             self.noise_seed, self.noise)
         amounts = {WITH_SCORE: profile.alignment}
         if probes:
@@ -275,10 +278,10 @@ class _Run:
         return x, begin(torch.zeros_like(x)) - x
 
     def _derivative_method(self, model):
-        """`jacobian.method_of` at the second noise level, where every model depends on x."""
+        """`derivative_method` at the second noise level, where every model depends on x."""
         sigma = self.sigmas[1]
         x = model.model_sampling.noise_scaling(torch.tensor(sigma).to(model.noise), model.noise.clone(), model.x, False)
-        return jacobian.method_of(lambda x: model.predict(x, sigma), x, x.clone(), model.dtype, sigma)
+        return derivative_method(self.guider, model.predict, x, sigma, model.dtype)
 
     def _sample(self, sampler, scale, steps):
         callback = latent_preview.prepare_callback(self.guider.model_patcher, steps)

@@ -151,3 +151,31 @@ def test_wrappers_of_the_model_count():
     ones = latent()
     plain = run(basic(networks.unet(), networks.unet_conditioning()), lambda m: m.predict(m.x, 1.0), ones)
     torch.testing.assert_close(run(basic(model, networks.unet_conditioning()), lambda m: m.predict(m.x, 1.0), ones), 2 * plain)
+
+
+@pytest.mark.parametrize("shape, masked", [((2, 40, 24), False), ((2, 3, 40, 8), False), ((2, 40, 24), True)], ids=str)
+def test_attention_in_slices_is_attention(shape, masked):
+    """Value and forward derivative, with few of the scores at once."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dq = (torch.randn(shape, generator=generator) for _ in range(4))
+    mask = torch.randn(40, 40, generator=generator) if masked else None
+    most = []
+
+    def attend(q):
+        scores = guider_run.attention.attention_pytorch
+
+        def counted(part, *args, **kwargs):
+            most.append(part.shape[-2])
+            return scores(part, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(guider_run.attention, "attention_pytorch", counted)
+            patch.setattr(guider_run, "_SCORES", 1)
+            return guider_run._sliced_attention(None, q, k, v, 3, mask, skip_reshape=len(shape) == 4)
+
+    value, slope = jacobian.directional_derivative(attend, q, dq, jacobian.FORWARD)
+    whole = lambda q: guider_run.attention.attention_pytorch(q, k, v, 3, mask, skip_reshape=len(shape) == 4)
+    _, expected = jacobian.directional_derivative(whole, q, dq, jacobian.FORWARD)
+    torch.testing.assert_close(value, whole(q))
+    torch.testing.assert_close(slope, expected)
+    assert max(most) == 8 and sum(most) == 40

@@ -188,7 +188,7 @@ def test_narrow_networks_read_nearly_the_same(unet_readout, dtype, bound):
 def test_methods_read_the_same(monkeypatch, unet_readout):
     forward, how = unet_readout(torch.float32)
     assert "forward-mode" in how[0]
-    monkeypatch.setattr(node.jacobian, "method_of", lambda *_: ("differences", "two-sided differences: as asked"))
+    monkeypatch.setattr(guider_run.jacobian, "method_of", lambda *_: ("differences", "two-sided differences: as asked"))
     differences, how = unet_readout(torch.float32)
     assert "differences" in how[0]
     traces = torch.stack(forward.traces)
@@ -198,7 +198,7 @@ def test_methods_read_the_same(monkeypatch, unet_readout):
 
 def test_the_method_is_found_out_once(monkeypatch):
     tries = []
-    monkeypatch.setattr(node, "find_method", lambda *_: tries.append(1) or ("forward", "said"))
+    monkeypatch.setattr(guider_run.jacobian, "method_of", lambda *_: tries.append(1) or ("forward", "said"))
     guider = guider_of(networks.unet(), networks.unet_conditioning())
     latent = {"samples": torch.ones(1, 4, 16, 16)}
     reports = [h.outputs(LogDensity, guider, latent, 2, 1, 0, 0.05)[1] for _ in range(2)]
