@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
+from ..dg_core import jacobian
 from ..dg_core.coordinates import coordinates_of
 from ..dg_core.guidance import guided_range
 from ..dg_core.log_density import ProbedModel, bits_of_state, log_start, state_of_bits
@@ -174,7 +175,8 @@ def _probing(guider, predict, coordinates, x, schedule, settings, seed):
     sigma = next(v for v in schedule[len(schedule) // 2:] + schedule[::-1] if v > 0 and coordinates.alpha(v) > 0)
     dtype = network_dtype(guider.inner_model)
 
-    method, _ = derivative_method(guider, predict, x / schedule[0] * sigma, sigma, dtype)
+    method, _ = derivative_method(
+        guider, predict, x / schedule[0] * sigma, jacobian.rademacher(x, seed, -1), sigma, dtype)
     same = [0] * len(x)
     return lambda: ProbedModel(predict, coordinates, method, dtype, seed, int(settings.probes), same)
 

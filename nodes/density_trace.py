@@ -197,7 +197,8 @@ class _Hutchinson:
             x = x.to(compute_dtype(x.dtype), copy=True)
             alpha = self._coordinates.alpha(sigma)
             if alpha > 0 and self._look is None:
-                method, _ = derivative_method(self._guider, self._predict, x, sigma, self._dtype)
+                probe = jacobian.rademacher(x, self._seed, -1)
+                method, _ = derivative_method(self._guider, self._predict, x, probe, sigma, self._dtype)
                 self._look = self._looking(method)
             # At pure noise nothing is differentiated, and no method can be found out.
             sight = (self._look or self._looking(jacobian.DIFFERENCES))(x, sigma, len(self._track.s))

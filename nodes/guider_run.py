@@ -129,11 +129,11 @@ def known_method(guider):
     return _methods.get(guider.model_patcher, {}).get(type(guider))
 
 
-def derivative_method(guider, predict, x, sigma, dtype):
-    """`jacobian.method_of` at a state x with the noise sigma; asked once for each model, at `jacobian.TRIAL_CALLS`."""
+def derivative_method(guider, predict, x, v, sigma, dtype):
+    """`jacobian.method_of` at a state x with the noise sigma, along v; asked once for each model, at `jacobian.TRIAL_CALLS`."""
     if known_method(guider) is None:
         _methods.setdefault(guider.model_patcher, {})[type(guider)] = jacobian.method_of(
-            lambda x: predict(x, sigma), x, jacobian.rademacher(x, 0, -1), dtype, sigma)
+            lambda x: predict(x, sigma), x, v, dtype, sigma)
     return known_method(guider)
 
 

@@ -105,7 +105,8 @@ def read(guider, latent, levels, probes, seed):
 
     def work(model):
         s, x = in_the_middle(model, levels, seed)
-        method, reason = derivative_method(guider, model.predict, x, model.coordinates.sigma(s), model.dtype)
+        probe = jacobian.rademacher(x, seed, -1)
+        method, reason = derivative_method(guider, model.predict, x, probe, model.coordinates.sigma(s), model.dtype)
         model.expect(calls(method, model.dtype))
         look = ProbedModel(model.predict, model.coordinates, method, model.dtype, seed, probes, indices)
         readout = read_log_density(look, model.predict, model.x, levels, model.coordinates)

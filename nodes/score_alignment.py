@@ -281,7 +281,7 @@ class _Run:
         """`derivative_method` at the second noise level, where every model depends on x."""
         sigma = self.sigmas[1]
         x = model.model_sampling.noise_scaling(torch.tensor(sigma).to(model.noise), model.noise.clone(), model.x, False)
-        return derivative_method(self.guider, model.predict, x, sigma, model.dtype)
+        return derivative_method(self.guider, model.predict, x, x.clone(), sigma, model.dtype)
 
     def _sample(self, sampler, scale, steps):
         callback = latent_preview.prepare_callback(self.guider.model_patcher, steps)

@@ -41,7 +41,7 @@ def check(mixture, x, sigmas, coordinates, probes=None, method=jacobian.FORWARD)
 def end_of_run(mixture, x, sigmas, coordinates):
     """y at the last sigma."""
     y = solve(lambda x, sigma: mixture.denoised(x, sigma, coordinates), x, [*sigmas, sigmas[-1]], coordinates,
-              GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0))
+              GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=alignment.order_of([coordinates.s(v) for v in sigmas]))
     return y / coordinates.alpha(sigmas[-1])
 
 
@@ -217,8 +217,9 @@ def test_samples_do_not_depend_on_the_stop():
     ends = [alignment.trace_alignment(differentiate, predict, x, -x, sigmas, FLOW, stop)[0] for stop in (4, 11)]
     assert calls == sigmas[5:12]
     assert torch.equal(*ends)
+    order = alignment.order_of([FLOW.s(v) for v in sigmas[:-1]])
     assert torch.equal(ends[0], solve(lambda x, sigma: mixture.denoised(x, sigma, FLOW), x, sigmas, FLOW,
-                                      GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)))
+                                      GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=order))
 
 
 # --- the derivative of the trace ----------------------------------------------------------------------------------
