@@ -164,7 +164,7 @@ def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, sto
     schedule = [*sigmas, sigmas[-1]] if stop == len(sigmas) - 1 else sigmas
     s = tuple(coordinates.s(v) for v in sigmas[:stop + 1])
     end = solve(model, torch.cat([x, tangent]), schedule, coordinates, _UNGUIDED, callback=corrected,
-                order=order_of(s))
+                order=order_of(s), cautious=False)  # an order that falls with the state would not be differentiated
     return end[:batch], Profile(s, _table(alignment), _table(norms), _table(curvature) if curvature else None)
 
 

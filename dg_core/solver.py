@@ -152,13 +152,18 @@ def trusted(terms, region=None):
     return total
 
 
+def _sum(terms):
+    return sum(one + other for one, other in terms)
+
+
 class _Flow:
     """The guided flow as the model calls so far describe it."""
 
-    def __init__(self, coordinates, guided, z, dim, mask, weights, curve, order, like):
+    def __init__(self, coordinates, guided, z, dim, mask, weights, curve, order, cautious, like):
         """like: a tensor of the dtype and device to work in; the rest as in `solve`."""
         self._coordinates = coordinates
         self._guided = guided
+        self._sum = partial(trusted, region=None if mask is None else region_of(mask)) if cautious else _sum
         self._steering = callable(z) or torch.is_tensor(z) or z != 0
         if callable(z):
             self._gain = lambda step: (2 * dim) ** 0.5 * z(step).to(like)
@@ -166,8 +171,7 @@ class _Flow:
             constant = gain(z, dim, like)
             self._gain = lambda step: constant
         self.amount = mask if weights is None else weights if mask is None else weights * mask
-        self._region = None if mask is None else region_of(mask)
-        self._weights = self._region if weights is None else weights
+        self._weights = (None if mask is None else region_of(mask)) if weights is None else weights
         self._curve = None if curve is None else torch.tensor(curve, dtype=torch.float64)
         self._noise = _History(eps_weights, order)
         self._picture = _History(denoised_weights, order)
@@ -194,7 +198,7 @@ class _Flow:
     def follow(self, u, theta_from, theta_to, step, correct=False):
         """The state u at theta_from, followed to theta_to during `step`."""
         noise, picture = (part.terms(theta_from, theta_to, correct) for part in (self._noise, self._picture))
-        u = u + trusted(zip(noise, picture, strict=True), self._region)
+        u = u + self._sum(zip(noise, picture, strict=True))
         return self.guide(u, theta_from, theta_to, step, correct)
 
     def guide(self, u, theta_from, theta_to, step, correct=False):
@@ -218,7 +222,7 @@ class _Flow:
 
 
 def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callback=None, weights=None,
-          curve=None, order=ORDER, variation=None):
+          curve=None, order=ORDER, variation=None, cautious=True):
     """Integrate the guided flow down `sigmas`.
 
     model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step,
@@ -230,7 +234,8 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     callback(i, x, denoised): once for each step, after the model's call at its sigma; x is the corrected state, denoised the
     unguided prediction. A step whose only call lies at a raised noise level reports before it, with what the calls so far
     lead to.
-    order: how many model calls a prediction of the plain flow interpolates.
+    order: how many model calls a prediction of the plain flow interpolates. cautious: whether the order falls where the
+    terms of a step don't, see `trusted`.
     variation: None, or a `variation.Variation`: noise at an unchanged log-density in some steps, of the strength that mask
     and weights leave to each element. Its model calls may lie at noise levels between those of the schedule.
 
@@ -241,7 +246,7 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     scales = [math.hypot(a, v) for a, v in zip(alphas, sigmas)]
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
     ahead = [next((t for t in thetas[i + 1:] if t < thetas[i]), thetas[i]) for i in range(len(thetas))]
-    flow = _Flow(coordinates, guided, z, dim, mask, weights, curve, order, x)
+    flow = _Flow(coordinates, guided, z, dim, mask, weights, curve, order, cautious, x)
     put_jump = None if variation is None else partial(_History.jump, once=not variation.calls_before)
 
     def jump(u, theta, step, s):
