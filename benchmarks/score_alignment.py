@@ -24,7 +24,7 @@ from ..nodes.exact_model import PREDICTIONS, WEIGHTS, read
 from ..nodes.score_alignment import CheckSettings, examine
 
 DOCS = PACK / "docs"
-OURS, AUTHORS = "third and fourth order, VP state", "Euler, uniform in log-SNR"
+OURS, AUTHORS = "third-order, VP state", "Euler, uniform in log-SNR"
 S_START, S_END = 60.0, 0.15
 SIZE, SEEDS = 16, 12  # of the comparison of solvers
 EVALUATIONS = {OURS: (16, 24, 32, 48, 64, 96), AUTHORS: (32, 64, 128, 256, 512, 1024)}
