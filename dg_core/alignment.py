@@ -21,7 +21,9 @@ product rule; the identity part of div eps is constant, which leaves in u, with 
 
     dA/dtheta = sqrt(alpha^2 + sigma^2) t / sin(theta),
 
-so that the score is needed at the start only, where it is the prior's.
+so that the score is needed at the start only, where it is the prior's (for a flow model exactly so, A = ||n||^2). That is
+the alignment with the density of the flow itself, whatever the network computes; "with the score" is the same where eps is
+the score of that density, as a trained network's is and one with random weights is not.
 """
 
 import math

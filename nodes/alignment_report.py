@@ -10,6 +10,7 @@ from .plots import figure_image
 
 ROWS = 8  # of the profile in the report
 ENOUGH_STEPS = 30
+GAP = 0.1  # of the cosines of both ways, above what few steps and probes leave on a model that is a score
 LEGEND = 8  # images with a label of their own in the picture
 
 
@@ -33,7 +34,10 @@ def text(check, settings, dim, scales, response):
             + _scale_words(settings.detail_shift, float(scales[i])))
     if len(check.cosines) == 2:
         a, b = (c[-1] for c in check.cosines.values())
-        lines.append(f"with and without the score: cosines differ by at most {(a - b).abs().max():.3f}")
+        gap = float((a - b).abs().max())
+        lines.append(f"with and without the score: cosines differ by at most {gap:.3f}"
+                     + ("" if gap < GAP else ": too few steps or probes, or the prediction is not the score of its own flow's "
+                        "density, as with a strong CFG; then only the number without the score is about that density"))
     for name, cosine in check.cosines.items():
         for i, node in enumerate(lost_at(cosine).tolist()):
             if node >= 0:
@@ -48,6 +52,9 @@ def text(check, settings, dim, scales, response):
         + (f", {check.dual_calls} of them in forward mode, at about twice the price" if check.dual_calls else "")
         + f"; plain sampling takes {check.plain_calls}",
     ]
+    if check.stochastic:
+        lines.append(f"{check.stochastic} adds noise of its own at every step, which is not scaled: this is what scaling the "
+                     "starting noise alone does with it, mostly little. Connect a deterministic sampler to ask about the model")
     if check.plain_calls < ENOUGH_STEPS:
         lines.append(f"only {check.plain_calls} steps: an image that changes early in the run may get a wrong number; "
                      f"take {ENOUGH_STEPS} or more")

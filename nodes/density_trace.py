@@ -15,10 +15,10 @@ from ..dg_core.coordinates import coordinates_of
 from ..dg_core.log_density import LogDensityTrack, ProbedModel, bits_of_state, log_start
 from ..dg_core.statistics import compute_dtype
 from ..dg_core.trace import RunTrace
-from .guided_run import WRAPPER_KEY, outermost, sample_density_guided
+from .guided_run import WRAPPER_KEY, function_of, outermost, sample_density_guided
 from .guider_run import Predict, derivative_method, network_dtype
 from .plots import blank_image, curves_image
-from .schema import CATEGORY, require
+from .schema import CATEGORY, require, samples_of
 
 PROBE_SEED_OFFSET = 0x3C6EF372FE94F82B
 OWN_LEVELS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}  # function: the host's name
@@ -75,20 +75,13 @@ def _check(sampler, latent_image):
     if latent_image.get("noise_mask") is not None:
         raise ValueError("latent_image has a noise mask; what is recorded is the density of the whole image: remove the mask, "
                          "or sample with SamplerCustomAdvanced")
-    if getattr(latent_image["samples"], "is_nested", False):
+    if getattr(samples_of("latent_image", latent_image), "is_nested", False):
         raise ValueError("latent_image packs several parts (video and audio) into one; its density is not defined: sample "
                          "with SamplerCustomAdvanced")
-    name = getattr(_function_of(sampler), "__name__", "")
+    name = getattr(function_of(sampler), "__name__", "")
     if name in OWN_LEVELS:
         raise ValueError(f"sampler is {OWN_LEVELS[name]}, which calls the model at noise levels of its own and not at those "
                          "of sigmas: choose another sampler, for instance euler or dpmpp_2m")
-
-
-def _function_of(sampler):
-    """The host's sampler function behind a SAMPLER, guided or not; None where it has none."""
-    while hasattr(sampler, "sampler"):
-        sampler = sampler.sampler
-    return getattr(sampler, "sampler_function", None)
 
 
 def _numbers(value):
@@ -145,7 +138,7 @@ class _TracedSampler(comfy.samplers.Sampler):
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         options["density_trace"] = mailbox = _Mailbox()
         # The pack's own solver corrects a state after the call, and reports the better one.
-        witness = None if _function_of(self._sampler) is sample_density_guided else _Witness()
+        witness = None if function_of(self._sampler) is sample_density_guided else _Witness()
         steps, called = [], []
 
         def step(i, denoised, x, total):

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from . import exact_model
-from .schema import CATEGORY, Floats
+from .schema import CATEGORY, Floats, samples_of, sigmas_of
 
 SIZES = [64, 48, 32]
 
@@ -79,5 +79,5 @@ class ExactLogDensity(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, sigmas):
-        bits = exact_model.read(model, latent["samples"], sigmas)
+        bits = exact_model.read(model, samples_of("latent", latent), sigmas_of(sigmas))
         return io.NodeOutput(bits, "\n".join(f"image {i}: {b:.4f} bits per dimension" for i, b in enumerate(bits)))

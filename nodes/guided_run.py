@@ -211,12 +211,16 @@ def advice(sampler_name, model_options):
     return sentences
 
 
-def _name_of(sample):
-    """The host's name of the sampler behind a `Sampler.sample` or an executor of it; "" where it has none."""
-    sampler = getattr(sample, "class_obj", None) or getattr(sample, "__self__", None)
+def function_of(sampler):
+    """The host's sampler function behind a SAMPLER, guided or not; None where it has none."""
     while hasattr(sampler, "sampler"):  # of a `GuidedSampler`
         sampler = sampler.sampler
-    return getattr(getattr(sampler, "sampler_function", None), "__name__", "").removeprefix("sample_")
+    return getattr(sampler, "sampler_function", None)
+
+
+def name_of(sampler):
+    """The host's name of a SAMPLER; "" where it has none."""
+    return getattr(function_of(sampler), "__name__", "").removeprefix("sample_")
 
 
 def outermost(model_options, kind, wrapper):
@@ -276,7 +280,8 @@ def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, la
     steering = Steering.of_run(settings, guider, sigmas, noise, denoise_mask)
     if steering is None:
         return sample(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
-    for sentence in advice(_name_of(sample), guider.model_options):
+    sampler = getattr(sample, "class_obj", None) or getattr(sample, "__self__", None)  # an executor of the host, or a method
+    for sentence in advice(name_of(sampler), guider.model_options):
         logging.warning("Density guidance: %s.", sentence)
     guide = _GuidePrediction(steering)
     show = callback and (lambda step, denoised, x, total: callback(step, guide.preview(denoised), x, total))

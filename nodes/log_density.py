@@ -14,7 +14,7 @@ from ..dg_core.log_density import ProbedModel, read_log_density, require_noise_f
 from ..dg_core.units import require_whole
 from .guider_run import check_latent, derivative_method, known_method, run_in_guider
 from .plots import curves_image
-from .schema import CATEGORY, PROBES, Floats, require
+from .schema import CATEGORY, PROBES, SEEDS, Floats, require, samples_of
 
 STEPS = 2, 1000
 
@@ -44,7 +44,7 @@ class LogDensity(io.ComfyNode):
                             "derivative. The error falls with the square root of their number. 1 is the default "
                             "and the least."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=SEEDS[0], max=SEEDS[1], control_after_generate=True,
                     tooltip="Seed of the probes. Another seed gives another draw of the error, the same seed the same "
                             "number. No unit; neutral: any."),
                 io.Float.Input(
@@ -66,7 +66,8 @@ class LogDensity(io.ComfyNode):
     @classmethod
     def execute(cls, guider, latent, steps, probes, seed, noise_floor):
         steps, probes = require_whole("steps", steps, *STEPS), require_whole("probes", probes, *PROBES)
-        levels = levels_of(guider, latent["samples"], noise_floor, steps)
+        seed = require_whole("seed", seed, *SEEDS)
+        levels = levels_of(guider, samples_of("latent", latent), noise_floor, steps)
         readout, how = read(guider, latent, levels, probes, seed)
         plot = curves_image(
             {"d log p / d log-SNR, nats per dimension": readout.rates().cpu().numpy(),

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 CATEGORY = "sampling/density guidance"
 Floats = io.Custom("FLOATS")
+SEEDS = 0, 0xFFFFFFFFFFFFFFFF
 PROBES = 1, 64  # of the divergence, at each model evaluation
 
 
@@ -15,6 +16,23 @@ def require(name, value, attribute, hint):
     if not hasattr(value, attribute):
         raise ValueError(f"{name} is a {type(value).__name__}; connect {hint}")
     return value
+
+
+def samples_of(name, latent):
+    """The tensor of a LATENT input (several in one for video with audio); raises ValueError, naming the input, for others."""
+    samples = latent.get("samples") if isinstance(latent, dict) else None
+    if not (torch.is_tensor(samples) or getattr(samples, "is_nested", False)):
+        raise ValueError(f"{name} is a {type(latent).__name__} without samples; connect a LATENT, for instance of VAEEncode, of "
+                         "an empty latent or of a sampler")
+    return samples
+
+
+def sigmas_of(values):
+    """SIGMAS as a list of floats; raises ValueError for what is no row of numbers."""
+    if not torch.is_tensor(values) or values.ndim != 1:
+        shape = f"of shape {tuple(values.shape)}" if torch.is_tensor(values) else f"a {type(values).__name__}"
+        raise ValueError(f"sigmas are {shape}; connect SIGMAS, a row of noise levels, for instance of BasicScheduler")
+    return values.tolist()
 
 
 def floats(name, values):

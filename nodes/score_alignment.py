@@ -15,10 +15,10 @@ from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
-from .guided_run import GuidanceSettings, solver_sampler
+from .guided_run import STOCHASTIC, GuidanceSettings, name_of, solver_sampler
 from .guider_run import check_latent, derivative_method, known_method, run_in_guider
 from .log_density import training_table
-from .schema import CATEGORY, PROBES, Floats, require
+from .schema import CATEGORY, PROBES, SEEDS, Floats, require, samples_of, sigmas_of
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
 METHODS = (WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE)
@@ -59,7 +59,7 @@ class ScoreAlignmentCheck(io.ComfyNode):
                     tooltip="Number of random probes per step for the way without the score: n probes divide its noise by "
                             "sqrt(n), at 4 calls each. 1 is the default."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
+                    "seed", default=0, min=SEEDS[0], max=SEEDS[1], control_after_generate=True,
                     tooltip="Seed of the probes only; the noise has its own. No unit; neutral: any."),
                 io.Float.Input(
                     "detail_shift", default=0.02, min=-2.0, max=2.0, step=0.01, round=0.0001, optional=True,
@@ -131,6 +131,7 @@ class CheckSettings:
             raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
         require_number("end_percent", self.end_percent, 0.05, 1.0)
         require_whole("probes", self.probes, *PROBES)
+        require_whole("seed", self.seed, *SEEDS)
         require_number("detail_shift", self.detail_shift, -2.0, 2.0)
         require_number("scale_step", self.scale_step, 0.0001, 0.2)
 
@@ -148,6 +149,7 @@ class Check:
     dual_calls: int  # those of them in forward-mode AD
     plain_calls: int  # that sampling alone takes
     derivatives: str  # how they were taken
+    stochastic: str = ""  # name of the sampler, where it adds noise of its own
 
     @property
     def final_cosine(self):
@@ -183,12 +185,13 @@ class _Run:
         """Raises ValueError, before any model call, where an input does not fit."""
         require("guider", guider, "model_patcher", "a GUIDER, for instance of CFGGuider or BasicGuider")
         require("noise", noise, "generate_noise", "a NOISE, for instance of RandomNoise")
+        samples = samples_of("latent_image", latent)
         if latent.get("noise_mask") is not None:
             raise ValueError(
                 "latent_image has a noise_mask; score alignment is about whole images that start from noise: connect "
                 "the latent without a mask")
         patcher = guider.model_patcher
-        samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
+        samples = comfy.sample.fix_empty_latent_channels(patcher, samples)
         check_latent(patcher, samples, empty_allowed=True)
         model_sampling = patcher.get_model_object("model_sampling")
         coordinates = coordinates_of(model_sampling)
@@ -265,14 +268,15 @@ class _Run:
         calls = 2 * self.stop + len(self.sigmas)
         return Check(
             finished, [sigma], [log_snr(self.coordinates.s(sigma))], {FINITE_SCALE: cosine[None]}, amount, calls,
-            0, len(self.sigmas) - 1, f"none: runs with the noise times {1 - h:g} and {1 + h:g}")
+            0, len(self.sigmas) - 1, f"none: runs with the noise times {1 - h:g} and {1 + h:g}",
+            name_of(sampler) if STOCHASTIC.search(name_of(sampler)) else "")
 
     def _start(self, model):
         """(x, tangent) at the first noise level; the tangent is what less noise changes, without the latent's part."""
-        sigma, highest = torch.tensor(self.sigmas[0]).to(model.noise), _is_maximum(model.model_sampling, self.sigmas[0])
+        sigma = torch.tensor(self.sigmas[0]).to(model.noise)
 
         def begin(noise):
-            return model.model_sampling.noise_scaling(sigma, noise, model.x, highest)
+            return model.model_sampling.noise_scaling(sigma, noise, model.x, True)
 
         x = begin(model.noise.clone())  # some of the host's samplings write into it
         return x, begin(torch.zeros_like(x)) - x
@@ -293,18 +297,12 @@ class _Run:
         return self.guider.model_patcher.model.process_latent_out(samples.to(torch.float32)).cpu()
 
 
-def _is_maximum(model_sampling, sigma):
-    """Whether the host would call a run from `sigma` one from pure noise."""
-    highest = float(model_sampling.sigma_max)
-    return math.isclose(highest, sigma, rel_tol=1e-5) or sigma > highest
-
-
 def _schedule(sigmas, model_sampling, end_percent):
     """(strictly descending floats, index of the last one that is at or above the level of end_percent).
 
     Raises ValueError, naming the input, for a schedule that score alignment cannot follow.
     """
-    values = [float(v) for v in sigmas]
+    values = sigmas_of(sigmas)
     shown = [round(v, 4) for v in (values if len(values) < 7 else [*values[:3], *values[-3:]])]
     if not all(math.isfinite(v) and v >= 0 for v in values) or any(b > a for a, b in zip(values, values[1:])):
         raise ValueError(f"sigmas are {shown}; they must be finite, not negative, and descend")
@@ -312,10 +310,11 @@ def _schedule(sigmas, model_sampling, end_percent):
     if sum(v > 0 for v in values) < 3:
         raise ValueError(f"sigmas are {shown}; score alignment needs at least three different noise levels above 0, "
                          f"that is three steps; {ENOUGH_STEPS} are usually enough")
-    if not _is_maximum(model_sampling, values[0]):
-        raise ValueError(f"sigmas begin at {values[0]:.4g} and the model's maximum is "
-                         f"{float(model_sampling.sigma_max):.4g}; scaling the noise is about images that start from "
-                         "pure noise: use denoise 1")
+    highest = float(model_sampling.sigma_max)
+    if not math.isclose(highest, values[0], rel_tol=1e-5):
+        advice = "use denoise 1" if values[0] < highest else "take a scheduler's sigmas as they are"
+        raise ValueError(f"sigmas begin at {values[0]:.6g} and the model's maximum is {highest:.6g}; scaling the noise is "
+                         f"about images that start from pure noise: {advice}")
     level = float(model_sampling.percent_to_sigma(end_percent)) * (1 - 1e-6)
     stop = max(i for i, v in enumerate(values) if i == 0 or (v >= level and v > 0))
     if stop < 2:

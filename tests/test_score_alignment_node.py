@@ -1,5 +1,6 @@
 """ScoreAlignmentCheck in the real host: on the built-in model, on small real networks, and with bad input."""
 
+import functools
 import math
 import re
 import sys
@@ -11,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
 from density_guidance.dg_core.coordinates import coordinates_of
-from density_guidance.nodes import PriorGuidanceScale, ScoreAlignmentCheck, exact_model, plots
+from density_guidance.nodes import LogDensity, PriorGuidanceScale, ScoreAlignmentCheck, exact_model, plots
 from density_guidance.nodes.score_alignment import CheckSettings, examine
 from density_guidance.tests import host_runs as h
 from density_guidance.tests import networks
@@ -155,6 +156,14 @@ def test_finite_scale_takes_any_sampler():
         assert response == pytest.approx(wanted, rel=0.1), name
 
 
+def test_a_sampler_that_adds_noise_is_named():
+    note = "adds noise of its own"
+    model = h.exact_model("eps")
+    for name, stochastic in (("euler_ancestral", True), ("lcm", True), ("euler", False)):
+        report = check(model, "finite scale", steps=6, batch=1, sampler=h.core_sampler(name))[2]
+        assert (f"{name} {note}" in report) == stochastic, name
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------
 
 
@@ -215,12 +224,13 @@ NETWORKS = {
     "unet": (networks.unet, networks.unet_conditioning, 4),
     "dit": (networks.dit, networks.dit_conditioning, 16),
 }
+FLOWS = {**NETWORKS, "unet": (functools.partial(networks.unet, model_type="FLOW"), networks.unet_conditioning, 4)}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_real_networks(name, dtype):
-    """The derivatives and finite scaling agree on networks that attend, normalise and round."""
+def test_with_score_agrees_with_finite_scale_on_real_networks(name, dtype):
+    """On networks that attend, normalise and round, whose eps stands for the score in both."""
     make, positive, channels = NETWORKS[name]
     model = make(dtype)
     latent = {"samples": torch.zeros(2, channels, 8, 8)}
@@ -229,15 +239,36 @@ def test_real_networks(name, dtype):
     differences = run("with score", without_forward_mode(model))
     schedule = h.schedule(model, 40)
     cut = read_level(model, schedule)
-    halved = torch.stack([cut[:-1], (cut[:-1] + cut[1:]) / 2], 1).flatten()  # it keeps to the scheduler's noise levels
-    finite = run("finite scale", sigmas=torch.cat([halved, schedule[len(cut) - 1:]]),
+    eighths = torch.arange(8) / 8  # it keeps to the scheduler's noise levels, which are coarse for random weights
+    finer = (cut[:-1, None] + (cut[1:] - cut[:-1])[:, None] * eighths).flatten()
+    finite = run("finite scale", sigmas=torch.cat([finer, schedule[len(cut) - 1:]]),
                  scale_step=0.01 if dtype is torch.float32 else 0.05)
-    without = run("without score")
-    print(name, dtype, by_default[6], differences[6], finite[6], without[6], by_default[2].splitlines()[-2:])
+    print(name, dtype, by_default[6], differences[6], finite[6], by_default[2].splitlines()[-2:])
     rel = 0.01 if dtype is torch.float32 else 0.1
     assert differences[6] == pytest.approx(by_default[6], rel=rel)
     assert finite[6] == pytest.approx(by_default[6], rel=2 * rel)
-    assert all(map(math.isfinite, without[6]))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_without_score_agrees_with_the_density_of_the_flow_on_real_networks(name):
+    """Random weights are no score of their own flow's density, which is read here at the ends of runs with scaled noise."""
+    make, positive, channels = FLOWS[name]
+    model, step = make(torch.float32), 0.02
+    latent = {"samples": torch.zeros(2, channels, 8, 8)}
+    cut = read_level(model, h.schedule(model, 40))
+    level = coordinates_of(model.get_model_object("model_sampling")).s(float(cut[-1]))
+
+    def bits(scale):
+        noise = h.outputs(PriorGuidanceScale, h.random_noise(), 0.5, scale, False)[0]
+        end = h.sample(model, h.guided_sampler(), cut, latent, noise=noise, positive=positive())[0]
+        return torch.tensor(h.outputs(LogDensity, guider(model, positive()), end, 64, 4, 0, level)[0], dtype=torch.float64)
+
+    measured = 0.01 * (bits(1 + step) - bits(1 - step)) / (2 * step)
+    found, coarse = (check(model, "without score", steps=40, positive=positive(), latent=latent, probes=4)[6]
+                     for model in (model, make(torch.bfloat16)))
+    print(name, found, measured.tolist(), coarse)
+    assert found == pytest.approx(measured.tolist(), rel=0.05)
+    assert coarse == pytest.approx(measured.tolist(), rel=0.1)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
@@ -253,6 +284,9 @@ def test_bad_input_before_any_call():
         (["sigmas", "descend"], {"sigmas": full.flip(0)}),
         (["sigmas", "finite"], {"sigmas": torch.tensor([1.0, math.nan, 0.0])}),
         (["sigmas", "[]"], {"sigmas": torch.tensor([])}),
+        (["sigmas begin at 2", "maximum is 1", "scheduler"], {"sigmas": 2 * full}),
+        (["sigmas are of shape (13, 1)"], {"sigmas": full[:, None]}),
+        (["sigmas are a str"], {"sigmas": "normal"}),
         (["end_percent is 0.05"], {"end_percent": 0.05}),
         (["end_percent", "nan", "1.0"], {"end_percent": math.nan}),
         (["method is 'fast'", "with score"], {"method": "fast"}),
@@ -265,6 +299,9 @@ def test_bad_input_before_any_call():
         (["noise_mask"], {"latent": {**latent, "noise_mask": torch.ones(2, h.SIZE, h.SIZE)}}),
         (["NaN"], {"latent": {"samples": latent["samples"] / 0}}),
         (["channels"], {"latent": {"samples": torch.ones(1, 5, h.SIZE, h.SIZE)}}),
+        (["latent_image is a dict without samples", "LATENT"], {"latent": {}}),
+        (["latent_image is a Tensor"], {"latent": latent["samples"]}),
+        (["seed is None"], {"seed": None}),
     ]
     for words, wrong in cases:
         fails(words, check, model, **wrong)
