@@ -20,12 +20,12 @@ from ..dg_core.exact_density import ExactDensity
 from ..dg_core.levels import noise_levels
 from ..launcher.environment import PACK
 from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
-from ..nodes.exact_model import PREDICTIONS, WEIGHTS, read
+from ..nodes.exact_model import PREDICTIONS, SIGMA_MAX, WEIGHTS, read
 from ..nodes.score_alignment import CheckSettings, examine
 
 DOCS = PACK / "docs"
-OURS, AUTHORS = "third-order, VP state", "Euler, uniform in log-SNR"
-S_START, S_END = 60.0, 0.15
+OURS, AUTHORS = "third and fourth order, VP state", "Euler, uniform in log-SNR"
+S_START, S_END = SIGMA_MAX, 0.15
 SIZE, SEEDS = 16, 12  # of the comparison of solvers
 EVALUATIONS = {OURS: (16, 24, 32, 48, 64, 96), AUTHORS: (32, 64, 128, 256, 512, 1024)}
 CONVERGED = 768

@@ -31,6 +31,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.integrate
 import torch
 from scipy.interpolate import CubicSpline
 
@@ -70,7 +71,7 @@ class Profile:
         """A from the product rule, (N, B): the first A plus the integral of `curvature` over theta."""
         rising = np.arctan(self.s)[::-1]
         if len(rising) < 3:
-            rate = np.trapezoid(self.curvature.numpy()[::-1], rising, axis=0)
+            rate = scipy.integrate.trapezoid(self.curvature.numpy()[::-1], rising, axis=0)
             return torch.stack([self.alignment[0], self.alignment[0] - torch.from_numpy(np.asarray(rate))])
         integral = CubicSpline(rising, self.curvature.numpy()[::-1]).antiderivative()
         return self.alignment[0] - torch.from_numpy(integral(rising[-1]) - integral(rising[::-1]))
@@ -213,7 +214,7 @@ def scale_for_shift(shift, alignment, dim):
 
 
 def lost_at(cosine):
-    """Index of the node after which the cosine (N, B) stays at or below 0, (B,) ints; -1 where it ends above 0."""
+    """Index of the node from which on the cosine (N, B) stays at or below 0, (B,) ints; -1 where it ends above 0."""
     below = ~(cosine > 0)  # NaN counts as lost
     trailing = below.flip(0).int().cumprod(0).sum(0)
     return torch.where(trailing > 0, len(cosine) - trailing, -1)

@@ -21,8 +21,8 @@ from .schema import require
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "exact_density.safetensors"
 
-# Noise levels that surround all scales of the density: texture 0.5, pictures apart by 100, in latent units.
-SIGMA_MIN, SIGMA_MAX = 0.1, 60.0
+# Noise levels that surround all scales of the density: texture 0.5, pictures apart by 100 (at 32 x 32), in latent units.
+SIGMA_MIN, SIGMA_MAX = 0.1, 160.0
 FLOW_SHIFT = 3.0
 # A table of 1000 would end at s = 0.003, a hundred times below the finest texture: steps without an effect.
 FLOW_TIMESTEPS = 96

@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import comfy.patcher_extension
 import comfy.sample
+import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
@@ -15,7 +17,7 @@ from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
-from .guided_run import STOCHASTIC, GuidanceSettings, name_of, solver_sampler
+from .guided_run import STOCHASTIC, GuidanceSettings, name_of, outermost, solver_sampler, without_guidance
 from .guider_run import check_latent, derivative_method, known_method, run_in_guider
 from .log_density import training_table
 from .schema import CATEGORY, PROBES, SEEDS, Floats, require, samples_of, sigmas_of
@@ -251,8 +253,9 @@ class _Run:
         """`Check` by ordinary runs with scaled noise."""
         sampler = solver_sampler(GuidanceSettings()) if sampler is None else sampler
         h, sigma = self.settings.scale_step, self.sigmas[self.stop]
-        less, more = (self._sample(sampler, r, self.stop) for r in (1 - h, 1 + h))
-        finished = self._sample(sampler, 1.0, len(self.sigmas) - 1)
+        whole = len(self.sigmas) - 1
+        runs = [(_Scaled(sampler, scale), steps) for scale, steps in ((1 - h, self.stop), (1 + h, self.stop), (1.0, whole))]
+        less, more, finished = (self._sample(scaled, steps) for scaled, steps in runs)
         alpha = self.coordinates.alpha(sigma)
 
         def score(model):
@@ -265,10 +268,10 @@ class _Run:
         inside = self.guider.model_patcher.model.process_latent_in
         amount, cosine = (v.cpu().double() for v in alignment.finite_alignment(
             inside(less).to(grad), inside(more).to(grad), grad, h))
-        calls = 2 * self.stop + len(self.sigmas)
+        calls = sum(scaled.calls for scaled, _ in runs) + 1
         return Check(
             finished, [sigma], [log_snr(self.coordinates.s(sigma))], {FINITE_SCALE: cosine[None]}, amount, calls,
-            0, len(self.sigmas) - 1, f"none: runs with the noise times {1 - h:g} and {1 + h:g}",
+            0, runs[-1][0].calls, f"none: runs with the noise times {1 - h:g} and {1 + h:g}",
             name_of(sampler) if STOCHASTIC.search(name_of(sampler)) else "")
 
     def _start(self, model):
@@ -287,14 +290,36 @@ class _Run:
         x = model.model_sampling.noise_scaling(torch.tensor(sigma).to(model.noise), model.noise.clone(), model.x, False)
         return derivative_method(self.guider, model.predict, x, x.clone(), sigma, model.dtype)
 
-    def _sample(self, sampler, scale, steps):
+    def _sample(self, sampler, steps):
         callback = latent_preview.prepare_callback(self.guider.model_patcher, steps)
         return self.guider.sample(
-            self.noise * scale, self.samples, sampler, torch.tensor(self.sigmas[:steps + 1]), callback=callback,
+            self.noise, self.samples, sampler, torch.tensor(self.sigmas[:steps + 1]), callback=callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=self.noise_seed).cpu()
 
     def _finished(self, samples):
         return self.guider.model_patcher.model.process_latent_out(samples.to(torch.float32)).cpu()
+
+
+class _Scaled(comfy.samplers.Sampler):
+    """A sampler that begins with its noise times a number, after every patch of the noise, and without this pack's density
+    guidance; counts the predictions that it asks for."""
+
+    def __init__(self, sampler, scale):
+        self.sampler, self.calls = sampler, 0
+        self._scale = scale
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+        armed = guider.model_options
+        guider.model_options = outermost(
+            without_guidance(armed), comfy.patcher_extension.WrappersMP.PREDICT_NOISE, self._count)
+        try:
+            return self.sampler.sample(guider, sigmas, extra_args, callback, noise * self._scale, *args, **kwargs)
+        finally:
+            guider.model_options = armed
+
+    def _count(self, executor, *args, **kwargs):
+        self.calls += 1
+        return executor(*args, **kwargs)
 
 
 def _schedule(sigmas, model_sampling, end_percent):

@@ -61,8 +61,7 @@ def rms(error):
 
 @pytest.mark.parametrize("prediction, size, bound", [
     ("flow", 32, 1.5e-4), ("flow", 64, 1.5e-4),
-    # the data still shows at these models' highest noise level, and nothing is known above it
-    ("eps", 32, 8e-4), ("v", 32, 8e-4), ("eps", 64, 4e-4),
+    ("eps", 32, 1.5e-4), ("v", 32, 1.5e-4), ("eps", 64, 1.5e-4),
 ])
 def test_exact_divergence_at_32_evaluations(prediction, size, bound):
     latent, exact = pictures(prediction, 24 if size == 32 else 6, size)
@@ -234,8 +233,8 @@ def test_levels_of_a_training_table_are_in_it():
     ({"steps": 2.7}, ["steps is 2.7", "whole"]),
     ({"probes": 1.5}, ["probes is 1.5", "whole"]),
     ({"probes": 0}, ["probes is 0"]),
-    ({"noise_floor": 0.05}, ["noise_floor is 0.05", "0.1", "60"]),
-    ({"noise_floor": 60.0}, ["noise_floor is 60"]),
+    ({"noise_floor": 0.05}, ["noise_floor is 0.05", "0.1", "160"]),
+    ({"noise_floor": 160.0}, ["noise_floor is 160"]),
     ({"noise_floor": math.nan}, ["noise_floor is nan"]),
     ({"latent": {"samples": torch.zeros(1, 3, 32, 32)}}, ["latent", "empty"]),
     ({"latent": {"samples": torch.ones(1, 4, 32, 32)}}, ["4 channels", "takes 3"]),

@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
 from density_guidance.dg_core.coordinates import coordinates_of
-from density_guidance.nodes import LogDensity, PriorGuidanceScale, ScoreAlignmentCheck, exact_model, plots
+from density_guidance.nodes import LogDensity, PriorGuidanceModel, PriorGuidanceScale, ScoreAlignmentCheck, exact_model, plots
 from density_guidance.nodes.score_alignment import CheckSettings, examine
 from density_guidance.tests import host_runs as h
 from density_guidance.tests import networks
@@ -91,8 +91,8 @@ def test_gaussian_closed_form(prediction, forward, oracle):
 @PREDICTIONS
 def test_response_and_scale_against_the_exact_density(prediction):
     """1% more noise, and the scale for a wanted change, sampled by the host and read from the exact density."""
-    model, batch = h.exact_model(prediction), 8
-    sigmas = h.schedule(model, 24)
+    model, batch, steps = h.exact_model(prediction), 8, 48
+    sigmas = h.schedule(model, steps)
     cut = read_level(model, sigmas)
 
     def bits(scale):
@@ -100,7 +100,7 @@ def test_response_and_scale_against_the_exact_density(prediction):
         latent = h.sample(model, h.guided_sampler(), cut, h.empty_latent(batch), noise=noise)[0]
         return torch.tensor(exact_model.read(model, latent["samples"], cut), dtype=torch.float64)
 
-    *_, scale, response = check(model, steps=24, batch=batch, detail_shift=0.05)
+    *_, scale, response = check(model, steps=steps, batch=batch, detail_shift=0.05)
     plain, measured = bits(1.0), bits(1.005) - bits(0.995)
     error = (torch.tensor(response) / measured - 1).abs()
     print(prediction, "response", error.tolist(), "shift", (bits(scale) - plain).tolist())
@@ -113,7 +113,7 @@ def test_both_ways_agree(prediction):
     """Over 64 seeds, with one probe: correlated, and without a bias."""
     model = h.exact_model(prediction)
     with torch.inference_mode():
-        found = examine(guider(model), h.random_noise(), h.empty_latent(64), h.schedule(model, 32), CheckSettings("both"))
+        found = examine(guider(model), h.random_noise(), h.empty_latent(64), h.schedule(model, 48), CheckSettings("both"))
     with_score, without = (cosine[-1] for cosine in found.cosines.values())
     amounts = torch.stack([found.alignment, found.alignment * without / with_score])
     bias = amounts[1] - amounts[0]
@@ -150,9 +150,9 @@ def test_the_sample_is_a_finished_one():
 
 def test_finite_scale_takes_any_sampler():
     model = h.exact_model("eps")
-    wanted = check(model, batch=1)[6]
+    wanted = check(model, steps=48, batch=1)[6]
     for name in ("euler", "dpmpp_2m", "uni_pc"):
-        response = check(model, "finite scale", batch=1, sampler=h.core_sampler(name))[6]
+        response = check(model, "finite scale", steps=48, batch=1, sampler=h.core_sampler(name))[6]
         assert response == pytest.approx(wanted, rel=0.1), name
 
 
@@ -205,9 +205,25 @@ def test_an_image_is_the_same_alone_and_in_a_batch(way):
     assert check(model, way, steps=8, batch=3)[6] == together[6]
 
 
-def test_density_guidance_of_the_model_is_left_out():
+@pytest.mark.parametrize("way", ["with score", "finite scale"])
+def test_density_guidance_of_the_model_is_left_out(way):
     model = h.exact_model("eps")
-    assert check(h.guided_model(model, 0.05), steps=8)[6] == check(model, steps=8)[6]
+    assert check(h.guided_model(model, 0.05), way, steps=8)[6] == check(model, way, steps=8)[6]
+
+
+def test_noise_is_scaled_after_the_prior_guidance_of_the_model():
+    """Which gives it a norm: scaled before, it would come out the same."""
+    model = h.exact_model("flow")
+    patched = h.outputs(PriorGuidanceModel, model, 0.5, 1.0, True)[0]
+    noise = h.outputs(PriorGuidanceScale, h.random_noise(), 0.5, 1.0, True)[0]
+    for way in ("with score", "finite scale"):
+        assert check(patched, way, steps=12)[6] == pytest.approx(check(model, way, steps=12, noise=noise)[6], rel=1e-4)
+
+
+def test_finite_scale_counts_the_calls_of_its_sampler():
+    model, seen = h.recording(h.exact_model("eps"))
+    report = check(model, "finite scale", steps=8, sampler=h.core_sampler("heun"))[2]
+    assert f"cost: {seen.calls} model calls" in report and "plain sampling takes 15" in report
 
 
 def test_an_image_in_the_latent_does_not_count_as_noise():
