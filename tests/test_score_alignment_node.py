@@ -90,15 +90,15 @@ def test_gaussian_closed_form(prediction, forward, oracle):
 
 @PREDICTIONS
 def test_response_and_scale_against_the_exact_density(prediction):
-    """1% more noise, and the scale for a wanted change, sampled by the host and read from the exact density."""
-    model, batch, steps = h.exact_model(prediction), 8, 48
-    sigmas = h.schedule(model, steps)
-    cut = read_level(model, sigmas)
+    """1% more noise, and the scale for a wanted change, sampled by the host in fine steps and read from the exact density."""
+    model, batch, steps = h.exact_model(prediction), 8, 32
+    cut = read_level(model, h.schedule(model, steps))
+    fine = torch.cat([(cut[:-1, None] * (cut[1:] / cut[:-1])[:, None] ** (torch.arange(4) / 4)).flatten(), cut[-1:]])
 
     def bits(scale):
         noise = h.outputs(PriorGuidanceScale, h.random_noise(), 0.5, scale, False)[0]
-        latent = h.sample(model, h.guided_sampler(), cut, h.empty_latent(batch), noise=noise)[0]
-        return torch.tensor(exact_model.read(model, latent["samples"], cut), dtype=torch.float64)
+        latent = h.sample(model, h.guided_sampler(), fine, h.empty_latent(batch), noise=noise)[0]
+        return torch.tensor(exact_model.read(model, latent["samples"], fine), dtype=torch.float64)
 
     *_, scale, response = check(model, steps=steps, batch=batch, detail_shift=0.05)
     plain, measured = bits(1.0), bits(1.005) - bits(0.995)
