@@ -21,8 +21,9 @@ class LoadDemoModel(io.ComfyNode):
             description="A small trained diffusion model of ground seen from above, 64 x 64 pixels, with the architecture of "
                         "Stable Diffusion. Needs no download; LoRA, CFG and attention patches work on it.",
             inputs=[
-                io.Combo.Input("class_name", options=[*CLASSES, ANY], default="rock",
-                               tooltip="What the positive conditioning asks for. any (neutral) asks for nothing in particular."),
+                io.Combo.Input(
+                    "class_name", options=[*CLASSES, ANY], default="rock",
+                    tooltip="What the positive conditioning asks for. any (neutral) asks for nothing in particular."),
                 io.Int.Input("batch_size", default=4, min=1, max=64,
                              tooltip="Number of pictures in the latent output, each with its own noise."),
             ],

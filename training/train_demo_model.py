@@ -97,7 +97,8 @@ class Trainer:
     def levels(self, uniform):
         """Timesteps (B,) of the host whose theta is nearest to uniform ones; uniform: (B,) in [0, 1)."""
         thetas = self.sigmas.atan()
-        return torch.searchsorted(thetas, thetas[0] + uniform.to(self.device) * (thetas[-1] - thetas[0])).clamp(max=len(thetas) - 1)
+        wanted = thetas[0] + uniform.to(self.device) * (thetas[-1] - thetas[0])
+        return torch.searchsorted(thetas, wanted).clamp(max=len(thetas) - 1)
 
     def loss(self, latents, kinds, noise, timesteps):
         """Squared error of v, (B,)."""
@@ -120,9 +121,9 @@ class Trainer:
         latents, kinds, noise, timesteps = self.draw(pictures, self.config["batch"], generator)
         dropped = torch.rand(len(kinds), generator=generator).to(self.device) < NO_CLASS
         kinds = torch.where(dropped, len(self.context) - 1, kinds)
-        progress = self.step / self.config["steps"]
+        decay = 0.02 + 0.98 * math.cos(self.step / self.config["steps"] * math.pi / 2) ** 2
         for group in self.optimiser.param_groups:
-            group["lr"] = self.config["rate"] * min(1, (self.step + 1) / WARM_UP) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
+            group["lr"] = self.config["rate"] * min(1, (self.step + 1) / WARM_UP) * decay
         loss = self.loss(latents, kinds, noise, timesteps).mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
