@@ -15,12 +15,13 @@ import zipfile
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 FOLDER = "art/textures/terrain/types/"
 SIZE = 256
 MIN_CONTRAST = 4.0  # standard deviation of the grey levels: flat colours and masks are left out
 HELD_OUT_EVERY = 12
+CROPS = (64, SIZE * 11 // 16)  # pixels of a side that `Pictures` shows, from and to
 
 # class -> what a file name says, in order of precedence
 CLASSES = {
@@ -60,6 +61,33 @@ def read(archive):
             continue
         seen.add(pixels.tobytes())
         yield torch.from_numpy(pixels.copy()), kind
+
+
+class Pictures:
+    """Crops of the pictures, which repeat like tiles."""
+
+    def __init__(self, path, held_out):
+        data = load_file(path)
+        chosen = data["held_out"] == held_out
+        self.pictures = data["pictures"][chosen].permute(0, 3, 1, 2).contiguous()
+        self.classes = data["classes"][chosen]
+
+    def draw(self, count, size, generator):
+        """(crops (count, 3, size, size) in [-1, 1], classes (count,)): every class as often, mirrored at random."""
+        def uniform(n):
+            return torch.randint(n, (count,), generator=generator).tolist()
+
+        kinds = uniform(len(CLASSES))
+        crops = []
+        for kind, pick, side, row, column, mirrored in zip(
+                kinds, uniform(2**31), uniform(CROPS[1] - CROPS[0] + 1), uniform(2**31), uniform(2**31), uniform(2)):
+            members = (self.classes == kind).nonzero()[:, 0]
+            picture = self.pictures[members[pick % len(members)]]
+            side += CROPS[0]
+            picture = picture.roll((row % SIZE, column % SIZE), (1, 2))[:, :side, :side].float()
+            picture = torch.nn.functional.interpolate(picture[None], (size, size), mode="bilinear", antialias=True)[0]
+            crops.append(picture.flip(2) if mirrored else picture)
+        return torch.stack(crops) / 127.5 - 1, torch.tensor(kinds)
 
 
 def main():

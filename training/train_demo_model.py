@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 PACK = Path(__file__).resolve().parent.parent
@@ -28,43 +28,17 @@ from launcher import in_process
 in_process.import_host()
 in_process.import_pack()
 from density_guidance.nodes import demo_model
-from density_guidance.nodes.demo_model import CONTEXT_DIM, SIZE
+from density_guidance.training.demo_pictures import CLASSES, Pictures
 
 CONFIGS = {
     "small": {"size": "small", "batch": 32, "steps": 3000, "rate": 6e-4, "average": 0.998},
     "large": {"size": "large", "batch": 128, "steps": 40000, "rate": 3e-4, "average": 0.9995},
 }
-CROPS = (64, 176)  # pixels of a picture of 256 that are shown as 64
 WARM_UP = 200
 NO_CLASS = 0.1
 CHECKPOINT_S = 120
 RECORD = PACK / "training" / "demo_model.json"
 HELD_OUT_BINS = 8
-
-
-class Pictures:
-    """Crops of pictures that repeat like tiles, as latents."""
-
-    def __init__(self, path, held_out):
-        data = load_file(path)
-        chosen = data["held_out"] == held_out
-        self.pictures = data["pictures"][chosen].permute(0, 3, 1, 2).contiguous()
-        self.classes = data["classes"][chosen]
-
-    def draw(self, count, generator):
-        """(latents (count, 3, SIZE, SIZE), classes (count,)): every class as often, mirrored at random."""
-        uniform = lambda n: torch.randint(n, (count,), generator=generator).tolist()
-        kinds = torch.tensor(uniform(int(self.classes.max()) + 1))
-        crops = []
-        for kind, pick, side, row, column, turn in zip(
-                kinds.tolist(), uniform(2**31), uniform(CROPS[1] - CROPS[0] + 1), uniform(2**31), uniform(2**31), uniform(2)):
-            members = (self.classes == kind).nonzero()[:, 0]
-            picture = self.pictures[members[pick % len(members)]]
-            n, side = picture.shape[-1], side + CROPS[0]
-            picture = picture.roll((row % n, column % n), (1, 2))[:, :side, :side].float()
-            picture = torch.nn.functional.interpolate(picture[None], (SIZE, SIZE), mode="bilinear", antialias=True)[0]
-            crops.append(picture.flip(2) if turn else picture)
-        return (torch.stack(crops) / 127.5 - 1) * demo_model.SCALE, kinds
 
 
 def initialise(unet):
@@ -88,7 +62,7 @@ class Trainer:
         self.host_model = demo_model.network(config["size"]).to(device)
         self.unet = self.host_model.diffusion_model.train().requires_grad_(True)
         initialise(self.unet)
-        self.context = torch.nn.Parameter(torch.randn(classes + 1, CONTEXT_DIM, device=device))
+        self.context = torch.nn.Parameter(torch.randn(classes + 1, demo_model.CONTEXT_DIM, device=device))
         self.parameters = [*self.unet.parameters(), self.context]
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimiser = torch.optim.AdamW(self.parameters, betas=(0.9, 0.99), weight_decay=0.01)
@@ -110,7 +84,8 @@ class Trainer:
         return (out.float() - (noise - s * latents) / radius).square().flatten(1).mean(1)
 
     def draw(self, pictures, count, generator):
-        latents, kinds = pictures.draw(count, generator)
+        drawn, kinds = pictures.draw(count, demo_model.SIZE, generator)
+        latents = drawn * demo_model.SCALE
         noise = torch.randn(latents.shape, generator=generator)
         uniform = (torch.rand(1, generator=generator) + torch.arange(count) / count) % 1  # stratified
         return [t.to(self.device) for t in (latents, kinds, noise, self.levels(uniform))]
@@ -191,8 +166,6 @@ def main():
     parser.add_argument("--config", choices=CONFIGS, default="small", help="small: for a CPU; large: for a GPU")
     parser.add_argument("--checkpoint", type=Path, default=PACK / "training" / "checkpoint.pt", help="to resume from")
     options = parser.parse_args()
-    from demo_pictures import CLASSES
-
     config = CONFIGS[options.config]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = Pictures(options.pictures, False), Pictures(options.pictures, True)
