@@ -55,9 +55,9 @@ class Demo:
     def sigmas(self, steps):
         return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "karras", steps)
 
-    def parts(self):
-        """The seeds in batches: lists of their numbers."""
-        return torch.arange(len(self.classes)).split(BATCH)
+    def parts(self, batch=BATCH):
+        """The seeds in batches: tensors of their numbers."""
+        return torch.arange(len(self.classes)).split(batch)
 
     def guider(self, part, model=None, cfg=1.0):
         guider = comfy.samplers.CFGGuider(model or self.model)
@@ -66,12 +66,12 @@ class Demo:
         return guider
 
     @torch.inference_mode()
-    def run(self, sampler, steps, noise=None, model=None, cfg=1.0):
+    def run(self, sampler, steps, noise=None, model=None, cfg=1.0, batch=BATCH):
         """`Result` of every seed. sampler: what makes a SAMPLER for the images of a batch, from their numbers (floats)."""
         noise = self.noise(0.5) if noise is None else noise
         sigmas = self.sigmas(steps)
         samples, states = [], []
-        for part in self.parts():
+        for part in self.parts(batch):
             def keep(step, denoised, x, total):
                 if step == total - 1:
                     states.append(self.model.model.process_latent_out(x.float()))

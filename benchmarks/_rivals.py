@@ -40,12 +40,13 @@ def ancestral(eta, s_noise=1.0):
 OWN = "Density Guidance Sampler, own solver"
 # name -> (what its strength is, the range to search, (demo, steps, strength) -> arguments of `Demo.run`)
 RIVALS = {
-    "Density Guidance Sampler, euler": ("detail_shift", (-0.5, 1.0), lambda demo, steps, v: {"sampler": guided(v)}),
-    OWN: ("detail_shift", (-0.5, 1.0), lambda demo, steps, v: {"sampler": guided(v, sampler=None)}),
+    "Density Guidance Sampler, euler": ("detail_shift", (0.0, 1.0), lambda demo, steps, v: {"sampler": guided(v)}),
+    OWN: ("detail_shift", (-0.2, 1.0), lambda demo, steps, v: {"sampler": guided(v, sampler=None)}),
     "Epsilon Scaling": ("scaling_factor", (1.0, 1.5), lambda demo, steps, v: {
         "sampler": euler, "model": EpsilonScaling.execute(demo.model, v)[0]}),
+    # it fails on more than one picture at once
     "TSR": ("tsr_k", (1.0, 0.1), lambda demo, steps, v: {
-        "sampler": euler, "model": TemporalScoreRescaling.execute(demo.model, v, 1.0)[0]}),
+        "sampler": euler, "batch": 1, "model": TemporalScoreRescaling.execute(demo.model, v, 1.0)[0]}),
     "scaled starting noise": ("scale", (1.0, 2.0), lambda demo, steps, v: {
         "sampler": euler, "noise": demo.noise(0.5, v)}),
     "euler_ancestral, eta": ("eta", (0.0, 1.0), lambda demo, steps, v: {"sampler": ancestral(v)}),

@@ -2,9 +2,9 @@
 
     python3 run.py bench paper_experiments
 
-Needs the pictures of training/demo_pictures.py in .host/data/. Writes docs/paper_experiments.json after each part, and in
-the end docs/paper_experiments.md and .png and docs/paper_variation.png. About 55 minutes of one core, less on more. Parts
-that the file has from the same weights are not run again.
+Needs the pictures of training/demo_pictures.py in .host/data/. Writes docs/paper_experiments.json after each part, in the
+end docs/paper_experiments.md and .png and the README's part, and docs/paper_variation.png. About an hour of one core, half of
+it on two. Parts that the file has from the same weights are not run again.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ PRECISIONS = {
     "float32": {}, "float16 weights": {"dtype": torch.float16, "compute_dtype": torch.float32},
     "bfloat16 weights": {"dtype": torch.bfloat16, "compute_dtype": torch.float32}, "bfloat16": {"dtype": torch.bfloat16}}
 STARTS, PER_START = 8, 8
+MARKS = ("<!-- by paper_experiments -->", "<!-- end -->")
 RADII = (0.0, 0.06, 0.125, 0.25, 0.5, 1.42)  # of spatial frequency, Nyquist = 1
 
 
@@ -285,6 +286,28 @@ float16, so they lose nothing in it. Computing in float16 was not measured: on a
 """
 
 
+def readme_part(results):
+    """What the README says of the experiments."""
+    return f"""Mean log-density in bits per dimension on the trained demo model, {SEEDS} seeds, by the method that has the quantile:
+
+{control_table(results)}
+
+{alignment_sentence(results)}
+
+Other ways to the same increase of detail (mean PNG size), with the same seeds and number of model calls; what the columns mean,
+and how detail goes with log-density, few steps and precision: [docs/paper_experiments.md](docs/paper_experiments.md), made by
+`python3 run.py bench paper_experiments`.
+
+{rivals_table(results)}"""
+
+
+def renew_readme(results):
+    """Put `readme_part` between its marks in the README."""
+    path = PACK / "README.md"
+    before, mark, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+    path.write_text(f"{before}{mark}\n{readme_part(results)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
+
+
 def plot(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -328,4 +351,5 @@ def main():
             results[name] = part()
             path.write_text(json.dumps(results, indent=None) + "\n")
     (DOCS / "paper_experiments.md").write_text(page(results))
+    renew_readme(results)
     plot(results, DOCS / "paper_experiments.png")
