@@ -130,13 +130,13 @@ def compare(seeds, steps):
     few_target = sizes(few, {"sampler": guided(0.0, QUANTILE)})[0].mean()
     target = sizes(demo, {"sampler": guided(0.0, QUANTILE)})[0].mean()
 
-    def row(strength, reached, size, samples, unguided=plain):
+    def row(strength, size, samples, unguided=plain):
         change = size / plain_bytes
-        return {"strength": strength, "reached": reached, "png": float(size.mean()), "spread": float(size.std() / size.mean()),
+        return {"strength": strength, "png": float(size.mean()), "spread": float(size.std() / size.mean()),
                 "change_spread": float(change.std() / change.mean()), "frechet": held_out.distance(samples),
                 "drift": drift(samples, unguided)}
 
-    rows = {"unguided, euler": row(None, True, plain_bytes, plain)}
+    rows = {"unguided, euler": row(None, plain_bytes, plain)}
     for name, (_, search, arguments) in RIVALS.items():
         strength, slope = strength_for(lambda v: sizes(few, arguments(few, steps, v))[0].mean(), few_target, *search)
         size, samples = sizes(demo, arguments(demo, steps, strength))
@@ -144,7 +144,7 @@ def compare(seeds, steps):
             strength = float(np.clip(strength + (target - size.mean()) / slope, min(search), max(search)))
             size, samples = sizes(demo, arguments(demo, steps, strength))
         unguided = sizes(demo, arguments(demo, steps, 0.0))[1] if name == OWN else plain
-        rows[name] = row(strength, slope is not None, size, samples, unguided)
+        rows[name] = row(strength, size, samples, unguided)
         print(name, rows[name], flush=True)
     other = low_frequencies(plain)
     return {"quantile": QUANTILE, "target": float(target), "rows": rows,
