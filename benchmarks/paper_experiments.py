@@ -292,8 +292,8 @@ float16, so they lose nothing in it. Computing in float16 was not measured: on a
 
 def readme_part(results):
     """What the README says of the experiments."""
-    return f"""Mean log-density in bits per dimension on the trained demo model, {results["settings"]["seeds"]} seeds, by what has
-the quantile:
+    seeds = results["settings"]["seeds"]
+    return f"""Mean log-density in bits per dimension on the trained demo model, {seeds} seeds, by the method that has the quantile:
 
 {control_table(results)}
 
