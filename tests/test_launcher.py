@@ -442,7 +442,7 @@ def test_demo_in_a_comfyui_of_the_user(tmp_path):
     (other / "__init__.py").write_text("import pathlib\npathlib.Path(__file__).with_name('loaded').touch()\n")
     before = tree(comfyui)
     arguments = ["--comfyui", str(comfyui), "--python", sys.executable, "--output", str(tmp_path / "output")]
-    result = run_py("demo", *arguments, timeout=240)
+    result = run_py("demo", *arguments, timeout=400)
 
     assert result.returncode == 0, result.stdout + result.stderr
     sheets = [Path(line) for line in result.stdout.split("Contact sheets:\n")[1].split()]
