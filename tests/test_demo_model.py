@@ -42,6 +42,11 @@ def test_classes_are_those_of_the_weights():
         assert latent["samples"].shape == (2, 3, 64, 64)
 
 
+def test_latents_are_pixels_scaled_to_unit_variance(demo):
+    x, base = torch.randn(2, 3, 8, 8), demo[0].model
+    assert torch.equal(base.process_latent_in(x), 2 * x) and torch.equal(base.process_latent_out(2 * x), x)
+
+
 def test_it_predicts_its_own_pictures_from_noise(demo, plain):
     """Its denoised is nearer to a picture than what is best without knowing pictures: white noise of their variance."""
     model, _, positive, *_ = demo
