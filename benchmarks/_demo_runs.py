@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from io import BytesIO
 
+import comfy.model_management
 import comfy.samplers
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from ..nodes.pixels import CHANNELS
 
 PICTURES = PACK / ".host" / "data" / "pictures.safetensors"
 BATCH = 16
-SEED = 11
+# Apart: on a CPU the first noise that a sampler draws from the seed of the starting noise would be that noise.
+NOISE_SEED, SAMPLER_SEED = 11, 1_000_003
 
 
 def require_pictures():
@@ -40,7 +42,7 @@ class Demo:
     def __init__(self, seeds, **precision):
         self.model, self.vae, names, self.context = demo_model.load(**precision)
         self.classes = torch.arange(seeds) % len(names)
-        self.source = Noise_RandomNoise(SEED)
+        self.source = Noise_RandomNoise(NOISE_SEED)
 
     @property
     def latent(self):
@@ -78,18 +80,30 @@ class Demo:
 
             samples.append(self.guider(part, model, cfg).sample(
                 noise[part], torch.zeros_like(noise[part]), sampler(part.double().tolist()), sigmas, callback=keep,
-                disable_pbar=True, seed=SEED + int(part[0])))
+                disable_pbar=True, seed=SAMPLER_SEED + int(part[0])))
         return Result(torch.cat(samples), torch.cat(states), float(sigmas[-2]))
 
     @torch.inference_mode()
     def bits(self, result, levels):
-        """Bits per dimension of every state, read with one probe at `levels` noise levels: a list."""
-        values = []
+        """Bits per dimension of every state and their standard errors, read with one probe at `levels` noise levels: lists."""
+        values, errors = [], []
         for part in self.parts():
             guider, latent = self.guider(part), {"samples": result.states[part], "batch_index": part.tolist()}
             s = readout.levels_of(guider, latent["samples"], result.sigma, levels)
-            values += readout.read(guider, latent, s, 1, SEED)[0].bits_per_dim.tolist()
-        return values
+            found = readout.read(guider, latent, s, 1, NOISE_SEED)[0]
+            values += found.bits_per_dim.tolist()
+            errors += found.error_bits_per_dim.tolist()
+        return values, errors
+
+    @torch.inference_mode()
+    def denoised(self, noisy, s, classes):
+        """What the network makes of latents (n, 3, H, W) at the noise level s, for classes (n,)."""
+        comfy.model_management.load_models_gpu([self.model])
+        device = self.model.load_device
+        return torch.cat([
+            self.model.model.apply_model(x.to(device), torch.full((len(x),), s, device=device),
+                                         c_crossattn=self.context[kinds].to(device)).cpu()
+            for x, kinds in zip(noisy.split(BATCH), classes.split(BATCH))])
 
     def images(self, samples):
         """What VAEDecode makes of them, (n, H, W, 3) in [0, 1]."""

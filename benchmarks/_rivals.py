@@ -19,7 +19,8 @@ QUANTILE = 0.2  # of the guided run whose detail the others have to reach
 HELD_OUT_CROPS = 1024
 SEARCH_SEEDS, SEARCH_CALLS = 8, 7
 TOLERANCE = 0.002  # of the mean size
-BANDS = np.geomspace(0.04, 1.42, 9)  # radii, Nyquist = 1
+BANDS = np.geomspace(0.03, 1.42, 9)  # radii, Nyquist = 1
+BOOTSTRAPS = 200
 LOW = 0.125  # radius below which a picture's composition is, Nyquist = 1
 
 
@@ -56,10 +57,13 @@ RIVALS = {
 }
 
 
-def features(samples):
-    """Fixed numbers of pictures (n, 3, H, W) in [-1, 1], (n, 14): texture by scale, and colour.
+FEATURES = len(BANDS) - 1 + 2 * 3
 
-    Logarithms of the energy in eight bands of spatial frequency; mean and standard deviation of each channel.
+
+def features(samples):
+    """Fixed numbers of pictures (n, 3, H, W) in [-1, 1], (n, FEATURES): texture by scale, and colour.
+
+    Logarithms of the energy in the bands of spatial frequency; mean and standard deviation of each channel.
     """
     bands = [band_energy(samples, low, high).log() for low, high in zip(BANDS, BANDS[1:])]
     flat = samples.double().flatten(2)
@@ -77,17 +81,20 @@ class HeldOut:
     """Features of held-out pictures, scaled to unit variance, to measure the distance of others to them."""
 
     def __init__(self, count=HELD_OUT_CROPS):
-        drawn = self.draw(count, 7)
-        values = features(drawn)
+        values = features(self.draw(True, count, 7))
+        self.pictures = len(Pictures(PICTURES, True).pictures)
         self.mean, self.std = values.mean(0), values.std(0)
         self.values = (values - self.mean) / self.std
 
     @staticmethod
-    def draw(count, seed):
-        return Pictures(PICTURES, True).draw(count, demo_model.SIZE, torch.Generator().manual_seed(seed))[0]
+    def draw(held_out, count, seed):
+        return Pictures(PICTURES, held_out).draw(count, demo_model.SIZE, torch.Generator().manual_seed(seed))[0]
 
     def distance(self, samples):
-        return frechet((features(samples) - self.mean) / self.std, self.values)
+        """(Frechet distance, its standard deviation over bootstraps of the samples)."""
+        values = (features(samples) - self.mean) / self.std
+        drawn = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAPS, len(values)))
+        return frechet(values, self.values), float(np.std([frechet(values[i], self.values) for i in drawn]))
 
 
 def low_frequencies(samples):
@@ -96,8 +103,8 @@ def low_frequencies(samples):
     return torch.fft.ifft2(torch.fft.fft2(samples.double()) * (torch.hypot(f[:, None], f[None, :]) < LOW)).real
 
 
-def drift(samples, plain):
-    """Root mean square difference of composition between pairs of pictures."""
+def composition_change(samples, plain):
+    """Root mean square difference below the radius LOW between pairs of pictures."""
     return float((low_frequencies(samples) - low_frequencies(plain)).square().mean().sqrt())
 
 
@@ -114,8 +121,10 @@ def strength_for(size, target, low, high):
     if excess(low) * excess(high) > 0:
         return min(seen, key=lambda v: abs(excess(v))), None
     strength = scipy.optimize.brentq(excess, low, high, xtol=1e-4, rtol=1e-3, maxiter=SEARCH_CALLS, disp=False)
-    one, other = sorted(seen, key=lambda v: abs(v - strength))[:2]
-    return strength, (seen[one] - seen[other]) / (one - other)
+    # sizes of neighbours closer than this differ by chance
+    apart = [v for v in seen if abs(v - strength) > 0.05 * abs(high - low)]
+    other = min(apart, key=lambda v: abs(v - strength))
+    return strength, (target - seen[other]) / (strength - other)
 
 
 def compare(seeds, steps):
@@ -130,11 +139,12 @@ def compare(seeds, steps):
     few_target = sizes(few, {"sampler": guided(0.0, QUANTILE)})[0].mean()
     target = sizes(demo, {"sampler": guided(0.0, QUANTILE)})[0].mean()
 
-    def row(strength, size, samples, unguided=plain):
-        change = size / plain_bytes
+    def row(strength, size, samples, base=(plain_bytes, plain)):
+        change = size / base[0]
+        distance, error = held_out.distance(samples)
         return {"strength": strength, "png": float(size.mean()), "spread": float(size.std() / size.mean()),
-                "change_spread": float(change.std() / change.mean()), "frechet": held_out.distance(samples),
-                "drift": drift(samples, unguided)}
+                "change_spread": float(change.std() / change.mean()), "frechet": distance, "frechet_error": error,
+                "composition": composition_change(samples, base[1])}
 
     rows = {"unguided, euler": row(None, plain_bytes, plain)}
     for name, (_, search, arguments) in RIVALS.items():
@@ -143,10 +153,12 @@ def compare(seeds, steps):
         if slope is not None and abs(size.mean() / target - 1) > TOLERANCE:  # the few seeds of the search are not all
             strength = float(np.clip(strength + (target - size.mean()) / slope, min(search), max(search)))
             size, samples = sizes(demo, arguments(demo, steps, strength))
-        unguided = sizes(demo, arguments(demo, steps, 0.0))[1] if name == OWN else plain
-        rows[name] = row(strength, size, samples, unguided)
+        base = sizes(demo, arguments(demo, steps, 0.0)) if name == OWN else (plain_bytes, plain)
+        rows[name] = row(strength, size, samples, base)
         print(name, rows[name], flush=True)
-    other = low_frequencies(plain)
-    return {"quantile": QUANTILE, "target": float(target), "rows": rows,
-            "held_out_frechet": held_out.distance(HeldOut.draw(seeds, 8)),
-            "seeds_apart": float((2 * other.var(0)).mean().sqrt())}
+    low = low_frequencies(plain)
+    same_class = torch.stack([low[demo.classes == kind].var(0) for kind in demo.classes.unique()])
+    distance, error = held_out.distance(HeldOut.draw(False, seeds, 8))
+    return {"quantile": QUANTILE, "target": float(target), "rows": rows, "held_out_pictures": held_out.pictures,
+            "training_frechet": distance, "training_frechet_error": error,
+            "seeds_apart": float((2 * same_class).mean().sqrt())}

@@ -18,7 +18,7 @@ from ..dg_core.coordinates import log_snr
 from ..launcher.environment import PACK
 from ..nodes import DensityGuidanceSampler, demo_model
 from ..training.demo_pictures import CROPS, SIZE, Pictures
-from ._demo_runs import BATCH, PICTURES, Demo, require_pictures
+from ._demo_runs import PICTURES, Demo, require_pictures
 
 DOCS = PACK / "docs"
 LEVELS, CROPS_PER_LEVEL = 12, 64
@@ -43,9 +43,7 @@ def loss_over_noise(demo, levels, count):
         latents, noise = drawn * demo_model.SCALE, torch.randn(drawn.shape, generator=torch.Generator().manual_seed(4))
         rows[name], rows[f"{name}_error"] = [], []
         for s in tqdm(chosen, f"loss, {name}"):
-            denoised = torch.cat([
-                demo.model.model.apply_model(y + s * n, torch.full((len(y),), s), c_crossattn=demo.context[k])
-                for y, n, k in zip(latents.split(BATCH), noise.split(BATCH), kinds.split(BATCH))])
+            denoised = demo.denoised(latents + s * noise, s, kinds)
             losses = (denoised - latents).square().mean((1, 2, 3)) * (1 + s**2) / s**2
             rows[name].append(float(losses.mean()))
             rows[f"{name}_error"].append(float(losses.std()) / math.sqrt(count))
@@ -104,13 +102,14 @@ def measure(levels=LEVELS, crops=CROPS_PER_LEVEL, queries=QUERIES, steps=STEPS, 
     sampled = demo.run(lambda _: DensityGuidanceSampler.execute(0.5, 0.0, 0.0, 1.0)[0], steps).samples.clamp(-1, 1)
     with torch.inference_mode():
         loss = loss_over_noise(demo, levels, crops)
-    training = Pictures(PICTURES, False)
+    training, held_out = Pictures(PICTURES, False), Pictures(PICTURES, True)
     looked_up = {
-        "samples": sampled, "held-out pictures": Pictures(PICTURES, True).draw(
+        "samples": sampled, "held-out pictures": held_out.draw(
             queries, demo_model.SIZE, torch.Generator().manual_seed(5))[0],
         "training pictures": training.draw(queries, demo_model.SIZE, torch.Generator().manual_seed(6))[0]}
     found, crop = nearest(torch.cat(list(looked_up.values())), training.pictures[:searched])
     results = {"loss": loss, "steps": steps, "queries": queries, "training_pictures": len(training.pictures[:searched]),
+               "held_out_pictures": len(held_out.pictures),
                "nearest": dict(zip(looked_up, [v.tolist() for v in found.split(queries)])),
                "training": json.loads((PACK / "training" / "demo_model.json").read_text())}
     shown = min(SHOWN, queries)
@@ -139,12 +138,13 @@ Made by `python3 run.py bench demo_model` from [demo_model.json](demo_model.json
 Trained by `training/train_demo_model.py --config {config["name"]}`: {record["parameters"] / 1e6:.1f} million parameters, \
 {config["steps"]} steps of
 {config["batch"]} pictures, {record["seconds"] / 60:.0f} minutes on {record["machine"]}. The loss of the last part of the \
-training is {record["loss"][-1][1]:.4f}.
+training is {record["loss"][-1][1]:.4f}. {record["note"]}
 
 ## Loss over the noise
 
-Mean squared error of v on crops of pictures that it was trained on, and of pictures held out, with standard errors; the
-same noises for both.
+Mean squared error of v on crops of pictures that it was trained on, and of the {results["held_out_pictures"]} held out, \
+with standard
+errors over the crops, which are too small where crops of one picture are alike; the same noises for both.
 
 {loss}
 

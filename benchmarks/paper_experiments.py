@@ -4,7 +4,7 @@
 
 Needs the pictures of training/demo_pictures.py in .host/data/. Writes docs/paper_experiments.json after each part, in the
 end docs/paper_experiments.md and .png and the README's part, and docs/paper_variation.png. About an hour of one core, half of
-it on two. Parts that the file has from the same weights are not run again.
+it on two. Parts that the file has from the same weights, settings and code are not run again.
 """
 
 import hashlib
@@ -17,15 +17,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..dg_core.coordinates import coordinates_of
+from ..dg_core.guidance import guided_range, predicted_shift
+from ..dg_core.units import nats_to_bits_per_dim, quantile_to_z
 from ..launcher.environment import PACK
-from ..nodes import DensityGuidanceSampler, StochasticDetailVariation, demo_model
+from ..nodes import StochasticDetailVariation, demo_model
 from ..nodes.contact_sheet import draw_sheet
 from ..nodes.score_alignment import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
+from ..training.demo_pictures import CLASSES
 from . import _rivals
 from ._demo_runs import Demo, band_energy, high_energy, png_bytes, require_pictures
 
 DOCS = PACK / "docs"
 SEEDS, STEPS, LEVELS = 64, 16, 8
+ALIGNMENT_STEPS = 30  # fewer may give wrong numbers
 QUANTILES, FEW_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9), (0.1, 0.5, 0.9)
 STRENGTH = 1.0  # of the variation
 EARLY, LATE = "structure", "fine details"
@@ -35,16 +40,19 @@ PRECISIONS = {
     "float32": {}, "float16 weights": {"dtype": torch.float16, "compute_dtype": torch.float32},
     "bfloat16 weights": {"dtype": torch.bfloat16, "compute_dtype": torch.float32}, "bfloat16": {"dtype": torch.bfloat16}}
 STARTS, PER_START = 8, 8
+RADII = [0.0, 0.06, 0.125, 0.25, 0.5, 1.42]  # of spatial frequency, Nyquist = 1
 SETTINGS = {
-    "seeds": SEEDS, "steps": STEPS, "levels": LEVELS, "strength": STRENGTH, "fewer_seeds": FEWER_SEEDS,
-    "both_seeds": BOTH_SEEDS, "starts": STARTS, "per_start": PER_START, "held_out_crops": _rivals.HELD_OUT_CROPS}
-MARKS = ("<!-- by paper_experiments -->", "<!-- end -->")
-RADII = (0.0, 0.06, 0.125, 0.25, 0.5, 1.42)  # of spatial frequency, Nyquist = 1
+    "seeds": SEEDS, "steps": STEPS, "levels": LEVELS, "alignment_steps": ALIGNMENT_STEPS, "strength": STRENGTH,
+    "fewer_seeds": FEWER_SEEDS, "both_seeds": BOTH_SEEDS, "starts": STARTS, "per_start": PER_START, "radii": RADII,
+    "held_out_crops": _rivals.HELD_OUT_CROPS, "features": _rivals.FEATURES, "bands": len(_rivals.BANDS) - 1,
+    "low": _rivals.LOW, "bootstraps": _rivals.BOOTSTRAPS}
+CODE = ["dg_core/*.py", "nodes/*.py", "benchmarks/_*.py"]  # what results depend on, beside this file and the weights
+MARKS = ("<!-- by paper_experiments -->", "<!-- end of paper_experiments -->")
 
 
 def guided(quantile):
     """The pack's own solver at a quantile."""
-    return lambda _: DensityGuidanceSampler.execute(quantile, 0.0, 0.0, 1.0)[0]
+    return _rivals.guided(0.0, quantile, None)
 
 
 def varied(quantile, vary, seed=1):
@@ -74,12 +82,23 @@ def control(seeds=SEEDS, steps=STEPS, levels=LEVELS):
                 rows[name]["0.5"] = rows["prior guidance"]["0.5"]
                 continue
             result = demo.run(steps=steps, **arguments)
-            rows[name][str(q)] = {"bits": [round(v, 4) for v in demo.bits(result, levels)], **detail(demo, result)}
+            bits, errors = demo.bits(result, levels)
+            rows[name][str(q)] = {"bits": [round(v, 4) for v in bits], "bits_error": float(f"{np.mean(errors):.2g}"),
+                                  **detail(demo, result)}
             print(name, q, {key: f"{np.mean(v):.4g}" for key, v in rows[name][str(q)].items()}, flush=True)
     return rows
 
 
-def alignment(seeds=SEEDS, both=BOTH_SEEDS, steps=STEPS):
+def predicted(steps=STEPS):
+    """{quantile: bits per dimension that density guidance is predicted to add to those at 0.5}"""
+    demo = Demo(1)
+    sampling = demo.model.get_model_object("model_sampling")
+    guided = guided_range(demo.sigmas(steps).tolist(), coordinates_of(sampling))
+    dim = demo.latent["samples"].numel()
+    return {str(q): nats_to_bits_per_dim(predicted_shift(quantile_to_z(q), dim, guided.log_range), dim) for q in QUANTILES}
+
+
+def alignment(seeds=SEEDS, both=BOTH_SEEDS, steps=ALIGNMENT_STEPS):
     """Cosine of the score alignment of every seed at its end and on the way, and by both methods for the first ones."""
     def cosines(count, method):
         demo, found = Demo(count), []
@@ -103,9 +122,9 @@ def variation(starts=STARTS, per_start=PER_START, steps=STEPS):
     """Energy of the differences between variations of a picture, and between seeds, by band of spatial frequency."""
     demo = Demo(starts * per_start)
     start = torch.arange(starts).repeat_interleave(per_start)
-    seeds = demo.run(guided(0.5), steps).samples
-    demo.classes, noise = demo.classes[start], demo.noise(0.5)[start]
-    plain = demo.run(guided(0.5), steps, noise).samples
+    demo.classes = demo.classes[start]
+    seeds, noise = demo.run(guided(0.5), steps).samples, demo.noise(0.5)[::per_start][start]
+    plain = seeds[::per_start]
 
     def bands(pictures):
         """Of groups of pictures (groups, n, ...)."""
@@ -113,12 +132,12 @@ def variation(starts=STARTS, per_start=PER_START, steps=STEPS):
         scale = pictures.shape[1] / (pictures.shape[1] - 1)
         return [float(scale * band_energy(apart, low, high).mean()) for low, high in zip(RADII, RADII[1:])]
 
-    rows, sheet = {"another seed": {"bands": bands(seeds[None])}}, []
+    grouped = lambda pictures: pictures.view(starts, per_start, *pictures.shape[1:])
+    rows, sheet = {"another seed": {"bands": bands(grouped(seeds))}}, []
     for vary in (EARLY, LATE):
         result = demo.run(varied(0.5, vary), steps, noise)
-        rows[vary] = {"bands": bands(result.samples.view(starts, per_start, *plain.shape[1:])), **detail(demo, result)}
-        shown = torch.cat([plain[:1], result.samples[:5], plain[per_start:per_start + 1],
-                           result.samples[per_start:per_start + 5]])
+        rows[vary] = {"bands": bands(grouped(result.samples))}
+        shown = torch.cat([plain[:1], result.samples[:5], plain[1:2], result.samples[per_start:per_start + 5]])
         sheet += list(demo.images(shown).split(6))
         print(vary, rows[vary]["bands"], flush=True)
     labels = [f"{when}\nnoise" for when in ("early", "late") for _ in range(2)]
@@ -148,8 +167,8 @@ def precision(seeds=BOTH_SEEDS, steps=STEPS):
 
 
 def in_order(by_quantile, key):
-    """Share of the seeds whose measure falls from each quantile to the next."""
-    values = np.array([by_quantile[q][key] for q in by_quantile])
+    """Share of the seeds whose measure falls from each of FEW_QUANTILES to the next."""
+    values = np.array([by_quantile[str(q)][key] for q in FEW_QUANTILES])
     return float((np.diff(values, axis=0) < 0).all(0).mean())
 
 
@@ -159,10 +178,23 @@ def _table(head, rows):
 
 def control_table(results):
     """Mean bits per dimension by method and quantile, and the seeds in order."""
-    return _table(
-        ["method", *(f"q {q:g}" for q in QUANTILES), "seeds in order"],
-        [[name, *(f"{np.mean(by[str(q)]['bits']):.3f} ± {scipy.stats.sem(by[str(q)]['bits']):.3f}" if str(q) in by else ""
-                  for q in QUANTILES), f"{in_order(by, 'bits'):.0%}"] for name, by in results["control"].items()])
+    rows = [[name, *(f"{np.mean(by[str(q)]['bits']):.3f} ± {scipy.stats.sem(by[str(q)]['bits']):.3f}" if str(q) in by else ""
+                     for q in QUANTILES), f"{in_order(by, 'bits'):.0%}"] for name, by in results["control"].items()]
+    middle = np.mean(results["control"]["density guidance"]["0.5"]["bits"])
+    rows.append(["density guidance, predicted", *(f"{middle + results['predicted'][str(q)]:.3f}" for q in QUANTILES), ""])
+    return _table(["method", *(f"q {q:g}" for q in QUANTILES), "seeds in order"], rows)
+
+
+def readout_error(results):
+    """Mean standard error of one readout, bits per dimension."""
+    return np.mean([r["bits_error"] for by in results["control"].values() for r in by.values()])
+
+
+def within_classes(values, classes=len(CLASSES)):
+    """Values of the seeds, (n,), less the mean of each seed's class."""
+    values = np.array(values)
+    kinds = np.arange(len(values)) % classes
+    return values - (np.bincount(kinds, values) / np.bincount(kinds))[kinds]
 
 
 def correlation_table(results):
@@ -171,9 +203,9 @@ def correlation_table(results):
     for name, by in results["control"].items():
         row = [name]
         for key in ("png", "high"):
-            over_seeds = [scipy.stats.pearsonr(r["bits"], r[key]).statistic for r in by.values()]
+            over_seeds = [scipy.stats.pearsonr(within_classes(r["bits"]), within_classes(r[key])).statistic for r in by.values()]
             means = scipy.stats.pearsonr(*([np.mean(r[k]) for r in by.values()] for k in ("bits", key))).statistic
-            row += [f"{means:.2f}", f"{min(over_seeds):.2f} to {max(over_seeds):.2f}"]
+            row += [f"{means:.2f}" if len(by) > 3 else "", f"{min(over_seeds):.2f} to {max(over_seeds):.2f}"]
         rows.append(row)
     return _table(["method", "PNG size: over quantiles", "PNG size: over seeds", "high frequencies: over quantiles",
                    "high frequencies: over seeds"], rows)
@@ -186,9 +218,9 @@ def rivals_table(results):
         missed = what and abs(row["png"] / results["rivals"]["target"] - 1) > 0.01
         rows.append([name, f"{what} {row['strength']:.4g}" if what else "", f"{row['png']:.0f}" + (
             " (not reached)" if missed else ""), f"{row['spread']:.1%}", f"{row['change_spread']:.1%}",
-            f"{row['frechet']:.2f}", f"{row['drift']:.3f}"])
+            f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}", f"{row['composition']:.3f}"])
     return _table(["method", "setting", "PNG bytes", "spread over seeds", "spread of the change", "Frechet distance",
-                   "drift of composition"], rows)
+                   "change of composition"], rows)
 
 
 def variation_table(results):
@@ -196,7 +228,7 @@ def variation_table(results):
     seeds = np.array(results["variation"]["another seed"]["bands"])
     return _table(["noise", *names], [
         [{EARLY: "early", LATE: "late"}[name], *(f"{v:.2f}" for v in np.sqrt(np.array(r["bands"]) / seeds))]
-        for name, r in results["variation"].items() if "png" in r])
+        for name, r in results["variation"].items() if name in (EARLY, LATE)])
 
 
 def detail_table(by_run, head, extra=None):
@@ -221,6 +253,7 @@ def alignment_sentence(results):
 
 def page(results):
     r, by = results["rivals"], results["settings"]
+    features = f"log energy in {by['bands']} bands of spatial frequency, mean and standard deviation of each colour"
     few = detail_table(results["few_steps"], ["steps"])
     exact = detail_table(results["precision"], ["precision", "distance to float32"],
                          lambda rows: f"{np.mean([v['distance'] for v in rows.values()]):.1e}")
@@ -228,20 +261,28 @@ def page(results):
 
 Made by `python3 run.py bench paper_experiments` from [paper_experiments.json](paper_experiments.json): the demo model, \
 {by["seeds"]} seeds of all
-classes, {by["steps"]} steps of the scheduler karras and the pack's own solver, CFG 1, float32, where nothing else is said.
+classes, {by["steps"]} steps of the scheduler karras and the pack's own solver, CFG 1, float32, where nothing else is said. All \
+noises
+have the norm of quantile 0.5, but for those of score alignment and of prior guidance.
 
 ## Log-density against quantile
 
-Mean bits per dimension with standard errors, read at the last noise level above zero with one probe at {by["levels"]} noise \
-levels. Noise
-of strength {by["strength"]:g}, early ("{EARLY}") or late ("{LATE}").
+Mean bits per dimension with standard errors over the seeds, read at the last noise level above zero with one probe at \
+{by["levels"]} noise
+levels, which leaves each readout a standard error of {readout_error(results):.2g}. In order: seeds whose bits fall from q \
+{FEW_QUANTILES[0]:g} to
+{FEW_QUANTILES[1]:g} to {FEW_QUANTILES[2]:g}. Noise of strength {by["strength"]:g}, early ("{EARLY}") or late ("{LATE}"). \
+Predicted: what guidance itself
+adds; the rest is that a guided picture goes where the network's own flow treats it otherwise. Density Target Sampler measures
+and corrects that.
 
 {control_table(results)}
 
 ## Log-density and detail
 
 Correlation of bits per dimension with the size of the PNG file, and with the energy above half of the Nyquist frequency:
-of the means over the quantiles, and over the seeds of one quantile (smallest and largest of the quantiles).
+of the means over the quantiles, and over the seeds of one quantile, less the means of their classes (smallest and largest of
+the quantiles).
 
 {correlation_table(results)}
 
@@ -251,7 +292,7 @@ of the means over the quantiles, and over the seeds of one quantile (smallest an
 
 ## Variation
 
-Distance between variations of a picture, by spatial frequency (Nyquist = 1), as a share of the distance between seeds;
+Distance between variations of a picture, by spatial frequency (Nyquist = 1), as a share of that between seeds of a class;
 {by["starts"]} pictures, {by["per_start"]} variations each.
 
 {variation_table(results)}
@@ -264,12 +305,15 @@ Every method is set so that the mean PNG size is that of Density Guidance Sample
 {r["quantile"]:g}, {r["target"]:.0f} bytes, with as many
 model calls; raised CFG therefore has half of the steps. Spread over seeds: standard deviation of the PNG size over its
 mean. Spread of the change: the same of the size relative to the unguided run's. Frechet distance to \
-{by["held_out_crops"]} crops of held-out pictures
-in a space of 14 features (log energy in eight bands of spatial frequency, mean and standard deviation of each colour; each
-in units of its standard deviation); {by["seeds"]} other crops of held-out pictures are {r["held_out_frechet"]:.2f} away. \
-Drift of composition: root mean square
-difference to the unguided picture of the same seed below an eighth of the Nyquist frequency, pictures in [-1, 1]; two seeds
-are {r["seeds_apart"]:.3f} apart. The pack's own solver is compared with itself, unguided.
+{by["held_out_crops"]} crops of the {r["held_out_pictures"]}
+held-out pictures in a space of {by["features"]} features ({features}; each
+in units of its standard deviation), with the standard deviation of {by["bootstraps"]} bootstraps over the seeds; \
+{by["seeds"]} crops of training pictures
+are {r["training_frechet"]:.2f} ± {r["training_frechet_error"]:.2f} away. Change of composition: root mean square difference to \
+the unguided picture of the same seed
+below {by["low"]:g} of the Nyquist frequency, pictures in [-1, 1]; two seeds of a class are {r["seeds_apart"]:.3f} apart. The pack's \
+own solver is
+compared with itself, unguided.
 
 {rivals_table(results)}
 
@@ -282,7 +326,7 @@ are {r["seeds_apart"]:.3f} apart. The pack's own solver is compared with itself,
 ## Precision
 
 {by["both_seeds"]} seeds. Weights of the named type, computed in float32; "bfloat16" computes in it, too. The file's weights are
-float16, so they lose nothing in it. Computing in float16 was not measured: on a CPU it takes a hundred times as long.
+float16, so they lose nothing in it. Computing in float16 was not measured.
 
 {exact}
 
@@ -293,7 +337,8 @@ float16, so they lose nothing in it. Computing in float16 was not measured: on a
 def readme_part(results):
     """What the README says of the experiments."""
     seeds = results["settings"]["seeds"]
-    return f"""Mean log-density in bits per dimension on the trained demo model, {seeds} seeds, by the method that has the quantile:
+    return f"""Mean log-density in bits per dimension on the trained demo model, {seeds} seeds, by the method that has the quantile,
+and the share of seeds whose bits fall from q {FEW_QUANTILES[0]:g} to {FEW_QUANTILES[1]:g} to {FEW_QUANTILES[2]:g}:
 
 {control_table(results)}
 
@@ -309,8 +354,13 @@ and how detail goes with log-density, few steps and precision: [docs/paper_exper
 def renew_readme(results):
     """Put `readme_part` between its marks in the README."""
     path = PACK / "README.md"
-    before, mark, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
-    path.write_text(f"{before}{mark}\n{readme_part(results)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    for mark in MARKS:
+        if mark not in text:
+            raise ValueError(f"README.md has no {mark}; put both {' and '.join(MARKS)} where the results are to stand")
+    before, _, rest = text.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    path.write_text(f"{before}{MARKS[0]}\n{readme_part(results)}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def plot(results, path):
@@ -335,20 +385,26 @@ def plot(results, path):
     plt.close(figure)
 
 
+def digest(paths):
+    """SHA-256 of the files' contents."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
 def main():
     require_pictures()
     path = DOCS / "paper_experiments.json"
-    weights = hashlib.sha256(demo_model.WEIGHTS.read_bytes()).hexdigest()
+    head = {"weights": digest([demo_model.WEIGHTS]), "settings": SETTINGS,
+            "code": digest(sorted(file for pattern in CODE for file in PACK.glob(pattern)))}
     results = json.loads(path.read_text()) if path.is_file() else {}
-    if (results.get("weights"), results.get("settings")) != (weights, SETTINGS):
-        results = {"weights": weights, "settings": SETTINGS}
+    if {key: results.get(key) for key in head} != head:
+        results = head
 
     def varied_and_shown():
         rows, sheet = variation()
         Image.fromarray((sheet[0].numpy() * 255).round().astype(np.uint8)).save(DOCS / "paper_variation.png")
         return rows
 
-    parts = {"control": control, "alignment": alignment, "variation": varied_and_shown,
+    parts = {"predicted": predicted, "control": control, "alignment": alignment, "variation": varied_and_shown,
              "rivals": lambda: _rivals.compare(SEEDS, STEPS), "few_steps": few_steps, "precision": precision}
     for name, part in parts.items():
         if name not in results:

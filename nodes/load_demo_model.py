@@ -19,7 +19,7 @@ class LoadDemoModel(io.ComfyNode):
             display_name="Load Demo Model",
             category=CATEGORY,
             description="A small trained diffusion model of ground seen from above, 64 x 64 pixels, with the architecture of "
-                        "Stable Diffusion. Needs no download; LoRA, CFG and attention patches work on it.",
+                        "Stable Diffusion. Needs no download; CFG, attention patches and LoRAs made for it work.",
             inputs=[
                 io.Combo.Input(
                     "class_name", options=[*CLASSES, ANY], default="rock",
@@ -28,7 +28,7 @@ class LoadDemoModel(io.ComfyNode):
                              tooltip="Number of pictures in the latent output, each with its own noise."),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="A v-prediction model on Stable Diffusion's noise levels."),
+                io.Model.Output(display_name="model", tooltip="A v-prediction model; Stable Diffusion's noise levels, drawn out to more noise."),
                 io.Vae.Output(display_name="vae", tooltip="Turns its latents into images; the latents are the pixels."),
                 io.Conditioning.Output(display_name="positive", tooltip="The class asked for by class_name."),
                 io.Conditioning.Output(display_name="negative", tooltip="No class, for classifier-free guidance."),

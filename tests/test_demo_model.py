@@ -1,5 +1,6 @@
 """The built-in trained model, as users use it: the host's own nodes on it, and the pack's."""
 
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_classes_are_those_of_the_weights():
         assert latent["samples"].shape == (2, 3, 64, 64)
 
 
-def test_latents_are_pixels_scaled_to_unit_variance(demo):
+def test_latents_are_scaled_pixels(demo):
     x, base = torch.randn(2, 3, 8, 8), demo[0].model
     assert torch.equal(base.process_latent_in(x), 2 * x) and torch.equal(base.process_latent_out(2 * x), x)
 
@@ -52,8 +53,11 @@ def test_it_predicts_its_own_pictures_from_noise(demo, plain):
     model, _, positive, *_ = demo
     clean, sigma = demo_model.SCALE * plain, 0.3
     x = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    comfy.model_management.load_models_gpu([model])
+    device = model.load_device
     with torch.inference_mode():
-        denoised = model.model.apply_model(x, torch.full((BATCH,), sigma), c_crossattn=positive[0][0].expand(BATCH, -1, -1))
+        denoised = model.model.apply_model(x.to(device), torch.full((BATCH,), sigma, device=device),
+                                           c_crossattn=positive[0][0].expand(BATCH, -1, -1).to(device)).cpu()
     variance = clean.var()
     white = x * variance / (variance + sigma**2)
     assert (denoised - clean).square().mean() < 0.8 * (white - clean).square().mean()

@@ -3,8 +3,8 @@
 Data: the terrain textures of the game 0 A.D. (Wildfire Games, CC BY-SA 3.0), photographs of ground, in the file
 `mods/public/public.zip` of the game or of Debian's package `0ad-data`. Needs Pillow, torch and safetensors; takes a minute.
 
-Each texture is cut to a square of 256 pixels and keeps the class that its file name tells. Every twelfth of a class is
-held out.
+Each texture is cut to a square of 256 pixels and keeps the class that its path tells. Every twelfth of a class is held
+out, unless it is a training picture in other colours, as many are: then it is left out altogether.
 """
 
 import argparse
@@ -21,9 +21,10 @@ FOLDER = "art/textures/terrain/types/"
 SIZE = 256
 MIN_CONTRAST = 4.0  # standard deviation of the grey levels: flat colours and masks are left out
 HELD_OUT_EVERY = 12
+ALIKE = 0.45  # correlation of whole grey pictures: variants of a picture have 0.6 or more, different ones 0.3 at most
 CROPS = (64, SIZE * 11 // 16)  # pixels of a side that `Pictures` shows, from and to
 
-# class -> what a file name says, in order of precedence
+# class -> what a path says, in order of precedence
 CLASSES = {
     "paving": "paving|road|tile|city|bridge",
     "snow": "snow|ice|polar",
@@ -37,7 +38,7 @@ _NO_PICTURE = re.compile("norm|spec|test|grid", re.IGNORECASE)
 
 
 def class_of(name):
-    """Index into CLASSES of a texture's file name, or None."""
+    """Index into CLASSES of a texture's path below FOLDER, or None."""
     return next((i for i, words in enumerate(CLASSES.values()) if re.search(words, name.lower())), None)
 
 
@@ -61,6 +62,18 @@ def read(archive):
             continue
         seen.add(pixels.tobytes())
         yield torch.from_numpy(pixels.copy()), kind
+
+
+def likeness(pictures, others):
+    """Highest correlation of each picture (n, SIZE, SIZE, 3) with any of `others`, (n,): grey, at any shift, mirrored or not."""
+    def waves(colour):
+        grey = torch.nn.functional.avg_pool2d(colour.float().mean(-1), 2)
+        grey = grey - grey.mean((1, 2), keepdim=True)
+        return torch.fft.rfft2(grey / grey.square().sum((1, 2), keepdim=True).sqrt())
+
+    theirs = waves(others)
+    return torch.stack([
+        torch.fft.irfft2(theirs * waves(torch.stack([one, one.flip(1)]))[:, None].conj()).max() for one in pictures])
 
 
 class Pictures:
@@ -100,7 +113,11 @@ def main():
     kinds = torch.tensor(kinds)
     within_class = torch.nn.functional.one_hot(kinds).cumsum(0).gather(1, kinds[:, None])[:, 0]
     held_out = within_class % HELD_OUT_EVERY == 0
-    save_file({"pictures": torch.stack(pictures), "classes": kinds, "held_out": held_out}, options.output)
+    pictures = torch.stack(pictures)
+    kept = torch.ones_like(held_out)
+    kept[held_out] = likeness(pictures[held_out], pictures[~held_out]) < ALIKE
+    pictures, kinds, held_out = pictures[kept], kinds[kept], held_out[kept]
+    save_file({"pictures": pictures, "classes": kinds, "held_out": held_out}, options.output)
     for i, name in enumerate(CLASSES):
         print(f"{name}: {int((kinds == i).sum())} pictures, {int(((kinds == i) & held_out).sum())} of them held out")
 

@@ -4,7 +4,7 @@ Needs the ComfyUI that `python3 run.py demo` prepares, whose UNet it trains, and
 from its last checkpoint when run again, and ends with `models/demo_model.safetensors` (the averaged weights, float16) and
 `training/demo_model.json` (what was run, and the loss).
 
-v-prediction (Salimans, Ho 2022, arXiv 2202.00512) at the host's own 1000 noise levels, chosen so that theta = atan(s) is
+v-prediction (Salimans, Ho 2022, arXiv 2202.00512) at the model's 1000 noise levels, chosen so that theta = atan(s) is
 uniform (the cosine schedule of Nichol, Dhariwal 2021). One draw in ten trains without a class, for classifier-free guidance.
 """
 
@@ -31,7 +31,7 @@ from density_guidance.nodes import demo_model
 from density_guidance.training.demo_pictures import CLASSES, Pictures
 
 CONFIGS = {
-    "small": {"size": "small", "batch": 32, "steps": 3000, "rate": 6e-4, "average": 0.998},
+    "small": {"size": "small", "batch": 32, "steps": 4300, "rate": 6e-4, "average": 0.998},
     "large": {"size": "large", "batch": 128, "steps": 40000, "rate": 3e-4, "average": 0.9995},
 }
 WARM_UP = 200
@@ -109,7 +109,6 @@ class Trainer:
         self.step += 1
         return float(loss.detach())
 
-    @torch.no_grad()
     def averaged(self):
         """(state of the UNet, class embeddings) with the averaged weights."""
         names = [name for name, _ in self.unet.named_parameters()]
@@ -165,16 +164,20 @@ def main():
     parser.add_argument("pictures", type=Path, help="the file that demo_pictures.py wrote")
     parser.add_argument("--config", choices=CONFIGS, default="small", help="small: for a CPU; large: for a GPU")
     parser.add_argument("--checkpoint", type=Path, default=PACK / "training" / "checkpoint.pt", help="to resume from")
+    parser.add_argument("--note", default="", help="what the record should say of this run")
     options = parser.parse_args()
     config = CONFIGS[options.config]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = Pictures(options.pictures, False), Pictures(options.pictures, True)
     trainer = Trainer(config, len(CLASSES), device)
     record = {"config": {"name": options.config, **config}, "machine": f"{platform.processor() or platform.machine()}, "
-              f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(),
-              "parameters": sum(p.numel() for p in trainer.parameters), "seconds": 0.0, "loss": [], "held_out": []}
+              f"{torch.get_num_threads()} of {os.cpu_count()} cores" if device.type == "cpu" else torch.cuda.get_device_name(),
+              "parameters": sum(p.numel() for p in trainer.parameters), "note": options.note, "seconds": 0.0, "loss": [], "held_out": []}
     if options.checkpoint.exists():
         saved = torch.load(options.checkpoint, map_location=device, weights_only=True)
+        if saved["record"]["config"] != record["config"]:
+            parser.error(f"--checkpoint {options.checkpoint} is of {saved['record']['config']}; this run is of "
+                         f"{record['config']}: name another file")
         trainer.resume(saved["trainer"])
         record = saved["record"]
     every = config["steps"] // 30
@@ -187,8 +190,6 @@ def main():
         saved_at = now
         state = {"trainer": trainer.state(), "record": record}
         write_atomically(lambda path: torch.save(state, path), options.checkpoint)
-        export(trainer, list(CLASSES))
-        write_atomically(lambda path: path.write_text(json.dumps(record, indent=1) + "\n"), RECORD)
 
     with tqdm(total=config["steps"], initial=trainer.step, smoothing=0.05) as bar:
         while trainer.step < config["steps"]:
@@ -202,6 +203,8 @@ def main():
             if time.monotonic() - saved_at > CHECKPOINT_S:
                 save()
     save()
+    export(trainer, list(CLASSES))
+    write_atomically(lambda path: path.write_text(json.dumps(record, indent=1) + "\n"), RECORD)
     print(f"{demo_model.WEIGHTS.name}: {trainer.step} steps, loss {record['loss'][-1][1]:.4f}")
 
 
