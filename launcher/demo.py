@@ -1,4 +1,4 @@
-"""The demo: 4 seeds by 5 density levels from the built-in model, and the bits per dimension that they cost."""
+"""The demo: 4 seeds by 5 density levels from each built-in model, and the bits per dimension that they cost."""
 
 from __future__ import annotations
 
@@ -13,36 +13,40 @@ from .errors import LauncherError
 from .host import running_host
 from .progress import ProgressLine
 
-WORKFLOW = PACK / "workflows" / "api" / "detail_sweep.json"
+# of the trained model and of the one whose density is known exactly
+WORKFLOWS = [PACK / "workflows" / "api" / name for name in ("trained_detail.json", "detail_sweep.json")]
 SHEET = "DensityContactSheet"
 
 
 def run_demo(where: Environment, output: Path, guest: bool) -> None:
-    """Start ComfyUI, queue the workflow, show its progress, end ComfyUI, print the table.
+    """Start ComfyUI, queue the workflows, show their progress, end ComfyUI, print the tables.
 
     Args:
-        output: folder for the contact sheet.
+        output: folder for the contact sheets.
         guest: the ComfyUI is the user's.
 
     Raises:
         LauncherError: ComfyUI did not start, or ended while it ran.
         WorkflowError: a node failed.
     """
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     start = time.monotonic()
     print(f"Starting ComfyUI ({where.comfyui}) ...", flush=True)
+    tables, sheets = [], []
     with running_host(where, output, guest) as host:
-        print(f"It answers at {host.client.url} after {time.monotonic() - start:.0f} s. Queued {WORKFLOW.name}:")
-        with closing(ProgressLine()) as show:
-            try:
-                entry = host.client.run(workflow, show)
-            except ConnectionError as error:
-                raise LauncherError(f"{error}\nThe end of ComfyUI's log:\n{host.log_tail()}") from error
-        sheets = [path for path in host.saved_files(entry) if path.is_file()]
+        print(f"It answers at {host.client.url} after {time.monotonic() - start:.0f} s.")
+        for path in WORKFLOWS:
+            print(f"Queued {path.name}:")
+            with closing(ProgressLine()) as show:
+                try:
+                    entry = host.client.run(json.loads(path.read_text(encoding="utf-8")), show)
+                except ConnectionError as error:
+                    raise LauncherError(f"{error}\nThe end of ComfyUI's log:\n{host.log_tail()}") from error
+            tables += [sheet["table"][0] for sheet in node_outputs(entry, SHEET)]
+            sheets += [file for file in host.saved_files(entry) if file.is_file()]
     print(f"ComfyUI has ended. All of it took {time.monotonic() - start:.0f} s.\n")
-    for sheet in node_outputs(entry, SHEET):
-        print(table_text(json.loads(sheet["table"][0])), end="\n\n")
-    print("Contact sheet:", *sheets)
+    for table in tables:
+        print(table_text(json.loads(table)), end="\n\n")
+    print("Contact sheets:", *sheets, sep="\n")
 
 
 def table_text(table: dict) -> str:

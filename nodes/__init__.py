@@ -5,6 +5,7 @@ from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
 from .density_target import DensityTargetSampler
 from .density_trace import DensityTrace
 from .exact_density import ExactLogDensity, LoadExactDensityModel
+from .load_demo_model import LoadDemoModel
 from .log_density import LogDensity
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
 from .score_alignment import ScoreAlignmentCheck
@@ -18,6 +19,7 @@ NODES = [
     PriorGuidanceModel,
     StochasticDetailVariation,
     VariationGrid,
+    LoadDemoModel,
     LoadExactDensityModel,
     ExactLogDensity,
     LogDensity,

@@ -1,15 +1,12 @@
 """The exact density as a model of the host: `BaseModel`, latent format and VAE, in three parameterisations."""
 
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
-import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.sd
 import comfy.supported_models_base
 import torch
 from safetensors import safe_open
@@ -17,6 +14,7 @@ from safetensors import safe_open
 from ..dg_core.coordinates import coordinates_of
 from ..dg_core.exact_density import CHANNELS, ExactDensity
 from ..dg_core.jacobian import sum_dtype
+from .pixels import PixelLatent, pixel_vae
 from .schema import require
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "exact_density.safetensors"
@@ -58,29 +56,6 @@ PREDICTIONS = {
     "v": (comfy.model_base.ModelType.V_PREDICTION_EDM, lambda: _continuous(_V)),
     "flow": (comfy.model_base.ModelType.FLOW, _flow),
 }
-
-
-class ExactDensityLatent(comfy.latent_formats.LatentFormat):
-    """Pictures in [-1, 1], centred and scaled."""
-
-    latent_channels = CHANNELS
-
-    def __init__(self, shift=(0.0,) * CHANNELS, scale=1.0):
-        self.scale_factor = scale
-        self._shift = torch.tensor(shift).view(1, -1, 1, 1)
-        self.latent_rgb_factors = (torch.eye(CHANNELS) / scale).tolist()
-        self.latent_rgb_factors_bias = list(shift)
-
-    def process_in(self, latent):
-        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
-            shape = " x ".join(map(str, latent.shape[1:]))
-            raise ValueError(
-                f"the latent has {shape} elements per image; this exact-density model takes {CHANNELS} channels: use "
-                "the latent output of its loader, or encode with its vae")
-        return (latent - self._shift.to(latent)) * self.scale_factor
-
-    def process_out(self, latent):
-        return latent / self.scale_factor + self._shift.to(latent)
 
 
 class ExactDensityNetwork(torch.nn.Module):
@@ -155,25 +130,11 @@ def _require_shape(shape, expected):
 def load(prediction, size):
     """(ModelPatcher, VAE) of the built-in density."""
     with safe_open(WEIGHTS, framework="pt") as f:
-        latent_format = ExactDensityLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
+        latent_format = PixelLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
     model = ExactDensityModel(ExactDensity.load(WEIGHTS, size), prediction, latent_format)
     patcher = comfy.model_patcher.ModelPatcher(
         model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
-    if find_spec("comfy.pixel_space_convert") is None:
-        return patcher, PixelVAE()
-    return patcher, comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
-
-
-class PixelVAE:
-    """What VAEDecode and VAEEncode need of a VAE whose latents are pixels, for hosts older than their own one."""
-
-    def decode(self, samples):
-        """Pixels (B, 3, height, width) from -1 to 1 -> images (B, height, width, 3) from 0 to 1."""
-        return ((samples + 1) / 2).clamp(0, 1).movedim(1, -1)
-
-    def encode(self, images):
-        """The inverse of `decode`."""
-        return images.movedim(-1, 1)[:, :3] * 2 - 1
+    return patcher, pixel_vae()
 
 
 def read(model, samples, sigmas, weights=None):

@@ -1,9 +1,23 @@
 """Numbers in the documents are the ones that the benchmarks wrote."""
 
 import json
+import re
 
-from density_guidance.benchmarks import detail_shift, log_density, score_alignment, variation
+from density_guidance.benchmarks import (
+    demo_model,
+    detail_shift,
+    log_density,
+    paper_experiments,
+    score_alignment,
+    variation,
+)
 from density_guidance.launcher.environment import PACK
+from density_guidance.nodes.demo_model import WEIGHTS
+
+
+def test_what_the_readme_shows_and_links_to_is_there():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (PACK / "README.md").read_text())
+    assert len(links) > 5 and [link for link in links if not (PACK / link).is_file()] == []
 
 
 def test_tables_come_from_the_benchmark():
@@ -49,3 +63,20 @@ def test_measured_claims_of_variation():
         for vary in ("fine details", "structure"):
             sizes = [r["low"] ** 2 + r["high"] ** 2 for c, r in rows[vary].items() if float(c) <= 1]
             assert sizes == sorted(sizes)
+
+
+def test_pages_of_the_demo_model_come_from_the_benchmarks():
+    results = json.loads((PACK / "docs" / "demo_model.json").read_text())
+    assert (PACK / "docs" / "demo_model.md").read_text() == demo_model.page(results)
+    results = json.loads((PACK / "docs" / "paper_experiments.json").read_text())
+    assert results["weights"] == paper_experiments.digest([WEIGHTS])
+    assert (PACK / "docs" / "paper_experiments.md").read_text() == paper_experiments.page(results)
+    assert paper_experiments.readme_part(results) in (PACK / "README.md").read_text()
+
+
+def test_the_demo_model_does_not_repeat_its_training_pictures():
+    """Samples are no nearer to a training crop than pictures are that it never saw; training crops themselves are."""
+    nearest = json.loads((PACK / "docs" / "demo_model.json").read_text())["nearest"]
+    samples, held_out, training = (sorted(nearest[k]) for k in ("samples", "held-out pictures", "training pictures"))
+    middle = len(samples) // 2
+    assert samples[middle] < held_out[middle] + 0.1 and max(samples[-1], held_out[-1]) < training[middle]

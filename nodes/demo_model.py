@@ -1,0 +1,68 @@
+"""The demo model: a small UNet of the host, trained on photographs of ground, without a download."""
+
+import json
+from pathlib import Path
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models_base
+import comfy.utils
+import torch
+
+from .pixels import CHANNELS, PixelLatent, pixel_vae
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "demo_model.safetensors"
+SIZE = 64  # pixels
+SCALE = 2.0  # gives the pictures nearly unit variance
+CONTEXT_DIM = 128
+# Arguments of the host's `UNetModel`, the architecture of Stable Diffusion.
+UNETS = {
+    "small": {"model_channels": 32, "channel_mult": [1, 2, 4, 8], "num_res_blocks": [1, 1, 1, 1]},
+    "large": {"model_channels": 64, "channel_mult": [1, 2, 3, 4], "num_res_blocks": [2, 2, 2, 2]},
+}
+ATTENTION = [0, 0, 1, 1]  # transformer blocks by level: at 16 x 16 and 8 x 8
+
+
+class _Config(comfy.supported_models_base.BASE):
+    unet_extra_config = {}
+    # Up to sigma 139. Stable Diffusion's end at 14.6, where the mean colour of a picture still shows: noise has none, and what
+    # is sampled from it comes out grey.
+    sampling_settings = {"linear_end": 0.024}
+    memory_usage_factor = 0.5
+
+
+def network(size, dtype=torch.float32, compute_dtype=None):
+    """A `BaseModel` of the host with an untrained UNet.
+
+    size: a key of `UNETS`. compute_dtype: where the weights, of `dtype`, are cast for computing.
+    """
+    unet = UNETS[size]
+    blocks = unet["num_res_blocks"]
+    config = _Config({
+        **unet, "image_size": SIZE, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_heads": -1,
+        "num_head_channels": 32, "use_spatial_transformer": True, "use_linear_in_transformer": True,
+        "context_dim": CONTEXT_DIM, "transformer_depth_middle": 1,
+        "transformer_depth": [d for d, n in zip(ATTENTION, blocks) for _ in range(n)],
+        "transformer_depth_output": [d for d, n in zip(ATTENTION, blocks) for _ in range(n + 1)],
+    })
+    config.latent_format = PixelLatent(scale=SCALE)
+    config.set_inference_dtype(dtype, compute_dtype)
+    return comfy.model_base.BaseModel(config, comfy.model_base.ModelType.V_PREDICTION)
+
+
+def load(dtype=torch.float32, compute_dtype=None):
+    """(ModelPatcher, VAE, class names, context tokens (classes + 1, 1, CONTEXT_DIM); the last asks for no class).
+
+    dtype, compute_dtype: see `network`. Raises FileNotFoundError where the pack lacks the weights.
+    """
+    if not WEIGHTS.is_file():
+        raise FileNotFoundError(f"{WEIGHTS} is missing: the pack's folder is not complete, get it again, or train the model "
+                                "with training/train_demo_model.py")
+    weights, metadata = comfy.utils.load_torch_file(str(WEIGHTS), return_metadata=True)
+    context = weights.pop("context").float()
+    model = network(metadata["size"], dtype, compute_dtype)
+    model.diffusion_model.load_state_dict(weights)
+    patcher = comfy.model_patcher.ModelPatcher(
+        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+    return patcher, pixel_vae(), json.loads(metadata["classes"]), context[:, None]

@@ -1,0 +1,51 @@
+"""Latents that are pictures: the latent format and the VAE of the built-in models."""
+
+from importlib.util import find_spec
+
+import comfy.latent_formats
+import comfy.sd
+import torch
+
+from ..dg_core.exact_density import CHANNELS
+
+
+class PixelLatent(comfy.latent_formats.LatentFormat):
+    """Pictures in [-1, 1], centred and scaled."""
+
+    latent_channels = CHANNELS
+
+    def __init__(self, shift=(0.0,) * CHANNELS, scale=1.0):
+        self.scale_factor = scale
+        self._shift = torch.tensor(shift).view(1, -1, 1, 1)
+        self.latent_rgb_factors = (torch.eye(CHANNELS) / scale).tolist()
+        self.latent_rgb_factors_bias = list(shift)
+
+    def process_in(self, latent):
+        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
+            shape = " x ".join(map(str, latent.shape[1:]))
+            raise ValueError(
+                f"the latent has {shape} elements per image; this built-in model takes {CHANNELS} channels: use the "
+                "latent output of its loader, or encode with its vae")
+        return (latent - self._shift.to(latent)) * self.scale_factor
+
+    def process_out(self, latent):
+        return latent / self.scale_factor + self._shift.to(latent)
+
+
+def pixel_vae():
+    """The host's VAE for latents that are pixels; `PixelVAE` where the host has none yet."""
+    if find_spec("comfy.pixel_space_convert") is None:
+        return PixelVAE()
+    return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+
+
+class PixelVAE:
+    """What VAEDecode and VAEEncode need of a VAE whose latents are pixels."""
+
+    def decode(self, samples):
+        """Pixels (B, 3, height, width) from -1 to 1 -> images (B, height, width, 3) from 0 to 1."""
+        return ((samples + 1) / 2).clamp(0, 1).movedim(1, -1)
+
+    def encode(self, images):
+        """The inverse of `decode`."""
+        return images.movedim(-1, 1)[:, :3] * 2 - 1
