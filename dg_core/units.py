@@ -14,6 +14,8 @@ def require_number(name, value, low, high):
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
+    if isinstance(value, str):  # of the numbers that it may hold none was meant as one
+        number = math.nan
     exact = value if isinstance(value, int) else number  # a float of a large seed is rounded, perhaps above its limit
     if not (math.isfinite(number) and low <= exact <= high):
         raise ValueError(f"{name} is {value!r}; it must be a number from {low} to {high}")
@@ -23,7 +25,7 @@ def require_number(name, value, low, high):
 def require_whole(name, value, low, high):
     """Return `value` as an int; raise ValueError unless it is a whole number in [low, high]."""
     number = require_number(name, value, low, high)
-    if isinstance(value, str) or number != int(number):
+    if number != int(number):
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
     return int(value)  # a float rounds large ones
 

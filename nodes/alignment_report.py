@@ -17,6 +17,8 @@ LEGEND = 8  # images with a label of their own in the picture
 def verdict(check):
     """One sentence."""
     good = check.final_cosine > 0
+    if not check.final_cosine.isfinite().all():
+        return "No verdict: the model returned NaN or infinity."
     if good.all():
         return "Aligned: less noise makes smoother images, more noise more detailed ones."
     if not good.any():
@@ -55,8 +57,8 @@ def text(check, settings, dim, scales, response):
     if check.stochastic:
         lines.append(f"{check.stochastic} adds noise of its own at every step, which is not scaled: this is what scaling the "
                      "starting noise alone does with it, mostly little. Connect a deterministic sampler to ask about the model")
-    if check.plain_calls < ENOUGH_STEPS:
-        lines.append(f"only {check.plain_calls} steps: an image that changes early in the run may get a wrong number; "
+    if check.steps < ENOUGH_STEPS:
+        lines.append(f"only {check.steps} steps: an image that changes early in the run may get a wrong number; "
                      f"take {ENOUGH_STEPS} or more")
     if not (check.final_cosine > 0).all():
         lines += ["", "What to do: scaling the noise (Prior Guidance) does not change the detail of these images "

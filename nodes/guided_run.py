@@ -185,7 +185,7 @@ def mask_for(mask, latent):
     return comfy.sampler_helpers.prepare_mask(mask, latent.shape, latent.device)
 
 
-STOCHASTIC = re.compile(r"ancestral|sde|^(lcm|ddpm|seeds_\d|sa_solver.*)$")
+STOCHASTIC = re.compile(r"ancestral|sde|^(lcm.*|ddpm|seeds_\d|sa_solver.*)$")
 OVERLAPPING = {"EpsilonScaling": "Epsilon Scaling", "TemporalScoreRescaling": "Temporal Score Rescaling"}
 
 
@@ -223,13 +223,21 @@ def name_of(sampler):
     return getattr(function_of(sampler), "__name__", "").removeprefix("sample_")
 
 
-def outermost(model_options, kind, wrapper):
-    """Copy of `model_options` in which `wrapper` surrounds all the others of its kind (a `WrappersMP`)."""
+def adds_noise(sampler):
+    """Whether a SAMPLER draws noise on its way, as far as its name and options tell."""
+    options = getattr(sampler, "extra_options", {})
+    if options.get("variation") is not None or options.get("s_churn"):
+        return True
+    return bool(STOCHASTIC.search(name_of(sampler))) and options.get("eta", 1.0) != 0
+
+
+def outermost(model_options, kind, wrapper, key=None):
+    """Copy of `model_options` in which `wrapper`, under `key`, surrounds all the others of its kind (a `WrappersMP`)."""
+    key = WRAPPER_KEY if key is None else key
     options = comfy.model_patcher.create_model_options_clone(model_options)
     wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
     present = wrappers.get(kind, {})
-    wrappers[kind] = {WRAPPER_KEY: [wrapper, *present.get(WRAPPER_KEY, [])],
-                      **{key: value for key, value in present.items() if key != WRAPPER_KEY}}
+    wrappers[kind] = {key: [wrapper, *present.get(key, [])], **{k: v for k, v in present.items() if k != key}}
     return options
 
 

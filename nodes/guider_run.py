@@ -120,19 +120,29 @@ class _Work(comfy.samplers.Sampler):
 # How many times the size of the queries a matrix of attention scores may have; its derivative takes six of them.
 _SCORES = 4
 
-# ModelPatcher -> {type of guider: (method, reason)}. A patch more makes another ModelPatcher.
+CACHE = "easycache"  # where the host's EasyCache and LazyCache are in a model's options
+
+# ModelPatcher -> {kind of run: (method, reason)}. A patch more makes another ModelPatcher.
 _methods = WeakKeyDictionary()
 
 
 def known_method(guider):
     """What `derivative_method` found for this guider's model; None before."""
-    return _methods.get(guider.model_patcher, {}).get(type(guider))
+    return _methods.get(guider.model_patcher, {}).get(_kind(guider))
+
+
+def _kind(guider):
+    """What of a run besides its model decides how derivatives can be taken: the guider, and what conditionings carry with
+    them, for instance a ControlNet. Another prompt does not."""
+    carried = {(key, type(value)) for conds in getattr(guider, "original_conds", {}).values() for cond in conds
+               for key, value in cond.items() if not key.startswith("uuid")}
+    return type(guider), frozenset(carried)
 
 
 def derivative_method(guider, predict, x, v, sigma, dtype):
     """`jacobian.method_of` at a state x with the noise sigma, along v; asked once for each model, at `jacobian.TRIAL_CALLS`."""
     if known_method(guider) is None:
-        _methods.setdefault(guider.model_patcher, {})[type(guider)] = jacobian.method_of(
+        _methods.setdefault(guider.model_patcher, {})[_kind(guider)] = jacobian.method_of(
             lambda x: predict(x, sigma), x, v, dtype, sigma)
     return known_method(guider)
 
@@ -150,6 +160,12 @@ class Predict:
     """
 
     def __init__(self, guider, extra_args, batch, show=lambda x, denoised: None, sigmas=None):
+        """Raises ValueError for a model whose patch returns old predictions in the place of new ones."""
+        cache = extra_args["model_options"].get("transformer_options", {}).get(CACHE)
+        if cache is not None:
+            raise ValueError(f"the model carries {type(cache).__name__.removesuffix('Holder')}, which returns earlier "
+                             "predictions for new ones; what is computed here needs every prediction: connect the model "
+                             "without it")
         self._guider, self._batch, self._show = guider, batch, show
         self._seed = extra_args.get("seed")
         self._options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])

@@ -3,12 +3,14 @@
 import torch
 from comfy_api.latest import io
 
+from ..dg_core.units import require_whole
 from . import demo_model
 from .pixels import CHANNELS
 from .schema import CATEGORY
 
 CLASSES = ["paving", "snow", "rock", "undergrowth", "grass", "sand", "earth"]  # in the order of the weights' file
 ANY = "any"
+BATCHES = 1, 64
 
 
 class LoadDemoModel(io.ComfyNode):
@@ -24,7 +26,7 @@ class LoadDemoModel(io.ComfyNode):
                 io.Combo.Input(
                     "class_name", options=[*CLASSES, ANY], default="rock",
                     tooltip="What the positive conditioning asks for. any (neutral) asks for nothing in particular."),
-                io.Int.Input("batch_size", default=4, min=1, max=64,
+                io.Int.Input("batch_size", default=4, min=BATCHES[0], max=BATCHES[1],
                              tooltip="Number of pictures in the latent output, each with its own noise."),
             ],
             outputs=[
@@ -41,6 +43,7 @@ class LoadDemoModel(io.ComfyNode):
         names = [*CLASSES, ANY]
         if class_name not in names:
             raise ValueError(f"class_name is {class_name!r}; it must be one of {', '.join(names)}")
+        require_whole("batch_size", batch_size, *BATCHES)
         model, vae, _, context = demo_model.load()
         latent = {"samples": torch.zeros(batch_size, CHANNELS, demo_model.SIZE, demo_model.SIZE)}
         positive, negative = ([[context[i:i + 1], {}]] for i in (names.index(class_name), len(CLASSES)))

@@ -17,6 +17,7 @@ from .plots import curves_image
 from .schema import CATEGORY, PROBES, SEEDS, Floats, require, samples_of
 
 STEPS = 2, 1000
+ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
 
 class LogDensity(io.ComfyNode):
     @classmethod
@@ -35,8 +36,8 @@ class LogDensity(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The images to read, from VAEEncode or a sampler. A mask is ignored."),
                 io.Int.Input(
                     "steps", default=32, min=STEPS[0], max=STEPS[1],
-                    tooltip="Number of noise levels at which the model is evaluated, N. More lowers the error, with the "
-                            "square root of N; 32 is the default, a good start."),
+                    tooltip="Number of noise levels at which the model is evaluated, N. From 16 on the error falls with the "
+                            "square root of N; below it grows fast. 32 is the default, a good start."),
                 io.Int.Input(
                     "probes", default=1, min=PROBES[0], max=PROBES[1],
                     tooltip="Number of random probes per evaluation, for the divergence. Each costs a model call with its "
@@ -160,6 +161,11 @@ def report_of(readout, lines):
     bits, errors = readout.bits_per_dim.tolist(), readout.error_bits_per_dim.tolist()
     energy = torch.stack(readout.eps_energy).mean(1).tolist()
     few = sorted({round(k) for k in np.linspace(0, len(energy) - 1, 6)})
+    if len(readout.s) < ENOUGH_STEPS:
+        lines = [f"only {len(readout.s)} noise levels: the error of the way itself, which ± does not count, is large; take "
+                 f"{ENOUGH_STEPS} steps or more", *lines]
+    if not readout.log_prob.isfinite().all():
+        lines = ["the model returned NaN or infinity at some noise level; nothing can be read", *lines]
     return "\n".join([
         *(f"image {i}: {b:.5f} ± {e:.5f} bits per dimension" for i, (b, e) in enumerate(zip(bits, errors))),
         "mean ||eps||^2 / D at s: " + ", ".join(f"{energy[k]:.3f} at {readout.s[k]:.3g}" for k in few)

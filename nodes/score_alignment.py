@@ -17,12 +17,13 @@ from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
-from .guided_run import STOCHASTIC, GuidanceSettings, name_of, outermost, solver_sampler, without_guidance
+from .guided_run import GuidanceSettings, adds_noise, name_of, outermost, solver_sampler, without_guidance
 from .guider_run import check_latent, derivative_method, known_method, run_in_guider
 from .log_density import training_table
 from .schema import CATEGORY, PROBES, SEEDS, Floats, require, samples_of, sigmas_of
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
+FAR = 2.0  # times the noise level of end_percent: alignment is not read there
 METHODS = (WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE)
 
 
@@ -90,7 +91,8 @@ class ScoreAlignmentCheck(io.ComfyNode):
                 io.Float.Output(
                     display_name="scale",
                     tooltip="Noise scale for the wanted detail_shift, for PriorGuidanceScale with match_quantile off; "
-                            "the mean over the batch. 1 where an image is not aligned."),
+                            "the mean over the batch. 1 where an image is not aligned or would need more than "
+                            f"{alignment.SCALE_RANGE[0]:g} to {alignment.SCALE_RANGE[1]:g}."),
                 Floats.Output(
                     display_name="response",
                     tooltip="Predicted change of bits per dimension for 1% more noise, for every image."),
@@ -106,13 +108,15 @@ class ScoreAlignmentCheck(io.ComfyNode):
         scales = alignment.scale_for_shift(detail_shift, check.alignment, dim)
         response = alignment.percent_response(check.alignment, dim)
         aligned = bool((check.final_cosine > 0).all())
+        low, high = alignment.SCALE_RANGE
+        reached = aligned and bool(((scales > low) & (scales < high)).all())
         return io.NodeOutput(
             aligned,
             float(torch.nan_to_num(check.final_cosine, nan=-1.0).min()),
             alignment_report.text(check, settings, dim, scales, response),
             alignment_report.plot(check),
             {**latent_image, "samples": check.samples},
-            float(scales.mean()) if aligned else 1.0,
+            float(scales.mean()) if reached else 1.0,
             response.tolist(),
         )
 
@@ -150,6 +154,7 @@ class Check:
     calls: int  # model calls for each image, without those that look for the way to take derivatives
     dual_calls: int  # those of them in forward-mode AD
     plain_calls: int  # that sampling alone takes
+    steps: int
     derivatives: str  # how they were taken
     stochastic: str = ""  # name of the sampler, where it adds noise of its own
 
@@ -199,6 +204,8 @@ class _Run:
         coordinates = coordinates_of(model_sampling)
         schedule, stop = _schedule(sigmas, model_sampling, settings.end_percent)
         unit = noise.generate_noise({**latent, "samples": samples})
+        if not unit.isfinite().all():
+            raise ValueError("noise has elements that are NaN or infinite; connect RandomNoise")
         if not unit.flatten(1).any(1).all():
             raise ValueError("noise is zero, as DisableNoise gives it; there is nothing to scale: connect RandomNoise")
         return cls(guider, samples, unit, noise.seed, latent.get("batch_index"), schedule, stop, coordinates, settings)
@@ -236,7 +243,7 @@ class _Run:
         return Check(
             self._finished(samples), sigmas[:stop + 1], profile.log_snr,
             {way: amount / profile.norms for way, amount in amounts.items()}, next(iter(amounts.values()))[-1],
-            calls(method), forward, len(sigmas) - 1, why)
+            calls(method), forward, len(sigmas) - 1, len(sigmas) - 1, why)
 
     def _placed(self):
         """(sigmas, stop): the schedule with as many noise levels down to `stop`, but placed where derivatives want them."""
@@ -271,8 +278,8 @@ class _Run:
         calls = sum(scaled.calls for scaled, _ in runs) + 1
         return Check(
             finished, [sigma], [log_snr(self.coordinates.s(sigma))], {FINITE_SCALE: cosine[None]}, amount, calls,
-            0, runs[-1][0].calls, f"none: runs with the noise times {1 - h:g} and {1 + h:g}",
-            name_of(sampler) if STOCHASTIC.search(name_of(sampler)) else "")
+            0, runs[-1][0].calls, whole, f"none: runs with the noise times {1 - h:g} and {1 + h:g}",
+            (name_of(sampler) or "this sampler") if adds_noise(sampler) else "")
 
     def _start(self, model):
         """(x, tangent) at the first noise level; the tangent is what less noise changes, without the latent's part."""
@@ -311,7 +318,7 @@ class _Scaled(comfy.samplers.Sampler):
     def sample(self, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
         armed = guider.model_options
         guider.model_options = outermost(
-            without_guidance(armed), comfy.patcher_extension.WrappersMP.PREDICT_NOISE, self._count)
+            without_guidance(armed), comfy.patcher_extension.WrappersMP.PREDICT_NOISE, self._count, "calls")
         try:
             return self.sampler.sample(guider, sigmas, extra_args, callback, noise * self._scale, *args, **kwargs)
         finally:
@@ -337,11 +344,15 @@ def _schedule(sigmas, model_sampling, end_percent):
                          f"that is three steps; {ENOUGH_STEPS} are usually enough")
     highest = float(model_sampling.sigma_max)
     if not math.isclose(highest, values[0], rel_tol=1e-5):
-        advice = "use denoise 1" if values[0] < highest else "take a scheduler's sigmas as they are"
+        advice = ("use denoise 1, and a scheduler that begins at the maximum (not ddim_uniform or the optimal steps)"
+                  if values[0] < highest else "take sigmas that a scheduler made for this model")
         raise ValueError(f"sigmas begin at {values[0]:.6g} and the model's maximum is {highest:.6g}; scaling the noise is "
                          f"about images that start from pure noise: {advice}")
     level = float(model_sampling.percent_to_sigma(end_percent)) * (1 - 1e-6)
     stop = max(i for i, v in enumerate(values) if i == 0 or (v >= level and v > 0))
+    if stop and level > 0 and values[stop] > FAR * level and values[stop + 1:]:  # one step leads far beyond
+        values.insert(stop + 1, level)
+        stop += 1
     if stop < 2:
         raise ValueError(f"end_percent is {end_percent}: it leaves {stop + 1} of the noise levels {shown}; at least "
                          "three are needed: take a larger end_percent or more steps")

@@ -225,6 +225,15 @@ def test_levels_of_a_training_table_are_in_it():
     assert levels[-1] == table[-1] and levels[0] == pytest.approx(0.05, rel=0.02)
 
 
+def test_few_steps_and_broken_models_are_said():
+    latent, _ = pictures("flow", 1)
+    report = lambda model, steps: h.outputs(LogDensity, guider_of(model), latent, steps, 1, 0, 0.1)[1]
+    few, enough = (report(h.exact_model("flow"), n) for n in (8, 16))
+    assert "only 8 noise levels" in few and "only" not in enough
+    latent = {"samples": torch.ones(1, 4, 8, 8)}
+    assert "NaN or infinity" in report(h.free_model("FLOW", lambda x, t: x * math.nan), 16)
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 

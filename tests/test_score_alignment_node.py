@@ -6,13 +6,23 @@ import re
 import sys
 
 import comfy.model_management
+import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
 from density_guidance.dg_core.coordinates import coordinates_of
-from density_guidance.nodes import LogDensity, PriorGuidanceModel, PriorGuidanceScale, ScoreAlignmentCheck, exact_model, plots
+from density_guidance.nodes import (
+    LogDensity,
+    PriorGuidanceModel,
+    PriorGuidanceScale,
+    ScoreAlignmentCheck,
+    StochasticDetailVariation,
+    exact_model,
+    guider_run,
+    plots,
+)
 from density_guidance.nodes.score_alignment import CheckSettings, examine
 from density_guidance.tests import host_runs as h
 from density_guidance.tests import networks
@@ -159,9 +169,44 @@ def test_finite_scale_takes_any_sampler():
 def test_a_sampler_that_adds_noise_is_named():
     note = "adds noise of its own"
     model = h.exact_model("eps")
-    for name, stochastic in (("euler_ancestral", True), ("lcm", True), ("euler", False)):
-        report = check(model, "finite scale", steps=6, batch=1, sampler=h.core_sampler(name))[2]
-        assert (f"{name} {note}" in report) == stochastic, name
+    churned, still = (comfy.samplers.ksampler(*a) for a in (("euler", {"s_churn": 1.0}), ("euler_ancestral", {"eta": 0.0})))
+    varied = h.outputs(StochasticDetailVariation, 0.5, 0.0, "structure", 1.0, 0.0, 1.0, 5, "expected", 1)[0]
+    for name, sampler, stochastic in (
+            ("euler_ancestral", None, True), ("lcm", None, True), ("euler", None, False), ("euler", churned, True),
+            ("euler_ancestral", still, False), ("", varied, True)):
+        report = check(model, "finite scale", steps=6, batch=1, sampler=sampler or h.core_sampler(name))[2]
+        assert (note in report and name in report) == stochastic, (name, report)
+
+
+def test_a_step_over_the_level_of_end_percent_is_cut():
+    """linear_quadratic leads far beyond it at once; alignment is read there all the same."""
+    model = h.exact_model("flow")
+    sigmas = h.schedule(model, 48, "linear_quadratic")
+    level = float(model.get_model_object("model_sampling").percent_to_sigma(0.95))
+    sigmas = torch.cat([sigmas[sigmas > 4 * level], sigmas[-1:]])
+    report = check(model, sigmas=sigmas)[2]
+    assert float(re.search(r"read at sigma ([0-9.]+)", report).group(1)) == pytest.approx(level, rel=1e-3)
+
+
+def test_caches_of_predictions_are_refused():
+    model, seen = h.recording(h.exact_model("flow"))
+    for node in ("EasyCache", "LazyCache"):
+        cached = h.core_node(node, model=model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
+        for way in ("with score", "without score"):
+            fails(["carries " + node, "without it"], check, cached, way)
+        fails(["carries " + node], h.outputs, LogDensity, guider(cached), {"samples": torch.ones(1, 3, h.SIZE, h.SIZE)},
+              4, 1, 0, 0.1)
+    assert seen.calls == 0
+
+
+def test_a_control_has_its_derivative_tried_anew():
+    """The way that was found for a prompt says nothing of what a control puts into the network."""
+    model = h.exact_model("eps")
+    plain = check(model, steps=4)[2]
+    positive = [[c, {**extra, "control_apply_to_uncond": True}] for c, extra in h.conditioning()]
+    one, two = guider(model), guider(model, positive)
+    assert guider_run.known_method(one) and guider_run.known_method(two) is None
+    assert guider_run.known_method(guider(model, h.conditioning("flow", 3))) and "forward-mode" in plain
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------
@@ -318,6 +363,7 @@ def test_bad_input_before_any_call():
         (["latent_image is a dict without samples", "LATENT"], {"latent": {}}),
         (["latent_image is a Tensor"], {"latent": latent["samples"]}),
         (["seed is None"], {"seed": None}),
+        (["end_percent is '0.5'"], {"end_percent": "0.5"}),
     ]
     for words, wrong in cases:
         fails(words, check, model, **wrong)
