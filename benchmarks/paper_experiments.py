@@ -249,7 +249,7 @@ def response_sentence(results):
     itself = predicted["0.3"] - predicted["0.7"]
     return (f"From q 0.3 to q 0.7 density guidance itself takes {itself:.3f} bits per dimension away, as predicted, and the "
             f"picture loses {measured:.3f}, {measured / itself:.1f} times that: a trained network goes on in the direction in "
-            "which a picture was led. Density Target Sampler measures the whole and meets the number.")
+            "which a picture was led. Density Target Sampler steers by what it measures on the way.")
 
 
 def alignment_sentence(results):
