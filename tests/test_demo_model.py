@@ -17,10 +17,10 @@ def demo():
     return h.outputs(LoadDemoModel, "rock", BATCH)
 
 
-def picture(demo, model=None, sampler="euler", **kwargs):
+def picture(demo, model=None, sampler="euler", steps=STEPS, **kwargs):
     own, _, positive, negative, latent = demo
     model = h.kept(model or own.clone())
-    sigmas = h.schedule(model, STEPS)
+    sigmas = h.schedule(model, steps, "karras")
     return h.picture(model, sampler, sigmas, latent, positive=positive, **kwargs)
 
 
@@ -74,7 +74,7 @@ def test_ksampler_makes_pictures_of_the_class(demo, host_nodes):
             images = host_nodes.VAEDecode().decode(vae, samples)[0]
         assert images.shape == (BATCH, 64, 64, 3) and 0 <= images.min() and images.max() <= 1
         torch.testing.assert_close(images, ((samples["samples"] + 1) / 2).clamp(0, 1).movedim(1, -1))
-        assert (high_energy(samples["samples"]) < samples["samples"].var((1, 2, 3))).all()  # 4 times it, for white noise
+        assert (high_energy(samples["samples"]) < 2 * samples["samples"].var((1, 2, 3))).all()  # 4 times it, for white noise
         bright[name] = images.mean()
     assert bright["snow"] > bright["undergrowth"] + 0.1
 
@@ -108,7 +108,8 @@ def test_lora_patches_the_weights(demo, plain, strength):
 @pytest.mark.parametrize("sampler", ["euler", None])
 def test_guidance_turns_the_detail_of_every_picture(demo, sampler):
     less, plain, more = (
-        high_energy(picture(demo, sampler=h.guided_sampler(q, sampler=sampler))) for q in (0.95, 0.5, 0.05))
+        high_energy(picture(demo, steps=12, sampler=h.guided_sampler(q, sampler=sampler))) for q in (0.8, 0.5, 0.2))
+    print(sampler, less.tolist(), plain.tolist(), more.tolist())
     assert (less < plain).all() and (plain < more).all()
 
 
