@@ -211,11 +211,16 @@ def advice(sampler_name, model_options):
     return sentences
 
 
-def function_of(sampler):
-    """The host's sampler function behind a SAMPLER, guided or not; None where it has none."""
+def innermost(sampler):
+    """The SAMPLER of the host behind one that may be guided."""
     while hasattr(sampler, "sampler"):  # of a `GuidedSampler`
         sampler = sampler.sampler
-    return getattr(sampler, "sampler_function", None)
+    return sampler
+
+
+def function_of(sampler):
+    """The host's sampler function behind a SAMPLER, guided or not; None where it has none."""
+    return getattr(innermost(sampler), "sampler_function", None)
 
 
 def name_of(sampler):
@@ -225,7 +230,7 @@ def name_of(sampler):
 
 def adds_noise(sampler):
     """Whether a SAMPLER draws noise on its way, as far as its name and options tell."""
-    options = getattr(sampler, "extra_options", {})
+    options = getattr(innermost(sampler), "extra_options", {})
     if options.get("variation") is not None or options.get("s_churn"):
         return True
     return bool(STOCHASTIC.search(name_of(sampler))) and options.get("eta", 1.0) != 0

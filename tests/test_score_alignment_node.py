@@ -14,6 +14,7 @@ from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
 from density_guidance.dg_core.coordinates import coordinates_of
 from density_guidance.nodes import (
+    DensityGuidanceSampler,
     LogDensity,
     PriorGuidanceModel,
     PriorGuidanceScale,
@@ -173,6 +174,8 @@ def test_a_sampler_that_adds_noise_is_named():
     varied = h.outputs(StochasticDetailVariation, 0.5, 0.0, "structure", 1.0, 0.0, 1.0, 5, "expected", 1)[0]
     for name, sampler, stochastic in (
             ("euler_ancestral", None, True), ("lcm", None, True), ("euler", None, False), ("euler", churned, True),
+            ("euler", h.guided_sampler(0.4, sampler="euler"), False), ("euler", h.outputs(
+                DensityGuidanceSampler, 0.4, 0.0, 0.0, 1.0, churned)[0], True),
             ("euler_ancestral", still, False), ("", varied, True)):
         report = check(model, "finite scale", steps=6, batch=1, sampler=sampler or h.core_sampler(name))[2]
         assert (note in report and name in report) == stochastic, (name, report)
