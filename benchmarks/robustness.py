@@ -135,7 +135,8 @@ def check(run, seen=None):
 
     try:
         plain = sample(model, h.core_sampler(run["sampler"]), h.random_noise(run["seed"]))
-    except (ZeroDivisionError, RuntimeError, IndexError):  # some schedulers need more steps, some samplers more sigmas
+    # some schedulers need more steps, some samplers more sigmas or a seed below the greatest
+    except (ZeroDivisionError, RuntimeError, IndexError, ValueError):
         seen["not run by the host either"] += 1
         return
     before = host_state(recorded)

@@ -24,8 +24,8 @@ def require_number(name, value, low, high):
 
 def require_whole(name, value, low, high):
     """Return `value` as an int; raise ValueError unless it is a whole number in [low, high]."""
-    number = require_number(name, value, low, high)
-    if number != int(number):
+    number = math.nan if isinstance(value, str) else require_number(name, value, low, high)
+    if not number.is_integer():
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
     return int(value)  # a float rounds large ones
 

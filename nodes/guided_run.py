@@ -199,7 +199,7 @@ def advice(sampler_name, model_options):
     if "cfg_pp" in sampler_name:
         sentences.append(
             f"{sampler_name} renoises with a prediction that is not guided, so that the shift is not the one asked for "
-            "(measured from 0.5 to 43 times as much): use a smaller one, or the sampler without _cfg_pp")
+            "(measured from 0.4 to 43 times as much): use a smaller one, or the sampler without _cfg_pp")
     elif STOCHASTIC.search(sampler_name):
         sentences.append(
             f"{sampler_name} adds noise at every step and so forgets part of the guidance (measured, mostly 0.3 to 0.5 of the "

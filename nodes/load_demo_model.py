@@ -27,7 +27,7 @@ class LoadDemoModel(io.ComfyNode):
                     "class_name", options=[*CLASSES, ANY], default="rock",
                     tooltip="What the positive conditioning asks for. any (neutral) asks for nothing in particular."),
                 io.Int.Input("batch_size", default=4, min=BATCHES[0], max=BATCHES[1],
-                             tooltip="Number of pictures in the latent output, each with its own noise."),
+                             tooltip="Number of pictures in the latent output, each with its own noise. 4 is the default."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="A v-prediction model; Stable Diffusion's noise levels, drawn out to more noise."),

@@ -85,7 +85,7 @@ def test_advice_agrees_with_what_was_measured():
     assert 0.6 < min(silent) and max(silent) < 1.5
     low, *_, high = statistics.quantiles(forget, n=10)
     assert 0.3 <= round(low, 1) and round(statistics.quantiles(forget, n=4)[2], 1) <= 0.5
-    assert round(min(renoise), 1) == 0.6 and math.ceil(max(renoise)) == 43
+    assert round(min(renoise), 1) == 0.4 and math.ceil(max(renoise)) == 43
     assert len(silent) + len(forget) + len(renoise) == 3 * (len(SAMPLERS) - 1)
 
 

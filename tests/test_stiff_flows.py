@@ -31,7 +31,7 @@ def test_error_is_no_larger_than_that_of_euler(prediction, scheduler, steps, qua
 @STIFF
 @EVERY_CORRECTION
 def test_variations_stay_in_range(prediction, scheduler, steps, correction):
-    for strength in (0.5, 3.0):
+    for strength in (0.5, 1.0):
         plain, variation = (run(prediction, scheduler, steps, 8.0, sampler) for sampler in (
             h.guided_sampler(), varied("everything", strength, correction)))
         assert float(variation.abs().max()) < 1.5 * float(plain.abs().max())
