@@ -9,6 +9,7 @@ from density_guidance.tests.test_stochastic_variation import EVERY_CORRECTION, v
 STIFF = pytest.mark.parametrize("prediction, scheduler, steps", [
     ("eps", "karras", 16), ("v", "exponential", 8), ("flow", "simple", 12)], ids=lambda v: str(v))
 COMPONENT = 3
+BEYOND = pytest.mark.xfail(reason="strong noise at a high CFG in few steps leaves the range on eps and v, by up to 16 times")
 
 
 def run(prediction, scheduler, steps, cfg, sampler):
@@ -30,11 +31,11 @@ def test_error_is_no_larger_than_that_of_euler(prediction, scheduler, steps, qua
 
 @STIFF
 @EVERY_CORRECTION
-def test_variations_stay_in_range(prediction, scheduler, steps, correction):
-    for strength in (0.5, 1.0):
-        plain, variation = (run(prediction, scheduler, steps, 8.0, sampler) for sampler in (
-            h.guided_sampler(), varied("everything", strength, correction)))
-        assert float(variation.abs().max()) < 1.5 * float(plain.abs().max())
+@pytest.mark.parametrize("strength", [0.5, 1.0, pytest.param(2.0, marks=BEYOND), pytest.param(3.0, marks=BEYOND)])
+def test_variations_stay_in_range(prediction, scheduler, steps, correction, strength):
+    plain, variation = (run(prediction, scheduler, steps, 8.0, sampler) for sampler in (
+        h.guided_sampler(), varied("everything", strength, correction)))
+    assert float(variation.abs().max()) < 1.5 * float(plain.abs().max())
 
 
 @pytest.mark.parametrize("prediction", ["eps", "flow"])
