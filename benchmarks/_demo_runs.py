@@ -88,9 +88,9 @@ class Demo:
         """Bits per dimension of every state and their standard errors, read with one probe at `levels` noise levels: lists."""
         values, errors = [], []
         for part in self.parts():
-            guider, latent = self.guider(part), {"samples": result.states[part], "batch_index": part.tolist()}
-            s = readout.levels_of(guider, latent["samples"], result.sigma, levels)
-            found = readout.read(guider, latent, s, 1, NOISE_SEED)[0]
+            guider, states = self.guider(part), result.states[part]
+            s = readout.levels_of(guider, states, result.sigma, levels)
+            found = readout.read(guider, states, s, 1, NOISE_SEED, part.tolist())[0]
             values += found.bits_per_dim.tolist()
             errors += found.error_bits_per_dim.tolist()
         return values, errors

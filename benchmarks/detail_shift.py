@@ -1,4 +1,4 @@
-"""How exactly does guidance shift the log-density: every sampler and scheduler of the host, on the built-in model.
+"""How exactly does guidance shift the log-density: every sampler and scheduler of the host, on the exact-density model.
 
     python3 run.py bench detail_shift
 

@@ -2,7 +2,7 @@
 
     python3 run.py bench log_density
 
-Writes docs/log_density.json, .md and .png. Everything is measured on the built-in model, whose density is known, in
+Writes docs/log_density.json, .md and .png. Everything is measured on the exact-density model, whose density is known, in
 nats per dimension; about eight minutes on one core. What is in the JSON already
 is left; where nothing is missing, only the page and the figure are made again.
 """
@@ -195,7 +195,7 @@ def page(results):
     exact, probe = results["at 32"]["exact divergence"], results["at 32"]["one probe"]
     lines = [
         "# Log-density: errors against the exact values", "",
-        "Made by `python3 run.py bench log_density` on the built-in model. Nats per dimension, unless it says bits.",
+        "Made by `python3 run.py bench log_density` on the exact-density model. Nats per dimension, unless it says bits.",
         "", "![RMS error against model evaluations](log_density.png)", "",
         "## Readout, flow model, D = 3,072: RMS error", "", readme_table(results), "",
         "The authors' scheme: Euler steps uniform in log-SNR up to s = 1,000, one fresh probe a step.", "",

@@ -1,4 +1,4 @@
-"""Score alignment on the built-in model: cost against accuracy, agreement of the ways, predicted and measured response.
+"""Score alignment on the exact-density model: cost against accuracy, agreement of the ways, predicted and measured response.
 
     python3 run.py bench score_alignment
 

@@ -1,4 +1,4 @@
-"""Variation: how well it keeps the log-density, and how different the pictures are, on the built-in model.
+"""Variation: how well it keeps the log-density, and how different the pictures are, on the exact-density model.
 
     python3 run.py bench variation
 
@@ -175,7 +175,7 @@ def page(results):
     return f"""# Variation, measured
 
 Made by `python3 run.py bench variation` from [variation.json](variation.json), inside ComfyUI, \
-on the built-in model whose
+on the exact-density model whose
 log-density is known exactly (32x32, {results["steps"]} steps of the scheduler `simple`, \
 read at the last noise level above
 zero). Numbers of log-density are nats per dimension.

@@ -63,7 +63,7 @@ class ExactLogDensity(io.ComfyNode):
             node_id="ExactLogDensity",
             display_name="Exact Log-Density",
             category=CATEGORY,
-            description="Reads the exact log-density of pictures of the built-in model, in bits per dimension: larger "
+            description="Reads the exact log-density of pictures of the exact-density model, in bits per dimension: larger "
                         "means more detail. The pictures must be sampled down to a noise level above 0.",
             inputs=[
                 io.Model.Input("model", tooltip="The model of LoadExactDensityModel, patched or not."),

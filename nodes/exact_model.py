@@ -115,7 +115,7 @@ class ExactDensityModel(comfy.model_base.BaseModel):
         own = type(self.model_sampling) in (_EPS, _V) or isinstance(self.model_sampling, comfy.model_sampling.CONST)
         if not own:
             raise ValueError(
-                f"model has its sampling patched to {type(self.model_sampling).__name__}; the built-in model takes no "
+                f"model has its sampling patched to {type(self.model_sampling).__name__}; the exact-density model takes no "
                 "other than its own: choose eps, v or flow in its loader")
         return super().extra_conds(**kwargs)
 

@@ -14,7 +14,7 @@ from ..dg_core.log_density import ProbedModel, read_log_density, require_noise_f
 from ..dg_core.units import require_whole
 from .guider_run import check_latent, derivative_method, known_method, run_in_guider
 from .plots import curves_image
-from .schema import CATEGORY, PROBES, SEEDS, Floats, require, samples_of
+from .schema import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of
 
 STEPS = 2, 1000
 ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
@@ -68,8 +68,10 @@ class LogDensity(io.ComfyNode):
     def execute(cls, guider, latent, steps, probes, seed, noise_floor):
         steps, probes = require_whole("steps", steps, *STEPS), require_whole("probes", probes, *PROBES)
         seed = require_whole("seed", seed, *SEEDS)
-        levels = levels_of(guider, samples_of("latent", latent), noise_floor, steps)
-        readout, how = read(guider, latent, levels, probes, seed)
+        samples = samples_of("latent", latent)
+        levels = levels_of(guider, samples, noise_floor, steps)
+        indices = batch_index_of("latent", latent, len(samples))
+        readout, how = read(guider, samples, levels, probes, seed, indices)
         plot = curves_image(
             {"d log p / d log-SNR, nats per dimension": readout.rates().cpu().numpy(),
              "||eps||² / D": torch.stack(readout.eps_energy).cpu().numpy()},
@@ -100,11 +102,11 @@ def training_table(sampling):
     return sampling.sigmas.tolist()
 
 
-def read(guider, latent, levels, probes, seed):
-    """(`Readout` of a LATENT, sentences on how it was computed); everything runs inside the guider."""
-    samples = latent["samples"]
-    indices = latent.get("batch_index")
+def read(guider, samples, levels, probes, seed, indices=None):
+    """(`Readout` of the latent `samples`, sentences on how it was computed); everything runs inside the guider.
 
+    indices: a number for each image, with which its probes are drawn; None: its place in the batch.
+    """
     def work(model):
         s, x = in_the_middle(model, levels, seed)
         probe = jacobian.rademacher(x, seed, -1)

@@ -20,7 +20,7 @@ from .alignment_report import ENOUGH_STEPS
 from .guided_run import GuidanceSettings, adds_noise, name_of, outermost, solver_sampler, without_guidance
 from .guider_run import check_latent, derivative_method, known_method, run_in_guider
 from .log_density import training_table
-from .schema import CATEGORY, PROBES, SEEDS, Floats, require, samples_of, sigmas_of
+from .schema import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of, sigmas_of
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
 FAR = 2.0  # times the noise level of end_percent: alignment is not read there
@@ -203,12 +203,13 @@ class _Run:
         model_sampling = patcher.get_model_object("model_sampling")
         coordinates = coordinates_of(model_sampling)
         schedule, stop = _schedule(sigmas, model_sampling, settings.end_percent)
+        indices = batch_index_of("latent_image", latent, len(samples))
         unit = noise.generate_noise({**latent, "samples": samples})
         if not unit.isfinite().all():
             raise ValueError("noise has elements that are NaN or infinite; connect RandomNoise")
         if not unit.flatten(1).any(1).all():
             raise ValueError("noise is zero, as DisableNoise gives it; there is nothing to scale: connect RandomNoise")
-        return cls(guider, samples, unit, noise.seed, latent.get("batch_index"), schedule, stop, coordinates, settings)
+        return cls(guider, samples, unit, noise.seed, indices, schedule, stop, coordinates, settings)
 
     def derivatives(self):
         """`Check` by directional derivatives along one run."""

@@ -72,7 +72,7 @@ def _loaded(prediction, size):
 
 
 def exact_model(prediction, size=SIZE):
-    """A fresh clone of the built-in model."""
+    """A fresh clone of the exact-density model."""
     return kept(_loaded(prediction, size)[0].clone())
 
 

@@ -111,7 +111,7 @@ def test_more_probes_lower_the_error():
     guider = guider_of(h.exact_model("flow"))
     levels = node.levels_of(guider, latent["samples"], 0.05, 24)
     with torch.inference_mode():
-        one, four = (node.read(guider, latent, levels, probes, 3)[0] for probes in (1, 4))
+        one, four = (node.read(guider, latent["samples"], levels, probes, 3)[0] for probes in (1, 4))
     assert 0.4 < float((four.standard_error / one.standard_error).mean()) < 0.6
     assert rms(four.log_prob - exact) < 0.75 * rms(one.log_prob - exact)
 
@@ -169,7 +169,7 @@ def unet_readout():
         guider = guider_of(networks.unet(dtype, weights=weights), networks.unet_conditioning())
         levels = node.levels_of(guider, latent["samples"], 0.05, 12)
         with torch.inference_mode():
-            return node.read(guider, latent, levels, 1, 0)
+            return node.read(guider, latent["samples"], levels, 1, 0)
 
     return read
 
@@ -248,6 +248,7 @@ def test_few_steps_and_broken_models_are_said():
     ({"latent": {"samples": torch.zeros(1, 3, 32, 32)}}, ["latent", "empty"]),
     ({"latent": {"samples": torch.ones(1, 4, 32, 32)}}, ["4 channels", "takes 3"]),
     ({"latent": {"samples": torch.full((1, 3, 32, 32), math.nan)}}, ["NaN"]),
+    ({"latent": {"samples": torch.ones(2, 3, 32, 32), "batch_index": [4]}}, ["latent has 2 images", "batch_index for 1"]),
     ({"guider": "text"}, ["guider is a str"]),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_bad_input_is_refused_before_any_call(change, words):

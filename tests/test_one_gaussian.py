@@ -1,4 +1,4 @@
-"""One component of the built-in model, sampled by the real host, against the converged guided flow."""
+"""One component of the exact-density model, sampled by the real host, against the converged guided flow."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""ScoreAlignmentCheck in the real host: on the built-in model, on small real networks, and with bad input."""
+"""ScoreAlignmentCheck in the real host: on the exact-density model, on small real networks, and with bad input."""
 
 import functools
 import math
@@ -62,7 +62,7 @@ def without_forward_mode(model):
     return model
 
 
-# --- the built-in model -----------------------------------------------------------------------------------------
+# --- the exact-density model -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +366,7 @@ def test_bad_input_before_any_call():
         (["channels"], {"latent": {"samples": torch.ones(1, 5, h.SIZE, h.SIZE)}}),
         (["latent_image is a dict without samples", "LATENT"], {"latent": {}}),
         (["latent_image is a Tensor"], {"latent": latent["samples"]}),
+        (["latent_image has 2 images", "batch_index for 3"], {"latent": {**latent, "batch_index": [0, 1, 2]}}),
         (["seed is None"], {"seed": None}),
         (["end_percent is '0.5'"], {"end_percent": "0.5"}),
     ]
