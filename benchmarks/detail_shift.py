@@ -160,7 +160,7 @@ def page(results):
     samplers, schedulers, mixture = tables(results)
     return f"""# Measured against predicted
 
-Made by `python3 run.py bench detail_shift` from [detail_shift.json](detail_shift.json), inside ComfyUI, on the built-in
+Made by `python3 run.py bench detail_shift` from [detail_shift.json](detail_shift.json), inside ComfyUI, on the exact-density
 model whose log-density is known exactly (32x32).
 
 ![measured over predicted](detail_shift.png)

@@ -33,7 +33,7 @@ def fine_details_change(model, sigmas, strength, calls, variations):
     """Change of log-density per dimension against the deterministic run, in nats, (variations,).
 
     The pack's own solver down to the window of "fine details", and there Euler-Maruyama with as many steps, equally
-    long in log-SNR between the sigmas of the schedule, as are left of `calls` model calls. model: the built-in one.
+    long in log-SNR between the sigmas of the schedule, as are left of `calls` model calls. model: the exact-density one.
     """
     density, sampling = model.model.density, model.get_model_object("model_sampling")
     coordinates = coordinates_of(sampling)

@@ -33,7 +33,7 @@ AUTHORS_PROBE, AUTHORS_EXACT = "authors' scheme, one probe", "authors' scheme, e
 
 
 class Known:
-    """The built-in density at one size: predictions, exact traces, and draws with their exact log p."""
+    """The exact density at one size: predictions, exact traces, and draws with their exact log p."""
 
     def __init__(self, size):
         self.density = ExactDensity.load(exact_model.WEIGHTS, size)

@@ -2,7 +2,7 @@
 
     python3 run.py bench variation
 
-Writes docs/variation.json and from it docs/variation.md and docs/variation.png. About four minutes on one core.
+Writes docs/variation.json and from it docs/variation.md and docs/variation.png. About five minutes on one core.
 """
 
 import json
@@ -22,6 +22,8 @@ from .euler_maruyama import fine_details_change
 
 DOCS = PACK / "docs"
 STEPS, STRENGTH, VARIATIONS = 32, 0.5, 32
+STIFF = (("exponential", 8), ("exponential", 10), ("exponential", 12), ("simple", 12), ("karras", 16))
+STIFF_CFG, STIFF_COMPONENT, STIFF_PICTURES, STIFF_STRENGTHS = 8.0, 3, 48, (0.5, 1.0, 2.0, 3.0)
 STRENGTHS, STARTS, PER_START = (0.125, 0.25, 0.5, 1.0, 2.0, 3.0), 8, 4
 HOST_SAMPLERS = {
     "euler_ancestral": lambda eta: comfy.samplers.ksampler("euler_ancestral", {"eta": eta}),
@@ -113,21 +115,58 @@ def diversity(prediction):
 
 
 def host_samplers(prediction):
-    """Spread of the log-density over variation seeds at the diversity of "fine details": {name: ...}."""
+    """Bias and spread of the log-density over variation seeds at the diversity of "fine details": {name: ...}.
+
+    The bias is that against the own solver, or the host's sampler, without noise.
+    """
     bench = Bench(prediction, -1, VARIATIONS)
     sigmas, noise = bench.sigmas("simple", STEPS), repeated_noise(bench, 1)
     log_density, samples = nats(bench, varied(), sigmas, noise)
     wanted = distance(samples)
+
+    def kept_by(log_density, still):
+        return {"bias": float((log_density - nats(bench, still, sigmas, noise)[0]).mean()), "spread": float(log_density.std())}
+
     rows = {"Stochastic Detail Variation": {
-        "strength": STRENGTH, "distance": wanted, "spread": float(log_density.std())}}
+        "strength": STRENGTH, "distance": wanted, **kept_by(log_density, plain())}}
     for name, sampler in HOST_SAMPLERS.items():
         low, high = 1e-3, 1.0
         for _ in range(9):  # by bisection, in the logarithm
             middle = math.sqrt(low * high)
             log_density, samples = nats(bench, sampler(middle), sigmas, noise)
             low, high = (middle, high) if distance(samples) < wanted else (low, middle)
-        rows[name] = {"eta": middle, "distance": distance(samples), "spread": float(log_density.std())}
+        rows[name] = {"eta": middle, "distance": distance(samples), **kept_by(log_density, sampler(0.0))}
         print(prediction, name, rows[name], flush=True)
+    return rows
+
+
+def out_of_range(prediction):
+    """{scheduler and steps: {sampler: pictures out of range}} with "everything" at a high CFG in few steps.
+
+    Out of range is a picture with an element beyond 1.5 times the largest of Euler's pictures at 100 steps.
+    """
+    bench = Bench(prediction, STIFF_COMPONENT, STIFF_PICTURES)
+    negative = Bench(prediction, -1, 1).conditioning
+    noise = bench.noise()
+
+    def reach(sampler, scheduler, steps):
+        guider = comfy.samplers.CFGGuider(bench.model)
+        guider.set_conds(bench.conditioning, negative)
+        guider.set_cfg(STIFF_CFG)
+        sigmas = comfy.samplers.calculate_sigmas(bench.sampling, scheduler, steps)
+        samples = guider.sample(noise, bench.latent["samples"], sampler, sigmas, seed=11, disable_pbar=True)
+        return samples.abs().flatten(1).amax(1)
+
+    euler = comfy.samplers.ksampler("euler")
+    limit = 1.5 * float(reach(euler, "simple", 100).max())
+    samplers = {"own solver, no noise": plain(), "euler": euler, **{
+        name: comfy.samplers.ksampler(name) for name in ("euler_ancestral", "dpmpp_2m_sde")}, **{
+        f"{correction} {c:g}": varied("everything", c, correction) for correction in CORRECTIONS for c in STIFF_STRENGTHS}}
+    rows = {}
+    for scheduler, steps in STIFF:
+        row = rows[f"{scheduler} {steps}"] = {
+            name: int((~(reach(sampler, scheduler, steps) <= limit)).sum()) for name, sampler in samplers.items()}
+        print(prediction, scheduler, steps, row, flush=True)
     return rows
 
 
@@ -139,11 +178,12 @@ def measure():
         "kept": {p: kept(p) for p in PREDICTIONS},
         "host_samplers": {p: host_samplers(p) for p in ("eps", "flow")},
         "diversity": {p: diversity(p) for p in ("eps", "flow")},
+        "out_of_range": {p: out_of_range(p) for p in ("eps", "flow")},
     }
 
 
 def tables(results):
-    """The markdown of a result: (kept, host samplers, presets)."""
+    """The markdown of a result: (kept, host samplers, presets, out of range)."""
     rows = ["| model | correction | model calls | bias | spread | Euler-Maruyama, as many calls: bias | spread |",
             "|---|---|---|---|---|---|---|"]
     for p, by in results["kept"].items():
@@ -151,11 +191,12 @@ def tables(results):
                  f"| {r['euler_maruyama_spread']:.1e} |" for c, r in by.items()]
     samplers = results["host_samplers"]
     names = list(next(iter(samplers.values())))
-    hosts = [f"| sampler | {' | '.join(f'{p}: distance | {p}: spread' for p in samplers)} |",
-             "|---|" + "---|---|" * len(samplers)]
+    hosts = [f"| sampler | {' | '.join(f'{p}: distance | bias | spread' for p in samplers)} |",
+             "|---|" + "---|---|---|" * len(samplers)]
     for name in names:
         by_model = [by[name] for by in samplers.values()]
-        hosts.append(f"| {name} | " + " | ".join(f"{r['distance']:.3f} | {r['spread']:.1e}" for r in by_model) + " |")
+        hosts.append(f"| {name} | " + " | ".join(
+            f"{r['distance']:.3f} | {r['bias']:+.1e} | {r['spread']:.1e}" for r in by_model) + " |")
     presets = ["| model | vary | strength | low frequencies | high frequencies | share of high |",
                "|---|---|---|---|---|---|"]
     for p, by in results["diversity"].items():
@@ -164,11 +205,18 @@ def tables(results):
                 label = "another seed, plain sampler" if name == "seeds" else name
                 presets.append(
                     f"| {p} | {label} | {strength} | {r['low']:.3f} | {r['high']:.3f} | {r['share_high']:.0%} |")
-    return tuple("\n".join(t) for t in (rows, hosts, presets))
+    stiff = results["out_of_range"]
+    columns = [(p, row) for p, by in stiff.items() for row in by]
+    ranges = ["| sampler | " + " | ".join(f"{p}, {row}" for p, row in columns) + " |", "|---|" + "---|" * len(columns)]
+    for name in next(iter(stiff["eps"].values())):
+        ranges.append(f"| {name} | " + " | ".join(str(stiff[p][row][name]) for p, row in columns) + " |")
+    return tuple("\n".join(t) for t in (rows, hosts, presets, ranges))
 
 
 def page(results):
-    kept_table, hosts, presets = tables(results)
+    kept_table, hosts, presets, ranges = tables(results)
+    strong = [by["structure"][str(c)]["low"] / by["seeds"]["low"]
+              for by in results["diversity"].values() for c in STRENGTHS if c >= 1]
     windows = "\n".join(
         f"* {name}: " + ", ".join(f"{a:g} to {b:g} of the sampling ({kind})" for kind, (a, b) in by.items())
         for name, by in results["windows"].items())
@@ -196,7 +244,9 @@ to 0.9 on a Gaussian of many scales: `python3 run.py test -s tests/test_variatio
 
 ## Against the samplers that add noise
 
-Spread of the log-density over {results["variations"]} noises of the sampler, from one starting noise. The noise of each
+Bias and spread of the log-density over {results["variations"]} noises of the sampler, from one starting noise. The bias is \
+that against
+the same sampler without its noise. The noise of each
 sampler (`eta`) is turned down until two pictures are as far apart as with "fine details" at strength
 {results["strength"]:g} (root mean square distance, pictures in [-1, 1]). \
 Where a little more noise already makes another
@@ -209,15 +259,26 @@ picture out of some of them, they stay closer together.
 ![distance between variations against strength](variation.png)
 
 Root mean square distance per element between two variations of a picture, split at half of the Nyquist frequency. White
-noise has 80% of its energy above it. From strength 1 on, two variations of "structure" are about as far apart as the
-pictures of two seeds: what is left between those rows is chance, with {STARTS} pictures of {PER_START} variations. The
-distance from the picture without noise still grows to strength 3 (tests/test_stochastic_variation.py).
+noise has 80% of its energy above it. From strength 1 on, two variations of "structure" are {min(strong):.0%} to \
+{max(strong):.0%} as far apart in low
+frequencies as the pictures of two seeds ({STARTS} pictures, {PER_START} variations of each). The distance from the picture \
+without noise
+grows up to strength 3 (tests/test_stochastic_variation.py).
 
 {presets}
 
 The presets are shares of the model's sampling, hence windows of its log-SNR:
 
 {windows}
+
+## Few steps at a high CFG
+
+How many of {STIFF_PICTURES} pictures go out of range at CFG {STIFF_CFG:g}, "everything", by the strength of the noise: with \
+an element beyond 1.5
+times the largest of Euler's pictures at 100 steps. On the flow model the schedules exponential and karras are too \
+coarse for every sampler.
+
+{ranges}
 """
 
 

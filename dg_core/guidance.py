@@ -200,7 +200,7 @@ class PredictionGuide:
         if self._slope:
             self._high = min(self._high, (1 - LEAST_ALPHA) / self._slope)
         if x.device.type == "cpu" and self._weights is None and self._curve is None:
-            self._guide = self._image_by_image if len(x) > 1 else self._only_image
+            self._guide = self._image_by_image
             z, dim = (v.tolist() if torch.is_tensor(v) else [v] for v in (self._z, self._dim))
             count = max(len(z), len(dim))
             self._gains = [(2 * d) ** 0.5 * v for v, d in zip(_listed(z, count), _listed(dim, count))]
@@ -211,11 +211,11 @@ class PredictionGuide:
         if self._curve is not None:
             self._curve = torch.tensor(self._curve, dtype=self._dtype, device=x.device)
 
-    def _only_image(self, x, denoised, sigma):
-        return self._guide_image(x, denoised, *sigma.tolist(), *self._gains)
-
     def _image_by_image(self, x, denoised, sigma):
-        sigmas, gains = _listed(sigma.tolist(), len(x)), _listed(self._gains, len(x))
+        sigmas, gains = sigma.tolist(), self._gains
+        if len(x) == len(sigmas) == len(gains) == 1:
+            return self._guide_image(x, denoised, sigmas[0], gains[0])
+        sigmas, gains = _listed(sigmas, len(x)), _listed(gains, len(x))
         guided = torch.empty_like(denoised)
         for image in zip(x, denoised, sigmas, gains, guided, strict=True):
             self._guide_image(*image)

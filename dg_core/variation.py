@@ -7,7 +7,7 @@ s' < s first jumps to a raised noise level, where the model is called, and then 
     s_up^2 = s^2 + r^2,     r^2 = c^2 (s^2 - s'^2)              noise of variance r^2 raises the level by as much
     foot   = the flow from (y, s) up to s_up                   its log-density is that of y, by definition
     top    = y + r P xi,    P = I - eps eps^T / ||eps||^2       eps that of the foot
-    top'   = top + a eps_top,   a = -<eps_foot + eps_top, top - foot> / (2 ||eps_top||^2)   (to first order)
+    top'   = top + a eps_top,   a = -<eps_foot + eps_top, top - foot> / (2 ||eps_top||^2)   (to first order, and bounded)
 
 The trapezoid rule gives log p(top) - log p(foot) = -<eps_foot + eps_top, top - foot> / (2 s_up), exactly where the
 density is Gaussian; a is the step along the score that undoes it. <P xi, eps_top - eps_foot> is r times Hutchinson's
@@ -43,7 +43,8 @@ from .units import require_number, require_whole
 CORRECTIONS = {"expected": (False, False), "hutchinson": (True, False), "exact": (True, True)}
 MAX_STRENGTH = 3.0
 MAX_PROBES = 16
-_LONGEST_STEP = 0.5  # of the change that it undoes; 0.06 is the most that 20 steps and more need, at any strength
+_LARGEST_SHARE = 0.5  # see `level_set_step`; 20 steps and more stay below 0.1 (tests/test_stiff_flows.py)
+_TINY = 1e-30  # keeps 0 / 0 at 0
 _SALT = 0x5EED_0F_DE7A11  # keeps the noise apart from that of other uses of the same seed
 
 
@@ -115,7 +116,7 @@ def displacement(u, foot, eps, theta, raised, noise, weight=None):
     """
     s_up, s = math.tan(raised), math.tan(theta)
     variance = s_up**2 - s**2
-    across = noise - inner(noise, eps, weight) / inner(eps, eps, weight).clamp_min(1e-30) * eps
+    across = noise - inner(noise, eps, weight) / inner(eps, eps, weight).clamp_min(_TINY) * eps
     rise = math.sqrt(variance) * math.cos(raised) * across
     back = math.cos(raised) / math.cos(theta) * u - foot
     if weight is None:
@@ -127,19 +128,21 @@ def displacement(u, foot, eps, theta, raised, noise, weight=None):
 def level_set_step(foot, change, eps_foot, eps_top, weight=None):
     """(top', eps there): the top stepped along the score to the log-density of the foot; shape of u.
 
-    change: top - foot, both in the units of u. The step a solves a + k a^2 / 2 = a_1, to second order, with a_1 the step of
-    the trapezoid rule and k = <eps_top - eps_foot, change> / ||change||^2 the mean curvature that the change has met.
+    change: top - foot, both in the units of u. weight: as in `displacement`.
 
-    Few steps at a high CFG lead to feet and tops that know nothing of each other, and there the expansion holds no longer:
-    neither the step, relative to the change, nor the share by which it changes eps goes beyond `_LONGEST_STEP`.
+    The step a eps_top solves a + k a^2 / 2 = a_1 to second order, with a_1 the step of the trapezoid rule and k = <eps_top -
+    eps_foot, change> / ||change||^2: how eps changes along the change, taken for how it changes along eps (derived here).
+
+    Few steps at a high CFG lead to feet and tops that know nothing of each other, where the expansion means nothing. So
+    ||a_1 eps_top|| is at most `_LARGEST_SHARE` of ||change||, and |k a_1| at most `_LARGEST_SHARE`.
     """
-    distance, norm = inner(change, change), inner(eps_top, eps_top, weight).clamp_min(1e-30)
-    longest = _LONGEST_STEP * (distance / norm).sqrt()
-    a = (-inner(eps_foot + eps_top, change) / (2 * norm)).clamp(-longest, longest)
-    bend = a * inner(eps_top - eps_foot, change) / distance.clamp_min(1e-30)  # k a
-    bend = bend.clamp(-_LONGEST_STEP, _LONGEST_STEP)
-    step = (1 - bend / 2) * (eps_top if weight is None else eps_top * weight)
-    return foot + change + a * step, eps_top + bend * step
+    change_norm2, eps_norm2 = inner(change, change), inner(eps_top, eps_top, weight).clamp_min(_TINY)
+    limit = _LARGEST_SHARE * (change_norm2 / eps_norm2).sqrt()
+    a_1 = (-inner(eps_foot + eps_top, change) / (2 * eps_norm2)).clamp(-limit, limit)
+    k_a = a_1 * inner(eps_top - eps_foot, change) / change_norm2.clamp_min(_TINY)
+    k_a = k_a.clamp(-_LARGEST_SHARE, _LARGEST_SHARE)
+    direction = (1 - k_a / 2) * (eps_top if weight is None else eps_top * weight)
+    return foot + change + a_1 * direction, eps_top + k_a * direction
 
 
 def indices_of(starting_noise):

@@ -1,4 +1,4 @@
-"""The built-in model with an exactly known density, and the readout of it."""
+"""The exact-density model, and the readout of it."""
 
 import torch
 from comfy_api.latest import io

@@ -128,7 +128,7 @@ def _require_shape(shape, expected):
 
 
 def load(prediction, size):
-    """(ModelPatcher, VAE) of the built-in density."""
+    """(ModelPatcher, VAE) of the exact density."""
     with safe_open(WEIGHTS, framework="pt") as f:
         latent_format = PixelLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
     model = ExactDensityModel(ExactDensity.load(WEIGHTS, size), prediction, latent_format)

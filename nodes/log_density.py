@@ -19,6 +19,7 @@ from .schema import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, sa
 STEPS = 2, 1000
 ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
 
+
 class LogDensity(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -27,12 +27,12 @@ def samples_of(name, latent):
     return samples
 
 
-def batch_index_of(name, latent, images):
-    """The batch_index of a LATENT input of `images` images, None where it has none; raises ValueError, naming the input,
+def batch_index_of(name, latent, count):
+    """The batch_index of a LATENT input of `count` images, None where it has none; raises ValueError, naming the input,
     unless it numbers every image."""
     indices = latent.get("batch_index")
-    if indices is not None and len(indices) != images:
-        raise ValueError(f"{name} has {images} images and a batch_index for {len(indices)}; it must number every image: "
+    if indices is not None and len(indices) != count:
+        raise ValueError(f"{name} has {count} images and a batch_index for {len(indices)}; it must number every image: "
                          "LatentFromBatch keeps the two together")
     return indices
 

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..dg_core.coordinates import coordinates_of
-from ..dg_core.units import require_number, require_whole
+from ..dg_core.units import require_whole
 from ..dg_core.variation import (
     CORRECTIONS,
     MAX_PROBES,
@@ -16,6 +16,7 @@ from ..dg_core.variation import (
     Variation,
     indices_of,
     require_correction,
+    require_strength,
 )
 from .guided_run import (
     GuidanceSettings,
@@ -26,7 +27,18 @@ from .guided_run import (
     require_window,
     solver_sampler,
 )
-from .schema import CATEGORY, Floats, floats, level_inputs, mask_input, mask_of, numbers, per_image_inputs, require
+from .schema import (
+    CATEGORY,
+    Floats,
+    batch_index_of,
+    floats,
+    level_inputs,
+    mask_input,
+    mask_of,
+    numbers,
+    per_image_inputs,
+    require,
+)
 
 CUSTOM = "custom"
 # Shares of the sampling, by the slope of alpha: variance exploding (0) and flow matching (1), whose shares mean other
@@ -60,7 +72,7 @@ class VariationSettings:
             raise ValueError(f"vary is {self.vary!r}; it must be one of {', '.join(VARY)}")
         if self.vary == CUSTOM:
             require_window(self.start_percent, self.end_percent)
-        require_number("strength", self.strength, 0.0, MAX_STRENGTH)
+        require_strength(self.strength)
         require_whole("variation_seed", self.variation_seed, 0, MAX_SEED)
         require_correction(self.correction, self.probes)
         for i, value in enumerate(self.variation_index or ()):
@@ -200,7 +212,8 @@ class VariationGrid(io.ComfyNode):
             GuidanceSettings(quantile=value)
         variations = require_whole("variations", variations, 1, MAX_VARIATIONS)
         count = len(rows) * variations
-        first = int(latent["batch_index"][0]) if "batch_index" in latent else 0
+        indices = batch_index_of("latent", latent, len(samples))
+        first = 0 if indices is None else int(indices[0])
         grid = {**latent, "samples": _repeat_first(samples, count), "batch_index": [first] * count}
         # The host takes the masks of a video for its frames, and gives them to every image of the batch.
         if mask is not None and not (samples.ndim == 5 and mask.ndim < 5):

@@ -37,7 +37,6 @@ def ways():
     }
 
 
-@pytest.mark.xfail(reason="not reached reliably: 1.04 to 1.11 with CFG 7, 1.09 to 1.13 with CFG 1, where the host does least")
 @pytest.mark.parametrize("cfg", [1.0, 7.0])
 @SHAPES
 @MODELS
@@ -59,7 +58,9 @@ def test_guided_euler_takes_at_most_a_tenth_more_time(model_type, shape, cfg):
     ratio = best["guided"] / best["plain"]
     print(f"{model_type} {shape} CFG {cfg:g}: {1e3 * best['plain']:.1f} ms plain, {ratio:.3f} times that guided, "
           f"{rounds} rounds")
-    assert ratio <= 1.10
+    assert ratio <= 1.25
+    if ratio > 1.10:
+        pytest.xfail("not reached reliably: 1.04 to 1.11 with CFG 7, 1.09 to 1.13 with CFG 1, where the host does less")
 
 
 def synchronisations(model_type, shape, steps, sampler):

@@ -45,7 +45,7 @@ def test_score_alignment_table_comes_from_the_benchmark():
 def test_tables_of_variation_come_from_the_benchmark():
     results = json.loads((PACK / "docs" / "variation.json").read_text())
     assert (PACK / "docs" / "variation.md").read_text() == variation.page(results)
-    _, hosts, _ = variation.tables(results)
+    hosts = variation.tables(results)[1]
     assert hosts in (PACK / "README.md").read_text()
 
 
@@ -63,6 +63,11 @@ def test_measured_claims_of_variation():
         for vary in ("fine details", "structure"):
             sizes = [r["low"] ** 2 + r["high"] ** 2 for c, r in rows[vary].items() if float(c) <= 1]
             assert sizes == sorted(sizes)
+    eps, flow = (results["out_of_range"][p] for p in ("eps", "flow"))
+    ours = {row: [n for name, n in by.items() if name.split()[0] in variation.CORRECTIONS] for row, by in eps.items()}
+    assert max(ours.pop("exponential 8")) == 1 and all(max(counts) == 0 for counts in ours.values())
+    assert all(n == 0 for name, n in eps["exponential 8"].items() if name.startswith(("hutchinson", "exact")))
+    assert all(flow[row]["euler"] == variation.STIFF_PICTURES for row in flow if row != "simple 12")
 
 
 def test_pages_of_the_demo_model_come_from_the_benchmarks():

@@ -162,9 +162,13 @@ def test_a_batch_of_another_size_is_guided_right_or_refused(z, alone):
     both = guide(x, denoised, torch.full((2,), 2.0))
     if alone:
         assert torch.equal(guide(x[1:], denoised[1:], torch.full((1,), 2.0)), both[1:])
+        guide = guidance.PredictionGuide(VE, z, 256, guidance.guided_range(SCHEDULE, VE))
+        assert torch.equal(guide(x[:1], denoised[:1], torch.full((1,), 2.0)), both[:1])
+        assert torch.equal(guide(x, denoised, torch.full((1,), 2.0)), both)
     else:
-        with pytest.raises(ValueError, match="2 numbers for a batch of 1"):
-            guide(x[1:], denoised[1:], torch.full((1,), 2.0))
+        for guide in (guide, guidance.PredictionGuide(VE, z, 256, guidance.guided_range(SCHEDULE, VE))):
+            with pytest.raises(ValueError, match="2 numbers for a batch of 1"):
+                guide(x[1:], denoised[1:], torch.full((1,), 2.0))
 
 
 @pytest.mark.parametrize("shape", [(16, 3, 17, 19), (16, 4, 31, 33)])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from density_guidance.dg_core import variation
 from density_guidance.tests import host_runs as h
 from density_guidance.tests.test_stochastic_variation import EVERY_CORRECTION, varied
 
@@ -18,8 +19,11 @@ def run(prediction, scheduler, steps, cfg, sampler, images=1):
 
 
 def reach(*args):
-    """The largest element of 8 pictures."""
+    """The largest element of 8 pictures, without its sign."""
     return float(run(*args, images=8).abs().max())
+
+
+IN_RANGE = 1.5  # of another run's reach: pictures differ in it by less, and one out of range is many times off
 
 
 @STIFF
@@ -36,27 +40,44 @@ def test_error_is_no_larger_than_that_of_euler(prediction, scheduler, steps, qua
 @EVERY_CORRECTION
 @pytest.mark.parametrize("strength", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("prediction, scheduler, steps", [
-    ("eps", "karras", 16), ("eps", "exponential", 10), ("v", "exponential", 12), ("v", "simple", 12), ("flow", "simple", 12)])
+    ("eps", "karras", 16), ("eps", "exponential", 10), ("v", "exponential", 12), ("v", "simple", 12), ("flow", "simple", 12),
+    ("v", "exponential", 8)])
 def test_variations_stay_in_range(prediction, scheduler, steps, correction, strength):
-    plain, variation = (reach(prediction, scheduler, steps, 8.0, sampler) for sampler in (
+    if steps < 10 and strength > 1:
+        pytest.skip("a few pictures leave the range there: docs/variation.md")
+    plain, noisy = (reach(prediction, scheduler, steps, 8.0, sampler) for sampler in (
         h.guided_sampler(), varied("everything", strength, correction)))
-    assert variation < 1.5 * plain
+    assert noisy < IN_RANGE * plain
 
 
 @EVERY_CORRECTION
 @pytest.mark.parametrize("vary", ["everything", "fine details"])
-def test_variations_go_no_further_where_every_sampler_leaves_the_range(vary, correction):
+def test_variations_go_no_further_where_even_euler_leaves_the_range(vary, correction):
+    """Strengths to 1, the most noise that the host's own samplers add."""
+    converged = reach("flow", "simple", 40, 8.0, h.core_sampler("euler"))
     plain, euler, *variations = (reach("flow", "exponential", 12, 8.0, sampler) for sampler in (
         h.guided_sampler(), h.core_sampler("euler"), *(varied(vary, strength, correction) for strength in (0.5, 1.0))))
-    print(f"own solver {plain:.3g}, Euler {euler:.3g}, variations {variations}")
-    assert max(variations) < 1.5 * max(plain, euler)
+    print(f"converged {converged:.3g}; own solver {plain:.3g}, Euler {euler:.3g}, variations {variations}")
+    assert min(plain, euler) > 5 * converged
+    assert max(variations) < IN_RANGE * max(plain, euler)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+@EVERY_CORRECTION
+def test_the_bound_of_the_step_is_for_stiff_flows_only(prediction, correction, monkeypatch):
+    def picture(share):
+        monkeypatch.setattr(variation, "_LARGEST_SHARE", share)
+        return run(prediction, "simple", 20, 8.0, varied("everything", 3.0, correction), images=2)
+
+    assert torch.equal(picture(0.1), picture(1e9))
+    assert not torch.equal(picture(0.001), picture(1e9))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "flow"])
 def test_strong_noise_in_many_pieces_stays_in_range(prediction):
-    plain, variation = (run(prediction, "karras", 10, 1.0, sampler) for sampler in (
+    plain, noisy = (run(prediction, "karras", 10, 1.0, sampler) for sampler in (
         h.guided_sampler(), varied("everything", 3.0, "exact", probes=16)))
-    assert float(variation.abs().max()) < 1.5 * float(plain.abs().max())
+    assert float(noisy.abs().max()) < IN_RANGE * float(plain.abs().max())
 
 
 def test_an_image_alone_chooses_its_order():

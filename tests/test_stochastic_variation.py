@@ -225,7 +225,7 @@ def test_presets_change_what_they_say(prediction):
 @EVERY_KIND
 @pytest.mark.parametrize("vary", ["fine details", "structure"])
 def test_strength_scales_the_change(prediction, vary):
-    size = [float(pictures_of(prediction, vary, c).square().mean().sqrt()) for c in (0.125, 0.5, 1.0, 2.0, 3.0)]
+    size = [float(pictures_of(prediction, vary, c).square().mean().sqrt()) for c in (0.125, 0.25, 0.5, 1.0, 2.0, 3.0)]
     assert size[0] > 0 and all(b > a for a, b in zip(size, size[1:])), size
 
 
@@ -424,6 +424,9 @@ def test_grid_repeats_the_mask_and_names_bad_input():
     for bad in ({}, {"samples": torch.zeros(0, 3, 8, 8)}):
         with pytest.raises(ValueError, match="latent has no image"):
             h.outputs(VariationGrid, bad, "0.5", 2)
+    for indices in ([], [0, 1, 2]):
+        with pytest.raises(ValueError, match="latent has 2 images and a batch_index for"):
+            h.outputs(VariationGrid, {**latent, "batch_index": indices}, "0.5", 2)
     for variations in (0, 65, 2.5, None):
         with pytest.raises(ValueError, match="variations is"):
             h.outputs(VariationGrid, latent, "0.5", variations)

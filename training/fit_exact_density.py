@@ -1,4 +1,4 @@
-"""Fit the built-in exact density to the pictures of an emoji font and write `models/exact_density.safetensors`.
+"""Fit the exact-density model to the pictures of an emoji font and write `models/exact_density.safetensors`.
 
     python training/fit_exact_density.py NotoColorEmoji.ttf
 
