@@ -2,7 +2,7 @@
 
     python3 run.py bench variation
 
-Writes docs/variation.json and from it docs/variation.md and docs/variation.png. About five minutes on one core.
+Writes docs/variation.json and from it docs/variation.md and docs/variation.png. About six minutes on one core.
 """
 
 import json
@@ -22,7 +22,8 @@ from .euler_maruyama import fine_details_change
 
 DOCS = PACK / "docs"
 STEPS, STRENGTH, VARIATIONS = 32, 0.5, 32
-STIFF = (("exponential", 8), ("exponential", 10), ("exponential", 12), ("simple", 12), ("karras", 16))
+STRONG = (1.0, 2.0, 3.0)
+STIFF = (("simple", 6), ("karras", 6), ("exponential", 8), ("exponential", 10), ("exponential", 12), ("simple", 12), ("karras", 16))
 STIFF_CFG, STIFF_COMPONENT, STIFF_PICTURES, STIFF_STRENGTHS = 8.0, 3, 48, (0.5, 1.0, 2.0, 3.0)
 STRENGTHS, STARTS, PER_START = (0.125, 0.25, 0.5, 1.0, 2.0, 3.0), 8, 4
 HOST_SAMPLERS = {
@@ -140,6 +141,18 @@ def host_samplers(prediction):
     return rows
 
 
+def strong(prediction):
+    """Bias of every correction at strengths from 1 on: {vary: {correction: [bias by strength]}}."""
+    bench = Bench(prediction, -1, VARIATIONS)
+    sigmas, noise = bench.sigmas("simple", STEPS), repeated_noise(bench, 1)
+    reference = nats(bench, plain(), sigmas, noise)[0]
+    rows = {vary: {correction: [
+        float((nats(bench, varied(vary, c, correction), sigmas, noise)[0] - reference).mean()) for c in STRONG]
+        for correction in CORRECTIONS} for vary in ("fine details", "everything")}
+    print(prediction, rows, flush=True)
+    return rows
+
+
 def out_of_range(prediction):
     """{scheduler and steps: {sampler: pictures out of range}} with "everything" at a high CFG in few steps.
 
@@ -178,12 +191,13 @@ def measure():
         "kept": {p: kept(p) for p in PREDICTIONS},
         "host_samplers": {p: host_samplers(p) for p in ("eps", "flow")},
         "diversity": {p: diversity(p) for p in ("eps", "flow")},
+        "strong": {p: strong(p) for p in ("eps", "flow")},
         "out_of_range": {p: out_of_range(p) for p in ("eps", "flow")},
     }
 
 
 def tables(results):
-    """The markdown of a result: (kept, host samplers, presets, out of range)."""
+    """The markdown of a result: (kept, host samplers, presets, strengths, out of range)."""
     rows = ["| model | correction | model calls | bias | spread | Euler-Maruyama, as many calls: bias | spread |",
             "|---|---|---|---|---|---|---|"]
     for p, by in results["kept"].items():
@@ -205,16 +219,20 @@ def tables(results):
                 label = "another seed, plain sampler" if name == "seeds" else name
                 presets.append(
                     f"| {p} | {label} | {strength} | {r['low']:.3f} | {r['high']:.3f} | {r['share_high']:.0%} |")
+    strengths = ["| model | vary | correction | " + " | ".join(f"strength {c:g}" for c in STRONG) + " |",
+                 "|---|---|---|" + "---|" * len(STRONG)]
+    strengths += [f"| {p} | {vary} | {correction} | " + " | ".join(f"{b:+.1e}" for b in biases) + " |"
+                  for p, by in results["strong"].items() for vary, rs in by.items() for correction, biases in rs.items()]
     stiff = results["out_of_range"]
     columns = [(p, row) for p, by in stiff.items() for row in by]
     ranges = ["| sampler | " + " | ".join(f"{p}, {row}" for p, row in columns) + " |", "|---|" + "---|" * len(columns)]
     for name in next(iter(stiff["eps"].values())):
         ranges.append(f"| {name} | " + " | ".join(str(stiff[p][row][name]) for p, row in columns) + " |")
-    return tuple("\n".join(t) for t in (rows, hosts, presets, ranges))
+    return tuple("\n".join(t) for t in (rows, hosts, presets, strengths, ranges))
 
 
 def page(results):
-    kept_table, hosts, presets, ranges = tables(results)
+    kept_table, hosts, presets, strengths, ranges = tables(results)
     strong = [by["structure"][str(c)]["low"] / by["seeds"]["low"]
               for by in results["diversity"].values() for c in STRENGTHS if c >= 1]
     windows = "\n".join(
@@ -241,6 +259,10 @@ in the same window, with the exact divergence and the exact projection, at as ma
 As the steps become small the bias falls in proportion to them, as that of Euler-Maruyama does (weak order 1, \
 measured 0.75
 to 0.9 on a Gaussian of many scales: `python3 run.py test -s tests/test_variation.py`); it is its size that differs.
+
+Bias of strong noise, with the same steps, over {results["variations"]} variations of one picture:
+
+{strengths}
 
 ## Against the samplers that add noise
 

@@ -30,10 +30,11 @@ from .variation import displacement, level_set_step
 
 ORDER = 3
 _GUIDANCE_NODES = 2
-_TRUSTED = 0.3  # of the term before; 20 steps of a smooth flow stay below
+# A term counts in full up to the first share of the term before, and not at all from the second; see `trusted`.
+_TRUST = 0.3, 1.0  # 20 steps of a smooth flow stay below 0.3
+_TRUST_OF_GUESSES = 0.1, 0.5  # after a jump whose foot was guessed; with `_TRUST` few steps at a high CFG leave the range
 _LEAST_TERM = 0.05  # of the first term of a series, see `trusted`
 _MIN_SPACING = 0.02  # of the coming step; no scheduler of the host comes near it
-_MIN_GUESSED_SPACING = 0.8  # of the coming step; at 0.5 few steps at CFG 8 leave the range, at 1 accuracy falls
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
@@ -97,14 +98,12 @@ class _History:
 
         The past of that path was never seen. It is taken to be the past of the old one, moved by the jump; once: until the
         next value only. Where the value at the foot of the jump is extrapolated over a whole step, the error of that is taken
-        for part of the jump, and grows if the moved past is kept. Nor is it then used for a step that is longer than it
-        reaches back: its slope is that of the old path, which the new one may leave.
+        for part of the jump, and grows if the moved past is kept.
         """
         self._forget_guesses()
         if self._theta:
             change = value - self.at(theta)
-            least = _MIN_GUESSED_SPACING * (theta - next_theta) if once else 0.0  # `add` sees to the rest
-            kept = [j for j, t in enumerate(self._theta) if t - theta > least]
+            kept = [j for j, t in enumerate(self._theta) if t > theta]  # `add` drops what is too near
             self._theta = [self._theta[j] for j in kept]
             self._values = [self._values[j] + change for j in kept]
         self.add(theta, value, next_theta)
@@ -134,24 +133,25 @@ class _History:
             used[:n] = weights
 
 
-def trusted(terms, region=None):
+def trusted(terms, region=None, trust=_TRUST):
     """The sum of the terms of a series, without those that don't fall off; each is a pair of tensors (B, ...) to be added.
 
-    A term is left out where its norm reaches that of the term before, and counts in full up to the share `_TRUSTED` of it;
-    with a term, those after it are left out as much. The parts of the first term may cancel, as they do where the data has
+    A term counts in full where its norm is up to the share trust[0] of that of the term before, and is left out from trust[1]
+    on; with a term, those after it are left out as much. The parts of the first term may cancel, as they do where the data has
     the variance of the noise, and are measured one by one. region: None, or weights of the elements in the norms.
     """
     parts = next(terms)
     total = parts[0] + parts[1]
     first = before = sum(squared_norm(part, region) for part in parts).sqrt()
-    trust = 1.0
+    full, none = trust
+    kept = 1.0
     for one, other in terms:
         term = one + other
         norm = squared_norm(term, region).sqrt()
         # A term that happens to be near zero says nothing of the next one.
         ratio = norm / torch.maximum(before, _LEAST_TERM * first).clamp_min(1e-30)
-        trust = trust * ((1 - ratio) / (1 - _TRUSTED)).clamp(0, 1)
-        total, before = torch.addcmul(total, term, per_image(trust, term.ndim)), norm
+        kept = kept * ((none - ratio) / (none - full)).clamp(0, 1)
+        total, before = torch.addcmul(total, term, per_image(kept, term.ndim)), norm
     return total
 
 
@@ -166,7 +166,9 @@ class _Flow:
         """like: a tensor of the dtype and device to work in; the rest as in `solve`."""
         self._coordinates = coordinates
         self._guided = guided
-        self._sum = partial(trusted, region=None if mask is None else region_of(mask)) if cautious else _sum
+        self._region = None if mask is None else region_of(mask)
+        self._cautious = cautious
+        self._trust = _TRUST
         self._steering = callable(z) or torch.is_tensor(z) or z != 0
         if callable(z):
             self._gain = lambda step: (2 * dim) ** 0.5 * z(step).to(like)
@@ -180,10 +182,16 @@ class _Flow:
         self._picture = _History(denoised_weights, order)
         self._guidance = _History(guidance_weights, _GUIDANCE_NODES)
 
+    def see_jump(self, x, denoised, sigma, step, next_theta, guessed):
+        """`see`, of a state that has jumped; guessed: from a foot that no call has seen."""
+        if guessed:
+            self._trust = _TRUST_OF_GUESSES
+        self.see(x, denoised, sigma, step, next_theta, partial(_History.jump, once=guessed))
+
     def see(self, x, denoised, sigma, step, next_theta, put=_History.add):
         """Take a prediction at (x, sigma) into account.
 
-        step: the step that starts there. put: how the histories take it, `_History.add` or `_History.jump`.
+        step: the step that starts there. put: how the histories take it.
         """
         alpha = self._coordinates.alpha(sigma)
         theta = math.atan2(sigma, alpha)
@@ -201,7 +209,8 @@ class _Flow:
     def follow(self, u, theta_from, theta_to, step, correct=False):
         """The state u at theta_from, followed to theta_to during `step`."""
         noise, picture = (part.terms(theta_from, theta_to, correct) for part in (self._noise, self._picture))
-        u = u + self._sum(zip(noise, picture, strict=True))
+        terms = zip(noise, picture, strict=True)
+        u = u + (trusted(terms, self._region, self._trust) if self._cautious else _sum(terms))
         return self.guide(u, theta_from, theta_to, step, correct)
 
     def guide(self, u, theta_from, theta_to, step, correct=False):
@@ -250,7 +259,6 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
     thetas = [math.atan2(v, a) for a, v in zip(alphas, sigmas)]
     ahead = [next((t for t in thetas[i + 1:] if t < thetas[i]), thetas[i]) for i in range(len(thetas))]
     flow = _Flow(coordinates, guided, z, dim, mask, weights, curve, order, cautious, x)
-    put_jump = None if variation is None else partial(_History.jump, once=not variation.calls_before)
 
     def jump(u, theta, step, s):
         """From the state u at theta to the noise level s above it, by noise: (u, theta, denoised) there."""
@@ -266,7 +274,7 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
         denoised = model(x, sigma)
         alpha = coordinates.alpha(sigma)
         u, eps = level_set_step(foot, change, eps, eps_from_denoised(x, denoised, sigma, alpha), flow.amount)
-        flow.see(u * scale, (u * scale - sigma * eps) / alpha, sigma, step, ahead[step], put_jump)
+        flow.see_jump(u * scale, (u * scale - sigma * eps) / alpha, sigma, step, ahead[step], not variation.calls_before)
         if not met_guidance:  # after pure noise, which is not guided, the way up could not be, and the way down will be
             u = flow.guide(u, theta, raised, step)
         return u, raised, denoised

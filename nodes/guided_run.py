@@ -146,6 +146,7 @@ class Steering:
         else:
             dims = [dim] * len(latent)
         if not any(dims):
+            logging.warning("Density guidance: no element of the latent lies in the mask; nothing is guided.")
             return None
         peak = max(curve or (1.0,))
         wanted = [guidance.z_value(*image, d, guided.log_range, peak) for image, d in zip(images, dims)]
@@ -343,7 +344,8 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
         noise = getattr(model, "noise", x)  # a wrapper of the model may hide it
         variation = variation.of_run(guider, schedule, noise if noise.any() else x)
     if variation is not None and steering.weights is not None and not steering.weights.any():
-        variation = None  # the region is empty
+        logging.warning("Stochastic detail variation: no element of the latent lies in the mask; nothing is varied.")
+        variation = None
 
     def predict(x, sigma):
         if variation is not None:  # there may be many calls between two callbacks

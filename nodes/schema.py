@@ -57,6 +57,8 @@ def floats(name, values):
 
 def numbers(name, text):
     """The numbers of a text, separated by commas or lines; raises ValueError, naming the input, where there are none."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is {text!r}; write numbers separated by commas, like 0.05, 0.5, 0.95")
     found = []
     for word in text.replace("\n", ",").split(","):
         if not word.strip():

@@ -19,8 +19,8 @@ def run(prediction, scheduler, steps, cfg, sampler, images=1):
 
 
 def reach(*args):
-    """The largest element of 8 pictures, without its sign."""
-    return float(run(*args, images=8).abs().max())
+    """The largest element of 24 pictures, without its sign."""
+    return float(run(*args, images=24).abs().max())
 
 
 IN_RANGE = 1.5  # of another run's reach: pictures differ in it by less, and one out of range is many times off
@@ -41,10 +41,10 @@ def test_error_is_no_larger_than_that_of_euler(prediction, scheduler, steps, qua
 @pytest.mark.parametrize("strength", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("prediction, scheduler, steps", [
     ("eps", "karras", 16), ("eps", "exponential", 10), ("v", "exponential", 12), ("v", "simple", 12), ("flow", "simple", 12),
-    ("v", "exponential", 8)])
+    ("eps", "karras", 6), ("v", "exponential", 8)])
 def test_variations_stay_in_range(prediction, scheduler, steps, correction, strength):
-    if steps < 10 and strength > 1:
-        pytest.skip("a few pictures leave the range there: docs/variation.md")
+    if steps < 8 and strength > 2 and correction != "expected":
+        pytest.skip("a few pictures leave the range there, by up to 2 times: docs/variation.md")
     plain, noisy = (reach(prediction, scheduler, steps, 8.0, sampler) for sampler in (
         h.guided_sampler(), varied("everything", strength, correction)))
     assert noisy < IN_RANGE * plain
