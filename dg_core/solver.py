@@ -32,7 +32,7 @@ ORDER = 3
 _GUIDANCE_NODES = 2
 # A term counts in full up to the first share of the term before, and not at all from the second; see `trusted`.
 _TRUST = 0.3, 1.0  # 20 steps of a smooth flow stay below 0.3
-_TRUST_OF_GUESSES = 0.1, 0.5  # after a jump whose foot was guessed; with `_TRUST` few steps at a high CFG leave the range
+_TRUST_OF_GUESSES = 0.15, 0.5  # after a jump whose foot was guessed; with `_TRUST` few steps at a high CFG leave the range
 _LEAST_TERM = 0.05  # of the first term of a series, see `trusted`
 _MIN_SPACING = 0.02  # of the coming step; no scheduler of the host comes near it
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(32)

@@ -1,5 +1,7 @@
 """The pack's own solver where a high CFG, few steps or strong noise make the flow stiff."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 from density_guidance.dg_core import variation
@@ -19,8 +21,13 @@ def run(prediction, scheduler, steps, cfg, sampler, images=1):
 
 
 def reach(*args):
-    """The largest element of 24 pictures, without its sign."""
-    return float(run(*args, images=24).abs().max())
+    """The largest element of 16 pictures, without its sign."""
+    return float(run(*args, images=16).abs().max())
+
+
+@lru_cache
+def reach_without_noise(prediction, scheduler, steps):
+    return reach(prediction, scheduler, steps, 8.0, h.guided_sampler())
 
 
 IN_RANGE = 1.5  # of another run's reach: pictures differ in it by less, and one out of range is many times off
@@ -45,9 +52,8 @@ def test_error_is_no_larger_than_that_of_euler(prediction, scheduler, steps, qua
 def test_variations_stay_in_range(prediction, scheduler, steps, correction, strength):
     if steps < 8 and strength > 2 and correction != "expected":
         pytest.skip("a few pictures leave the range there, by up to 2 times: docs/variation.md")
-    plain, noisy = (reach(prediction, scheduler, steps, 8.0, sampler) for sampler in (
-        h.guided_sampler(), varied("everything", strength, correction)))
-    assert noisy < IN_RANGE * plain
+    noisy = reach(prediction, scheduler, steps, 8.0, varied("everything", strength, correction))
+    assert noisy < IN_RANGE * reach_without_noise(prediction, scheduler, steps)
 
 
 @EVERY_CORRECTION
