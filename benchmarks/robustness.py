@@ -2,7 +2,7 @@
 
     python3 run.py bench robustness
 
-5,000 runs, each next to the same run without the pack. Writes docs/robustness.json. About twenty minutes.
+5,000 runs, each next to the same run without the pack. Writes docs/robustness.json. Ten to twenty minutes.
 """
 
 import gc

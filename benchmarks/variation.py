@@ -2,7 +2,7 @@
 
     python3 run.py bench variation
 
-Writes docs/variation.json and from it docs/variation.md and docs/variation.png. About six minutes on one core.
+Writes docs/variation.json and from it docs/variation.md and docs/variation.png. About four minutes on one core.
 """
 
 import json

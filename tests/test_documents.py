@@ -1,6 +1,7 @@
 """Numbers in the documents are the ones that the benchmarks wrote."""
 
 import json
+import math
 import re
 
 from density_guidance.benchmarks import (
@@ -66,6 +67,8 @@ def test_measured_claims_of_variation():
             assert sizes == sorted(sizes)
     eps, flow = (results["out_of_range"][p] for p in ("eps", "flow"))
     ours = {row: [n for name, n in by.items() if name.split()[0] in CORRECTIONS] for row, by in eps.items()}
+    at_strength_3 = [biases[-1] for by in results["strong"].values() for rows in by.values() for biases in rows.values()]
+    assert round(max(at_strength_3) / math.log(2), 2) == 0.17  # web/docs/StochasticDetailVariation.md
     assert all(max(counts) == 0 for row, counts in ours.items() if row != "simple 6")
     assert all(n == 0 for name, n in eps["simple 6"].items() if name not in ("dpmpp_2m_sde", "hutchinson 3", "exact 3"))
     assert all(flow[row]["euler"] == variation.STIFF_PICTURES for row in flow if row != "simple 12")

@@ -127,6 +127,17 @@ def test_step_to_the_level_set_is_that_of_the_gaussian():
     assert errors[0] < 0.05 and errors[1] < errors[0] / 8
 
 
+@pytest.mark.parametrize("eps_top_size", [0.0, 0.1, 1.0, 10.0])
+def test_step_to_the_level_set_is_bounded(eps_top_size):
+    """Feet and tops that know nothing of each other."""
+    foot, change, eps_foot, eps_top = torch.randn(4, 8, 2, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    eps_top = eps_top_size * eps_top
+    stepped, eps = level_set_step(foot, change, eps_foot, eps_top)
+    step, room, moved, size = (v.flatten(1).norm(dim=1) for v in (stepped - foot - change, change, eps - eps_top, eps_top))
+    most = 0.5 * (1 + 0.5 / 2) * (1 + 1e-9)
+    assert (step <= most * room).all() and (moved <= most * size).all()
+
+
 @EVERY_CORRECTION
 def test_mask_keeps_the_noise_inside(correction):
     """Outside, the plain flow; inside, what a latent of that part alone would do."""
