@@ -1,0 +1,1 @@
+"""Oracles, small models, recorded runs and measures, for tests and benchmarks alike."""
