@@ -11,9 +11,10 @@ import scipy.optimize
 import torch
 from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
 
-from ..nodes import DensityGuidanceSampler, demo_model
+from ..nodes import DensityGuidanceSampler
+from ..nodes.builtin import demo
 from ..training.demo_pictures import Pictures
-from ._demo_runs import PICTURES, Demo, band_energy, png_bytes
+from ..testing.demo_runs import PICTURES, Demo, band_energy, png_bytes
 
 QUANTILE = 0.2  # of the guided run whose detail the others have to reach
 HELD_OUT_CROPS = 1024
@@ -88,7 +89,7 @@ class HeldOut:
 
     @staticmethod
     def draw(held_out, count, seed):
-        return Pictures(PICTURES, held_out).draw(count, demo_model.SIZE, torch.Generator().manual_seed(seed))[0]
+        return Pictures(PICTURES, held_out).draw(count, demo.SIZE, torch.Generator().manual_seed(seed))[0]
 
     def distance(self, samples):
         """(Frechet distance, its standard deviation over bootstraps of the samples)."""

@@ -20,9 +20,9 @@ from ..nodes import (
     ScoreAlignmentCheck,
     StochasticDetailVariation,
 )
-from ..tests import host_runs as h
-from ..tests import steering, tiny_models
-from ..tests.ways import WAYS, Run
+from ..testing import host_runs as h
+from ..testing import steering, tiny_models
+from ..testing.ways import WAYS, Run
 
 DOCS = PACK / "docs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

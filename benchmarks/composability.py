@@ -19,9 +19,9 @@ import torch
 
 from ..dg_core.statistics import region_of
 from ..launcher.environment import PACK
-from ..tests import host_runs as h
-from ..tests import steering, tiny_models
-from ..tests.ways import STEERING, WAYS, Run
+from ..testing import host_runs as h
+from ..testing import steering, tiny_models
+from ..testing.ways import STEERING, WAYS, Run
 
 DOCS = PACK / "docs"
 STEPS, QUANTILE, CFG = 6, 0.2, 3.0

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..dg_core.coordinates import log_snr
+from ..dg_core.schedule import log_snr
 from ..launcher.environment import PACK
-from ..nodes import DensityGuidanceSampler, demo_model
+from ..nodes import DensityGuidanceSampler
+from ..nodes.builtin import demo as demo_model
 from ..training.demo_pictures import CROPS, SIZE, Pictures
-from ._demo_runs import PICTURES, Demo, require_pictures
+from ..testing.demo_runs import PICTURES, Demo, require_pictures
 
 DOCS = PACK / "docs"
 LEVELS, CROPS_PER_LEVEL = 12, 64

@@ -11,13 +11,13 @@ import comfy.samplers
 import matplotlib
 import torch
 
-from ..dg_core import guidance
-from ..dg_core.coordinates import coordinates_of
+from ..dg_core import control
+from ..dg_core.schedule import coordinates_of
 from ..dg_core.units import nats_to_bits_per_dim, quantile_to_z
 from ..launcher.environment import PACK
 from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
-from ..nodes.exact_model import PREDICTIONS, read
-from .gaussian_oracle import GaussianOracle
+from ..nodes.builtin.exact import PREDICTIONS, read
+from ..testing.gaussian_oracle import GaussianOracle
 
 DOCS = PACK / "docs"
 OWN = "own solver"
@@ -49,10 +49,10 @@ class Bench:
 
     def predicted(self, quantile, sigmas):
         """The shift of bits per dimension against quantile 0.5 that guidance over the whole schedule is to give."""
-        log_range = guidance.guided_range(sigmas.tolist(), self.coordinates).log_range
+        log_range = control.guided_range(sigmas.tolist(), self.coordinates).log_range
         dim = self.density.dim
-        z = guidance.limit_smoothing(quantile_to_z(quantile), dim, log_range)
-        return nats_to_bits_per_dim(guidance.predicted_shift(z, dim, log_range), dim)
+        z = control.limit_smoothing(quantile_to_z(quantile), dim, log_range)
+        return nats_to_bits_per_dim(control.predicted_shift(z, dim, log_range), dim)
 
     def noise(self):
         return torch.randn(self.latent["samples"].shape, generator=torch.Generator().manual_seed(5))

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import torch
 
-from ..dg_core import jacobian
+from ..dg_core import divergence
 from ..dg_core import log_density as ld
-from ..dg_core.coordinates import FLOW, VE
+from ..dg_core.schedule import FLOW, VE
 from ..dg_core.exact_density import ExactDensity, idct
 from ..dg_core.levels import noise_levels
 from ..nodes import density_target as dt
-from ..nodes import exact_model
+from ..nodes.builtin import exact
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 EVALUATIONS = [16, 32, 64, 128]
 FLOOR = {"flow": 0.05, "eps": 0.1}
-TOP = {"flow": math.inf, "eps": exact_model.SIGMA_MAX}
+TOP = {"flow": math.inf, "eps": exact.SIGMA_MAX}
 COORDINATES = {"flow": FLOW, "eps": VE}
 SHOWING_TOP = 60.0  # 15 times the pictures' standard deviation, as in SD 1.5
 AUTHORS_TOP = 1000.0  # where their log-SNR ends; the prior is exact to 1e-5 there
@@ -36,7 +36,7 @@ class Known:
     """The exact density at one size: predictions, exact traces, and draws with their exact log p."""
 
     def __init__(self, size):
-        self.density = ExactDensity.load(exact_model.WEIGHTS, size)
+        self.density = ExactDensity.load(exact.WEIGHTS, size)
         weights = self.density.log_weights.exp()
         self._mean = idct((weights / weights.sum() @ self.density.means).view(1, 3, size, size))
         self.dim = self.density.dim
@@ -71,7 +71,7 @@ def ours(known, kind, y, evaluations, seed=None, top=None):
     levels = noise_levels(FLOOR[kind], top, evaluations - math.isfinite(top), known.dim)
     predict = known.predict(coordinates)
     look = known.exact_look(coordinates) if seed is None else ld.ProbedModel(
-        predict, coordinates, jacobian.FORWARD, seed=seed)
+        predict, coordinates, divergence.FORWARD, seed=seed)
     return ld.read_log_density(look, predict, y, levels, coordinates)
 
 
@@ -84,9 +84,9 @@ def authors(known, y, s_low, evaluations, seed=None):
         if seed is None:
             denoised, trace = known.density.denoised(y, now), known.trace(y, now)
         else:
-            v = jacobian.rademacher(y, seed, call)
-            denoised, slope = jacobian.directional_derivative(lambda y: known.density.denoised(y, now), y, v, "forward")
-            trace = jacobian.probe_trace(v, slope)
+            v = divergence.rademacher(y, seed, call)
+            denoised, slope = divergence.directional_derivative(lambda y: known.density.denoised(y, now), y, v, "forward")
+            trace = divergence.probe_trace(v, slope)
         share = now * now / (1 + now * now)
         u = u + step * ((y - denoised) / math.hypot(1, now) - share * u)
         gained = gained + step * (known.dim * (share - 1) + trace)
@@ -151,7 +151,7 @@ def control(results):
 
     Fills `results`, and yields after each entry; those that are there already are left.
     """
-    from ..tests import host_runs as h
+    from ..testing import host_runs as h
     from ..tests.test_density_target import cut_schedule, exact_bits, exact_divergence, target_sampler
 
     exact_options = {"tolerance": 3e-4}
@@ -202,7 +202,7 @@ def page(results):
         "## Readout with the exact divergence, 32 evaluations", "",
         "| model, D | RMS | median | 90% of images within |", "|---|---|---|---|",
         *(f"| {name} | {r['rms']:.1e} | {r['median']:.1e} | {r['p90']:.1e} |" for name, r in exact.items()), "",
-        f"An eps model (or a v model, which is the same function) ends at its highest noise level: {exact_model.SIGMA_MAX:g} "
+        f"An eps model (or a v model, which is the same function) ends at its highest noise level: {exact.SIGMA_MAX:g} "
         "here, twice the distance between pictures. Where the data still shows there, as at "
         f"{SHOWING_TOP:g}, 15 times the pictures' standard deviation as in SD 1.5, nothing is known above, and an error is left.", "",
         "## Readout with one probe, 32 evaluations, D = 3,072", "",

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..launcher.environment import environment
 from ..launcher.host import running_host
-from ._web_page import with_page
+from ..testing.web_page import with_page
 
 PACK = Path(__file__).resolve().parent.parent
 WORKFLOWS = PACK / "workflows"

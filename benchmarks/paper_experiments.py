@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..dg_core.coordinates import coordinates_of
-from ..dg_core.guidance import guided_range, predicted_shift
+from ..dg_core.schedule import coordinates_of
+from ..dg_core.control import guided_range, predicted_shift
 from ..dg_core.units import nats_to_bits_per_dim, quantile_to_z
 from ..launcher.environment import PACK
-from ..nodes import StochasticDetailVariation, demo_model
+from ..nodes import StochasticDetailVariation
+from ..nodes.builtin import demo
 from ..nodes.contact_sheet import draw_sheet
 from ..nodes.score_alignment import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
 from ..training.demo_pictures import CLASSES
 from . import _rivals
-from ._demo_runs import Demo, band_energy, high_energy, png_bytes, require_pictures
+from ..testing.demo_runs import Demo, band_energy, high_energy, png_bytes, require_pictures
 
 DOCS = PACK / "docs"
 SEEDS, STEPS, LEVELS = 64, 16, 8
@@ -406,7 +407,7 @@ def digest(paths):
 def main():
     require_pictures()
     path = DOCS / "paper_experiments.json"
-    head = {"weights": digest([demo_model.WEIGHTS]), "settings": SETTINGS,
+    head = {"weights": digest([demo.WEIGHTS]), "settings": SETTINGS,
             "code": digest(sorted(file for pattern in CODE for file in PACK.glob(pattern)))}
     results = json.loads(path.read_text()) if path.is_file() else {}
     if {key: results.get(key) for key in head} != head:

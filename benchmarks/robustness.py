@@ -24,8 +24,8 @@ from ..dg_core.variation import CORRECTIONS, MAX_STRENGTH
 from ..nodes import DensityTargetSampler, PriorGuidanceModel, PriorGuidanceScale, StochasticDetailVariation
 from ..nodes.density_target import ABSOLUTE, SAME, SHIFT
 from ..nodes.stochastic_variation import MAX_SEED, VARY
-from ..tests import host_runs as h
-from ..tests import tiny_models
+from ..testing import host_runs as h
+from ..testing import tiny_models
 
 DOCS = PACK / "docs"
 EXAMPLES, PARTS = 5000, 10

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 
-from ..dg_core import alignment, jacobian
-from ..dg_core.coordinates import VE, coordinates_of
+from ..dg_core import alignment, divergence
+from ..dg_core.schedule import VE, coordinates_of
 from ..dg_core.exact_density import ExactDensity
 from ..dg_core.levels import noise_levels
 from ..launcher.environment import PACK
 from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
-from ..nodes.exact_model import PREDICTIONS, SIGMA_MAX, WEIGHTS, read
+from ..nodes.builtin.exact import PREDICTIONS, SIGMA_MAX, WEIGHTS, read
 from ..nodes.score_alignment import CheckSettings, examine
 
 DOCS = PACK / "docs"
@@ -137,20 +137,20 @@ def step_errors():
     for s in BENDING:
         x = density.sample(SEEDS, s, generator)
         v = torch.randn(x.shape, dtype=torch.float64, generator=generator)
-        p = jacobian.rademacher(x, 0, 0)
+        p = divergence.rademacher(x, 0, 0)
         predict = lambda x: density.denoised(x, s).float()
         exact = v + s**2 * density.hessian_product(x, s, v)
         h = 1e-4 * s
-        exact_t = jacobian.probe_trace(p, (s**2 / (2 * h)) * (
+        exact_t = divergence.probe_trace(p, (s**2 / (2 * h)) * (
             density.hessian_product(x + h * v, s, p) - density.hessian_product(x - h * v, s, p)))
-        step = jacobian.difference_step(x, v, torch.float32, s)
-        steps = jacobian.trace_steps(x, v, torch.float32, jacobian.DIFFERENCES, s)
+        step = divergence.difference_step(x, v, torch.float32, s)
+        steps = divergence.trace_steps(x, v, torch.float32, divergence.DIFFERENCES, s)
         rms = lambda error, size: float((error.square().mean() / size.square().mean()).sqrt())
-        first.append([rms(jacobian.directional_derivative(predict, x.float(), v.float(), jacobian.DIFFERENCES,
+        first.append([rms(divergence.directional_derivative(predict, x.float(), v.float(), divergence.DIFFERENCES,
                                                           k * step)[1]
                           - exact, exact) for k in STEP_FACTORS])
-        second.append([rms(jacobian.trace_derivative(
-            predict, x.float(), v.float(), lambda _: [p.float()], jacobian.DIFFERENCES,
+        second.append([rms(divergence.trace_derivative(
+            predict, x.float(), v.float(), lambda _: [p.float()], divergence.DIFFERENCES,
             tuple(k * a for a in steps))[2] - exact_t, exact_t) for k in STEP_FACTORS])
     for name, rows in (("first", first), ("second", second)):
         results[name] = dict(zip(map(str, STEP_FACTORS), np.median(rows, axis=0).tolist()))
@@ -159,8 +159,8 @@ def step_errors():
 
 def memory():
     """{derivatives: {way: peak of what is allocated, relative to sampling the same batch}} on a UNet of the host."""
-    from ..tests import host_runs as h
-    from ..tests import networks
+    from ..testing import host_runs as h
+    from ..testing import networks
     from ..tests.test_score_alignment_node import check, without_forward_mode
 
     model, positive = networks.unet(), networks.unet_conditioning()

@@ -15,10 +15,10 @@ import torch
 from ..dg_core.variation import CORRECTIONS
 from ..launcher.environment import PACK
 from ..nodes import DensityGuidanceSampler, StochasticDetailVariation
-from ..nodes.exact_model import PREDICTIONS, read
+from ..nodes.builtin.exact import PREDICTIONS, read
 from ..nodes.stochastic_variation import WINDOWS
 from .detail_shift import Bench
-from .euler_maruyama import fine_details_change
+from ..testing.euler_maruyama import fine_details_change
 
 DOCS = PACK / "docs"
 STEPS, STRENGTH, VARIATIONS = 32, 0.5, 32

@@ -14,7 +14,7 @@ w           tangent         change of u per unit of ln(1 / noise scale): w_T = -
 A           alignment       <grad log p_u, w> with grad log p_u = -eps / sin(theta); A = s_T^2 SA, in nats per unit of
                             ln(1 / noise scale), so that log p_0 changes by -A dr / r
 cosine      cosine          A / (||grad log p_u|| ||w||), the same in all coordinates
-t           curvature       derivative along w of the trace of the denoiser's Jacobian, see `jacobian.trace_derivative`
+t           curvature       derivative along w of the trace of the denoiser's Jacobian, see `divergence.trace_derivative`
 
 With the score: (u, w) is integrated and A is read off. Without it: d/ds <grad log p, v> = -<grad div eps, v> by the
 product rule; the identity part of div eps is constant, which leaves in u, with the derivatives taken by x,
@@ -35,9 +35,9 @@ import scipy.integrate
 import torch
 from scipy.interpolate import CubicSpline
 
-from . import jacobian
-from .coordinates import eps_from_denoised, log_snr
-from .guidance import GuidedRange
+from . import divergence
+from .schedule import eps_from_denoised, log_snr
+from .control import GuidedRange
 from .solver import solve
 from .units import bits_per_dim_to_nats, nats_to_bits_per_dim
 
@@ -80,8 +80,8 @@ class Profile:
 class Differentiate:
     """(x, sigma, tangent) -> (denoised, derivative along the tangent, t or None), what `trace_alignment` asks for.
 
-    predict(x, sigma) -> denoised. method, dtype: as in `jacobian`, of the network. probes: how many for each t, 0 for
-    the way with the score alone; seed and indices give their signs, see `jacobian.rademacher`.
+    predict(x, sigma) -> denoised. method, dtype: as in `divergence`, of the network. probes: how many for each t, 0 for
+    the way with the score alone; seed and indices give their signs, see `divergence.rademacher`.
     """
 
     def __init__(self, predict, method, dtype=torch.float32, probes=0, seed=0, indices=None):
@@ -94,12 +94,12 @@ class Differentiate:
             return self._predict(x, sigma)
 
         if not self._probes:
-            step = jacobian.difference_step(x, tangent, self._dtype, sigma)
-            return *jacobian.directional_derivative(predict, x, tangent, self._method, step), None
-        steps = jacobian.trace_steps(x, tangent, self._dtype, self._method, sigma)
-        denoised, derivative, t = jacobian.trace_derivative(
+            step = divergence.difference_step(x, tangent, self._dtype, sigma)
+            return *divergence.directional_derivative(predict, x, tangent, self._method, step), None
+        steps = divergence.trace_steps(x, tangent, self._dtype, self._method, sigma)
+        denoised, derivative, t = divergence.trace_derivative(
             predict, x, tangent, lambda derivative: self._draw(x, derivative), self._method, steps)
-        if self._method != jacobian.FORWARD:
+        if self._method != divergence.FORWARD:
             self._stretched.appendleft(derivative)
         return denoised, derivative, t
 
@@ -110,17 +110,17 @@ class Differentiate:
             self._stretched.appendleft(derivative)
         probes = []
         for _ in range(self._probes):
-            signs = [jacobian.random_signs(self._seed, self._drawn, place, self._indices, x)
+            signs = [divergence.random_signs(self._seed, self._drawn, place, self._indices, x)
                      for place in range(len(self._stretched))]
-            probe = jacobian.rademacher(x, self._seed, self._drawn, self._indices)
-            probes.append(jacobian.stratified(probe, self._stretched, signs))
+            probe = divergence.rademacher(x, self._seed, self._drawn, self._indices)
+            probes.append(divergence.stratified(probe, self._stretched, signs))
             self._drawn += 1
         return probes
 
 
 def calls_per_evaluation(method, probes=0):
     """Predictions that `Differentiate` asks for at each noise level; with forward-mode AD each costs about two."""
-    forward = method == jacobian.FORWARD
+    forward = method == divergence.FORWARD
     return 1 + (2 if forward else 4) * probes if probes else 1 if forward else 3
 
 
@@ -136,7 +136,7 @@ def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, sto
     if any(b >= a for a, b in zip(sigmas, sigmas[1:])) or not 1 <= stop < len(sigmas) or not sigmas[stop] > 0:
         raise ValueError(f"stop is {stop} and sigmas are {sigmas}; the sigmas must descend strictly, and stop must be "
                          "the index of one above 0 that is not the first")
-    wide = jacobian.sum_dtype(x.device)
+    wide = divergence.sum_dtype(x.device)
     batch = len(x)
     alignment, norms, curvature = [], [], []  # of each node, (B,)
     latest = {}
@@ -155,7 +155,7 @@ def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, sto
         if len(alignment) <= stop:
             sigma, eps = latest["sigma"], latest["eps"]
             # <-eps / sin(theta), w>, where the radius sqrt(alpha^2 + sigma^2) of sin and w cancels
-            alignment.append(-jacobian.probe_trace(eps, tangent) / sigma)
+            alignment.append(-divergence.probe_trace(eps, tangent) / sigma)
             norms.append(torch.linalg.vector_norm(eps.flatten(1), dim=1, dtype=wide)
                          * torch.linalg.vector_norm(tangent.flatten(1), dim=1, dtype=wide) / sigma)
             if latest["t"] is not None:
@@ -188,7 +188,7 @@ def finite_alignment(less, more, score, scale_step):
     less, more: the ends y (B, ...) of runs with the noise times 1 - `scale_step` and 1 + `scale_step`.
     score: grad log p halfway between them. Agrees with A to second order in `scale_step`.
     """
-    dtype = jacobian.sum_dtype(score.device)
+    dtype = divergence.sum_dtype(score.device)
     tangent, score = ((less - more).to(dtype) / (2 * scale_step)).flatten(1), score.to(dtype).flatten(1)
     dot = (score * tangent).sum(1)
     return dot, dot / (score.norm(dim=1) * tangent.norm(dim=1))

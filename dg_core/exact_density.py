@@ -9,7 +9,7 @@ Adding noise of level s adds s^2 to `lam`, so log p_s, score, Laplacian and Hess
 smaller picture size, so one file serves all sizes.
 
 symbol      name              meaning
-y, s        y, s              VE coordinates, see `coordinates`
+y, s        y, s              VE coordinates, see `schedule`
 lam         band_variance     texture variance of DCT band j
 m_k, W_k    means, factors    mean and low-rank factor of component k
 P           precision         1 / (lam + s^2)

@@ -1,7 +1,7 @@
 """Which noise levels to look at, given a number of model evaluations.
 
 symbol     name         unit
-s          s            noise level in VE coordinates, see `coordinates`
+s          s            noise level in VE coordinates, see `schedule`
 R, S       -            0.8 and 1.5 sqrt(D): noise levels between which pictures of D numbers become one
 
 Placement on this clock: derived here, from the errors of log-densities on mixtures of pictures.

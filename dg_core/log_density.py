@@ -11,7 +11,7 @@ integrated exactly. So errors of a solver do not count: what its states stray fr
 Source of the rate: arXiv 2502.05807, section 4; the form above and the end: derived here.
 
 symbol     name         unit
-Dhat       -            Jacobian of denoised with respect to y, see `jacobian`
+Dhat       -            Jacobian of denoised with respect to y, see `divergence`
 tr Dhat    trace        1; between 0 (noise rules) and D (the picture rules)
 log p      log_prob     nats of one image; log p_y = log p_u + D ln cos(theta)
 """
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 
-from .coordinates import eps_from_denoised
-from .jacobian import FORWARD, derivative_in_ve, difference_step, probe_trace, rademacher, sum_dtype
+from .schedule import eps_from_denoised
+from .divergence import FORWARD, derivative_in_ve, difference_step, probe_trace, rademacher, sum_dtype
 from .levels import clock, clock_rate
 from .solver import denoised_weights, eps_weights
 from .statistics import squared_norm
@@ -68,8 +68,8 @@ class Sight:
 class ProbedModel:
     """(x, sigma, call) -> `Sight`, with `probes` fresh Rademacher probes for every image and call.
 
-    predict(x, sigma) -> denoised in the host's units. method, and dtype of the network: as in `jacobian`. indices: as in
-    `jacobian.rademacher`.
+    predict(x, sigma) -> denoised in the host's units. method, and dtype of the network: as in `divergence`. indices: as in
+    `divergence.rademacher`.
 
     The variance of <v, A v> is 2 sum_{i != j} A_ij^2 for symmetric A (more than that for any other). |A v|^2 estimates
     the sum over all i and j; of the diagonal, v_i (A v)_i is an unbiased estimate, and the product of two independent ones

@@ -23,8 +23,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from .coordinates import eps_from_denoised, per_image
-from .guidance import curve_at, eta_minus_one, gain
+from .schedule import eps_from_denoised, per_image
+from .control import curve_at, eta_minus_one, gain
 from .statistics import region_of, squared_norm
 from .variation import displacement, level_set_step
 
@@ -239,10 +239,10 @@ def solve(model, x, sigmas, coordinates, guided, z=0.0, dim=1, mask=None, callba
 
     model(x, sigma) -> denoised, for x (B, ...) in the host's units and sigma a float of the schedule; one call per step,
     none where a sigma repeats the one before.
-    sigmas: descending floats. z, dim: float or (B,), see `guidance`; z = 0.0 is the plain flow, and z may be a function of
+    sigmas: descending floats. z, dim: float or (B,), see `control`; z = 0.0 is the plain flow, and z may be a function of
     the step, asked after the model's call at its sigma. guided: the `GuidedRange` of these sigmas. mask: None, or in [0, 1]
     the share of each element that the model replaces, the rest being given (inpainting). weights, curve: see
-    `guidance.PredictionGuide`. mask and weights are broadcastable to x.
+    `control.PredictionGuide`. mask and weights are broadcastable to x.
     callback(i, x, denoised): once for each step, after the model's call at its sigma; x is the corrected state, denoised the
     unguided prediction. A step whose only call lies at a raised noise level reports before it, with what the calls so far
     lead to.

@@ -2,7 +2,7 @@
 
 import torch
 
-from .coordinates import per_image
+from .schedule import per_image
 
 
 def compute_dtype(dtype):

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .coordinates import eps_from_denoised
-from .jacobian import probe_trace
+from .schedule import eps_from_denoised
+from .divergence import probe_trace
 from .log_density import LogDensityTrack, Sight, bits_of_state, log_prior, sin_theta
 from .statistics import squared_norm
 from .units import nats_to_bits_per_dim

@@ -35,7 +35,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from .guidance import GuidedRange
+from .control import GuidedRange
 from .statistics import inner
 from .units import require_number, require_whole
 

@@ -4,8 +4,7 @@ from .contact_sheet import DensityContactSheet, DensityLevels
 from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
 from .density_target import DensityTargetSampler
 from .density_trace import DensityTrace
-from .exact_density import ExactLogDensity, LoadExactDensityModel
-from .load_demo_model import LoadDemoModel
+from .builtin_models import ExactLogDensity, LoadDemoModel, LoadExactDensityModel
 from .log_density import LogDensity
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
 from .score_alignment import ScoreAlignmentCheck

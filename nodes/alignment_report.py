@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..dg_core.alignment import SCALE_RANGE, lost_at
-from .plots import figure_image
+from .host.plots import figure_image
 
 ROWS = 8  # of the profile in the report
 ENOUGH_STEPS = 30

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from comfy.utils import common_upscale
 from PIL import Image, ImageDraw, ImageFont
 
-from .schema import CATEGORY, Floats, numbers
+from .host.inputs import CATEGORY, Floats, numbers
 
 MARGIN = 8
 CAPTION = 22

@@ -10,16 +10,16 @@ import torch
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
-from ..dg_core import jacobian
-from ..dg_core.coordinates import coordinates_of
-from ..dg_core.guidance import guided_range
+from ..dg_core import divergence
+from ..dg_core.schedule import coordinates_of
+from ..dg_core.control import guided_range
 from ..dg_core.log_density import ProbedModel, bits_of_state, log_start, state_of_bits
 from ..dg_core.statistics import compute_dtype
-from ..dg_core.target_control import TrackedRuns, reach
-from ..dg_core.units import bits_per_dim_to_nats, nats_to_bits_per_dim, require_number, require_whole
-from .guided_run import GuidanceSettings, require_one_part, sample_density_guided
-from .guider_run import Predict, derivative_method, network_dtype
-from .schema import CATEGORY, PROBES
+from ..dg_core.target import TrackedRuns, reach
+from ..dg_core.units import bits_per_dim_to_nats, require_number, require_whole
+from .host.steering import GuidanceSettings, require_one_part, sample_density_guided
+from .host.model_access import Predict, derivative_method, network_dtype
+from .host.inputs import CATEGORY, PROBES
 
 ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "same for the whole batch"
 MAX_PASSES, REFERENCE_IMAGES = (1, 20), (-1, 4095)
@@ -177,7 +177,7 @@ def _probing(guider, predict, coordinates, x, schedule, settings, seed):
     dtype = network_dtype(guider.inner_model)
 
     method, _ = derivative_method(
-        guider, predict, x / schedule[0] * sigma, jacobian.rademacher(x, seed, -1), sigma, dtype)
+        guider, predict, x / schedule[0] * sigma, divergence.rademacher(x, seed, -1), sigma, dtype)
     same = [0] * len(x)
     return lambda: ProbedModel(predict, coordinates, method, dtype, seed, int(settings.probes), same)
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..dg_core import jacobian
-from ..dg_core.coordinates import coordinates_of
+from ..dg_core import divergence
+from ..dg_core.schedule import coordinates_of
 from ..dg_core.log_density import LogDensityTrack, ProbedModel, bits_of_state, log_start
 from ..dg_core.statistics import compute_dtype
 from ..dg_core.trace import RunTrace
-from .guided_run import WRAPPER_KEY, function_of, outermost, sample_density_guided
-from .guider_run import Predict, derivative_method, network_dtype
-from .plots import blank_image, curves_image
-from .schema import CATEGORY, require, samples_of
+from .host.steering import WRAPPER_KEY, function_of, outermost, sample_density_guided
+from .host.model_access import Predict, derivative_method, network_dtype
+from .host.plots import blank_image, curves_image
+from .host.inputs import CATEGORY, require, samples_of
 
 PROBE_SEED_OFFSET = 0x3C6EF372FE94F82B
 OWN_LEVELS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}  # function: the host's name
@@ -190,11 +190,11 @@ class _Hutchinson:
             x = x.to(compute_dtype(x.dtype), copy=True)
             alpha = self._coordinates.alpha(sigma)
             if alpha > 0 and self._look is None:
-                probe = jacobian.rademacher(x, self._seed, -1)
+                probe = divergence.rademacher(x, self._seed, -1)
                 method, _ = derivative_method(self._guider, self._predict, x, probe, sigma, self._dtype)
                 self._look = self._looking(method)
             # At pure noise nothing is differentiated, and no method can be found out.
-            sight = (self._look or self._looking(jacobian.DIFFERENCES))(x, sigma, len(self._track.s))
+            sight = (self._look or self._looking(divergence.DIFFERENCES))(x, sigma, len(self._track.s))
             if not self._rows:
                 self._start, self._start_error = log_start(self._predict, x, sigma, alpha, sight)
             self._track.add(x, sigma, alpha, sight)
@@ -217,7 +217,7 @@ def _density_row(log_p_u, error, s, dim):
 
 
 def target_rows(run):
-    """The rows of the last pass of a `target_control` run."""
+    """The rows of the last pass of a `target` run."""
     track = run.track
     rows = []
     for i, (sigma, log_p_u) in enumerate(run.log_prob.items()):

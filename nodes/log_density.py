@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..dg_core import jacobian
-from ..dg_core.coordinates import coordinates_of
+from ..dg_core import divergence
+from ..dg_core.schedule import coordinates_of
 from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.log_density import ProbedModel, read_log_density, require_noise_floor, rounding_cost
 from ..dg_core.units import require_whole
-from .guider_run import check_latent, derivative_method, known_method, run_in_guider
-from .plots import curves_image
-from .schema import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of
+from .host.model_access import check_latent, derivative_method, known_method, run_in_guider
+from .host.plots import curves_image
+from .host.inputs import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of
 
 STEPS = 2, 1000
 ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
@@ -110,7 +110,7 @@ def read(guider, samples, levels, probes, seed, indices=None):
     """
     def work(model):
         s, x = in_the_middle(model, levels, seed)
-        probe = jacobian.rademacher(x, seed, -1)
+        probe = divergence.rademacher(x, seed, -1)
         method, reason = derivative_method(guider, model.predict, x, probe, model.coordinates.sigma(s), model.dtype)
         model.expect(calls(method, model.dtype))
         look = ProbedModel(model.predict, model.coordinates, method, model.dtype, seed, probes, indices)
@@ -120,15 +120,15 @@ def read(guider, samples, levels, probes, seed, indices=None):
     known = known_method(guider)
 
     def calls(method, dtype=torch.float32):
-        per_probe = 3 if method == jacobian.DIFFERENCES else 1
+        per_probe = 3 if method == divergence.DIFFERENCES else 1
         finite = sum(map(math.isfinite, levels))
         top = 1  # the look at pure noise, or else the prior's opposite state
-        trial = 0 if known else jacobian.TRIAL_CALLS
+        trial = 0 if known else divergence.TRIAL_CALLS
         return finite * probes * per_probe + top + trial + (2 * per_probe if rounds(dtype) else 0)
 
     coordinates = coordinates_of(guider.model_patcher.get_model_object("model_sampling"))
     sigmas = [coordinates.sigma(s) for s in reversed(levels)]
-    return run_in_guider(guider, samples, work, calls(known[0] if known else jacobian.FORWARD), sigmas, seed)
+    return run_in_guider(guider, samples, work, calls(known[0] if known else divergence.FORWARD), sigmas, seed)
 
 
 def in_the_middle(model, levels, seed):
@@ -137,7 +137,7 @@ def in_the_middle(model, levels, seed):
     # One of the levels: patches that look at the schedule know no other.
     s = min((s for s in levels if math.isfinite(s)), key=lambda s: abs(math.log(s / middle)))
     sigma = model.coordinates.sigma(s)
-    return s, model.coordinates.alpha(sigma) * model.x + sigma * jacobian.rademacher(model.x, seed, -2)
+    return s, model.coordinates.alpha(sigma) * model.x + sigma * divergence.rademacher(model.x, seed, -2)
 
 
 def rounds(dtype):
@@ -152,7 +152,7 @@ def precision(model, method, levels, seed):
         return f"the network computes in {name}"
     s, x = in_the_middle(model, levels, seed)
     sigma = model.coordinates.sigma(s)
-    dithered = x * (1 + torch.finfo(model.dtype).eps / 2 * jacobian.rademacher(x, seed, -3))
+    dithered = x * (1 + torch.finfo(model.dtype).eps / 2 * divergence.rademacher(x, seed, -3))
     one, other = (
         ProbedModel(model.predict, model.coordinates, method, model.dtype, seed)(x, sigma, 0).trace for x in (x, dithered))
     cost = rounding_cost(one, other, levels, x[0].numel())

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..dg_core.prior import scale_noise
 from ..dg_core.units import require_number
-from .schema import CATEGORY, require
+from .host.inputs import CATEGORY, require
 
 
 @dataclass(frozen=True)

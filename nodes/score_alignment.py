@@ -11,16 +11,16 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..dg_core import alignment, jacobian
-from ..dg_core.coordinates import coordinates_of, eps_from_denoised, log_snr, score_from_eps
+from ..dg_core import alignment, divergence
+from ..dg_core.schedule import coordinates_of, eps_from_denoised, log_snr, score_from_eps
 from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
-from .guided_run import GuidanceSettings, adds_noise, name_of, outermost, solver_sampler, without_guidance
-from .guider_run import check_latent, derivative_method, known_method, run_in_guider
+from .host.steering import GuidanceSettings, adds_noise, name_of, outermost, solver_sampler, without_guidance
+from .host.model_access import check_latent, derivative_method, known_method, run_in_guider
 from .log_density import training_table
-from .schema import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of, sigmas_of
+from .host.inputs import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of, sigmas_of
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
 FAR = 2.0  # times the noise level of end_percent: alignment is not read there
@@ -218,7 +218,7 @@ class _Run:
         sigmas, stop = self._placed()
         evaluations, rest = stop + 1, sum(v > 0 for v in sigmas[stop + 1:])
 
-        trial = 0 if known_method(self.guider) else jacobian.TRIAL_CALLS
+        trial = 0 if known_method(self.guider) else divergence.TRIAL_CALLS
 
         def calls(method):
             return evaluations * alignment.calls_per_evaluation(method, probes) + rest
@@ -234,13 +234,13 @@ class _Run:
             return model.model_sampling.inverse_noise_scaling(end, samples), profile, method, why
 
         samples, profile, method, why = run_in_guider(
-            self.guider, self.samples, work, trial + calls(jacobian.DIFFERENCES), sigmas,
+            self.guider, self.samples, work, trial + calls(divergence.DIFFERENCES), sigmas,
             self.noise_seed, self.noise)
         amounts = {WITH_SCORE: profile.alignment}
         if probes:
             amounts[WITHOUT_SCORE] = profile.alignment_without_score
         amounts = amounts if wanted == BOTH else {wanted: amounts[wanted]}
-        forward = evaluations * (1 + 2 * probes) if method == jacobian.FORWARD else 0
+        forward = evaluations * (1 + 2 * probes) if method == divergence.FORWARD else 0
         return Check(
             self._finished(samples), sigmas[:stop + 1], profile.log_snr,
             {way: amount / profile.norms for way, amount in amounts.items()}, next(iter(amounts.values()))[-1],

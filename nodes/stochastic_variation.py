@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from comfy_api.latest import io
 
-from ..dg_core.coordinates import coordinates_of
+from ..dg_core.schedule import coordinates_of
 from ..dg_core.units import require_whole
 from ..dg_core.variation import (
     CORRECTIONS,
@@ -18,7 +18,7 @@ from ..dg_core.variation import (
     require_correction,
     require_strength,
 )
-from .guided_run import (
+from .host.steering import (
     GuidanceSettings,
     range_of_percents,
     repeated,
@@ -27,7 +27,7 @@ from .guided_run import (
     require_window,
     solver_sampler,
 )
-from .schema import (
+from .host.inputs import (
     CATEGORY,
     Floats,
     batch_index_of,

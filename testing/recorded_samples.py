@@ -6,11 +6,10 @@ Record them again, after a change that is meant to change samples, with `python3
 import json
 from pathlib import Path
 
-import comfy.samplers
 import torch
 from density_guidance import nodes as pack
-from density_guidance.tests import host_runs as h
-from density_guidance.tests import networks
+from density_guidance.testing import host_runs as h
+from density_guidance.testing import networks
 from safetensors.torch import load_file, save_file
 
 FILE = Path(__file__).resolve().parent / "recorded_samples.safetensors"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from density_guidance.benchmarks import architectures
 from density_guidance.launcher.environment import PACK
-from density_guidance.tests import host_runs as h
-from density_guidance.tests import tiny_models
-from density_guidance.tests.ways import STEERING, WAYS
+from density_guidance.testing import host_runs as h
+from density_guidance.testing import tiny_models
+from density_guidance.testing.ways import STEERING, WAYS
 
 ACCEPTED = [name for name in tiny_models.FAMILIES if name not in tiny_models.REFUSED]
 RUNS = [(name, dtype) for name in ACCEPTED for dtype in architectures.DTYPES]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from density_guidance.benchmarks import composability
 from density_guidance.launcher.environment import PACK
-from density_guidance.tests.ways import STEERING
+from density_guidance.testing.ways import STEERING
 
 
 METHODS = [pytest.param(name, marks=pytest.mark.skipif(

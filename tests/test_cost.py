@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from density_guidance.tests import host_runs as h
+from density_guidance.testing import host_runs as h
 from torch.profiler import ProfilerActivity, profile
 
 SHAPES = pytest.mark.parametrize("shape", [(1, 4, 128, 128), (4, 16, 128, 128)], ids=["1x4x128x128", "4x16x128x128"])

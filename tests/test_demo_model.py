@@ -4,9 +4,10 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from density_guidance.nodes import LoadDemoModel, demo_model
-from density_guidance.nodes.load_demo_model import ANY, CLASSES
-from density_guidance.tests import host_runs as h
+from density_guidance.nodes import LoadDemoModel
+from density_guidance.nodes.builtin import demo as demo_model
+from density_guidance.nodes.builtin_models import ANY, CLASSES
+from density_guidance.testing import host_runs as h
 
 STEPS, BATCH = 6, 2
 

@@ -8,11 +8,11 @@ import comfy.samplers
 import pytest
 import torch
 from density_guidance.dg_core import log_density as ld
-from density_guidance.dg_core import target_control
-from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.dg_core import target
+from density_guidance.dg_core.schedule import coordinates_of
 from density_guidance.nodes import DensityTargetSampler, DensityTrace, LogDensity
 from density_guidance.nodes import density_target as dt
-from density_guidance.tests import host_runs as h
+from density_guidance.testing import host_runs as h
 
 STEPS = 32
 LN2 = math.log(2)
@@ -206,12 +206,12 @@ class _Passes:
     def run(self, target=None, reference=None):
         end = torch.tensor(self._ends[self._count], dtype=torch.float64)
         self._count += 1
-        return target_control.Run(torch.full((len(end), 1), self._count - 1.0), {}, end, torch.zeros_like(end), None)
+        return target.Run(torch.full((len(end), 1), self._count - 1.0), {}, end, torch.zeros_like(end), None)
 
 
 def test_an_image_within_tolerance_is_left_alone():
     """Whether its neighbour needs another pass must not change it, though the pass may come nearer."""
-    reached = target_control.reach(
+    reached = target.reach(
         _Passes([0.0, 0.0], [0.9, 3.0], [1.0, 1.05]), lambda unguided: torch.ones_like(unguided), 0.2, 2)
     assert reached.x.flatten().tolist() == [1, 2] and reached.achieved.tolist() == [0.9, 1.05]
     assert reached.passes == 2

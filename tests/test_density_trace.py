@@ -7,12 +7,12 @@ import comfy.nested_tensor
 import comfy.samplers
 import pytest
 import torch
-from density_guidance.dg_core import jacobian
+from density_guidance.dg_core import divergence
 from density_guidance.dg_core import trace as run_trace
-from density_guidance.dg_core.coordinates import VE, coordinates_of
+from density_guidance.dg_core.schedule import VE, coordinates_of
 from density_guidance.nodes import DensityTargetSampler, DensityTrace
 from density_guidance.nodes import density_target as dt
-from density_guidance.tests import host_runs as h
+from density_guidance.testing import host_runs as h
 
 
 def traced(model, sampler, sigmas, batch=4, exact=False):
@@ -200,7 +200,7 @@ def test_a_trace_of_a_target_takes_no_extra_calls():
         traced(model, sampler, sigmas, 2, exact)
         calls.append(seen.calls - sum(calls))
     # Only the first run finds out how to take derivatives.
-    assert calls[0] - calls[1] == jacobian.TRIAL_CALLS
+    assert calls[0] - calls[1] == divergence.TRIAL_CALLS
 
 
 def test_numbers_that_json_has_not_are_null():

@@ -14,7 +14,7 @@ from density_guidance.benchmarks import (
 )
 from density_guidance.dg_core.variation import CORRECTIONS
 from density_guidance.launcher.environment import PACK
-from density_guidance.nodes.demo_model import WEIGHTS
+from density_guidance.nodes.builtin.demo import WEIGHTS
 
 
 def test_what_the_readme_shows_and_links_to_is_there():

@@ -6,7 +6,7 @@ import comfy.model_sampling
 import pytest
 import torch
 from density_guidance import nodes
-from density_guidance.tests import host_runs as h
+from density_guidance.testing import host_runs as h
 
 NAN = math.nan
 GUIDANCE = [

@@ -7,8 +7,8 @@ import pytest
 import scipy.fft
 import torch
 from density_guidance.dg_core.exact_density import ExactDensity
-from density_guidance.nodes import exact_model
-from density_guidance.tests import host_runs as h
+from density_guidance.nodes.builtin import exact
+from density_guidance.testing import host_runs as h
 
 EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
 
@@ -16,12 +16,12 @@ EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
 @pytest.fixture(scope="module")
 def small():
     """8 x 8 pictures: D = 192, so that dense matrices are cheap."""
-    return ExactDensity.load(exact_model.WEIGHTS, 8)
+    return ExactDensity.load(exact.WEIGHTS, 8)
 
 
 @pytest.fixture(scope="module")
 def density():
-    return ExactDensity.load(exact_model.WEIGHTS, h.SIZE)
+    return ExactDensity.load(exact.WEIGHTS, h.SIZE)
 
 
 def points(density, count, s):
@@ -115,7 +115,7 @@ def test_noise_levels_and_weights_go_with_their_image(small):
 @pytest.mark.parametrize("size, full", [(32, 64), (16, 32), (48, 64)])
 def test_a_smaller_size_is_the_exact_marginal(size, full):
     """The low DCT frequencies, in the units of the smaller picture: means, covariances and spectrum."""
-    small, large = (ExactDensity.load(exact_model.WEIGHTS, n) for n in (size, full))
+    small, large = (ExactDensity.load(exact.WEIGHTS, n) for n in (size, full))
     keep = torch.arange(3 * full**2).view(3, full, full)[:, :size, :size].flatten()
     unit = size / full
     torch.testing.assert_close(small.means, unit * large.means[:, keep])
@@ -155,7 +155,7 @@ def test_samples_visit_the_components_by_weight(small):
     (lambda d: d.log_prob(torch.zeros(3, 3, 8, 8), torch.ones(2)), ["s has shape (2,)"]),
     (lambda d: d.score(torch.zeros(1, 3, 8, 8), 1.0, torch.ones(1, 5)), ["weights has shape (1, 5)", "128"]),
     (lambda d: d.one_hot(128), ["component is 128", "127"]),
-    (lambda d: ExactDensity.load(exact_model.WEIGHTS, 100), ["size is 100", "64"]),
+    (lambda d: ExactDensity.load(exact.WEIGHTS, 100), ["size is 100", "64"]),
 ], ids=["y", "s", "weights", "component", "size"])
 def test_errors_name_what_is_wrong(small, call, words):
     with pytest.raises(ValueError) as error:
@@ -260,7 +260,7 @@ def test_previews_show_the_picture():
 
 
 def test_weights_are_small():
-    assert exact_model.WEIGHTS.stat().st_size < 25e6
+    assert exact.WEIGHTS.stat().st_size < 25e6
 
 
 @EVERY_KIND
@@ -288,6 +288,6 @@ def test_sampling_reaches_the_right_density(prediction):
     density, s = model.model.density, float(schedule[-1])
     s = s / (1 - s) if prediction == "flow" else s
     weights = density.one_hot(17)
-    bits = np.array(exact_model.read(model, samples, schedule, weights))
+    bits = np.array(exact.read(model, samples, schedule, weights))
     draws = density.bits_per_dim(density.sample(64, s, torch.Generator().manual_seed(4), weights), s, weights)
     assert abs(bits.mean() - draws.mean()) < 0.05

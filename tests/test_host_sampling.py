@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 import torch
 from comfy_extras.nodes_model_advanced import RescaleCFG
-from density_guidance.nodes import PriorGuidanceScale, exact_model
-from density_guidance.tests import host_runs as h
-from density_guidance.tests import tiny_models
+from density_guidance.nodes import PriorGuidanceScale
+from density_guidance.nodes.builtin import exact
+from density_guidance.testing import host_runs as h
+from density_guidance.testing import tiny_models
 
 SAMPLERS = comfy.samplers.SAMPLER_NAMES
 SINGLE_CALL = ["euler", "dpmpp_2m", "res_multistep", "er_sde"]  # one model call per step
@@ -40,8 +41,8 @@ def percent_to_sigma(prediction, percent):
     if prediction == "flow":
         t = 1 - percent
         return 3 * t / (1 + 2 * t)
-    return {0.0: 999999999.9, 1.0: 0.0}.get(percent, exact_model.SIGMA_MAX * (
-        exact_model.SIGMA_MIN / exact_model.SIGMA_MAX) ** percent)
+    return {0.0: 999999999.9, 1.0: 0.0}.get(percent, exact.SIGMA_MAX * (
+        exact.SIGMA_MIN / exact.SIGMA_MAX) ** percent)
 
 
 def guided_steps(prediction, sigmas, start=0.0, end=1.0):
@@ -629,6 +630,6 @@ def test_mixture_follows_the_quantile(prediction, steps):
     bits = []
     for quantile in (0.05, 0.3, 0.5, 0.7, 0.95):
         samples = h.picture(model, h.guided_sampler(quantile), schedule, h.empty_latent(64), noise=noise)
-        bits.append(exact_model.read(model, samples, schedule))
+        bits.append(exact.read(model, samples, schedule))
     falling = (np.diff(bits, axis=0) < 0).all(axis=0)
     assert falling.mean() >= 0.9, f"{falling.sum()} of 64 seeds"

@@ -6,11 +6,12 @@ import comfy.model_management
 import pytest
 import torch
 from density_guidance.dg_core import log_density as ld
-from density_guidance.dg_core.coordinates import VE, coordinates_of
-from density_guidance.nodes import LogDensity, guider_run
+from density_guidance.dg_core.schedule import VE, coordinates_of
+from density_guidance.nodes import LogDensity
+from density_guidance.nodes.host import model_access
 from density_guidance.nodes import log_density as node
-from density_guidance.tests import host_runs as h
-from density_guidance.tests import networks
+from density_guidance.testing import host_runs as h
+from density_guidance.testing import networks
 
 FLOOR = {"eps": 0.1, "v": 0.1, "flow": 0.05}
 
@@ -45,7 +46,7 @@ def exact_readout(prediction, latent, steps, size=h.SIZE):
     guider = guider_of(model)
     levels = node.levels_of(guider, latent["samples"], FLOOR[prediction], steps)
     with torch.inference_mode():
-        return guider_run.run_in_guider(
+        return model_access.run_in_guider(
             guider, latent["samples"],
             lambda m: ld.read_log_density(exact_look(m, model.model.density), m.predict, m.x, levels, m.coordinates),
             steps, [m_sigma(prediction, s) for s in reversed(levels)])
@@ -187,7 +188,7 @@ def test_narrow_networks_read_nearly_the_same(unet_readout, dtype, bound):
 def test_methods_read_the_same(monkeypatch, unet_readout):
     forward, how = unet_readout(torch.float32)
     assert "forward-mode" in how[0]
-    monkeypatch.setattr(guider_run.jacobian, "method_of", lambda *_: ("differences", "two-sided differences: as asked"))
+    monkeypatch.setattr(model_access.jacobian, "method_of", lambda *_: ("differences", "two-sided differences: as asked"))
     differences, how = unet_readout(torch.float32)
     assert "differences" in how[0]
     traces = torch.stack(forward.traces)
@@ -197,7 +198,7 @@ def test_methods_read_the_same(monkeypatch, unet_readout):
 
 def test_the_method_is_found_out_once(monkeypatch):
     tries = []
-    monkeypatch.setattr(guider_run.jacobian, "method_of", lambda *_: tries.append(1) or ("forward", "said"))
+    monkeypatch.setattr(model_access.jacobian, "method_of", lambda *_: tries.append(1) or ("forward", "said"))
     guider = guider_of(networks.unet(), networks.unet_conditioning())
     latent = {"samples": torch.ones(1, 4, 16, 16)}
     reports = [h.outputs(LogDensity, guider, latent, 2, 1, 0, 0.05)[1] for _ in range(2)]
@@ -207,7 +208,7 @@ def test_the_method_is_found_out_once(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_calls_that_are_told_are_those_that_come(monkeypatch, dtype):
     totals = []
-    monkeypatch.setattr(guider_run.latent_preview, "prepare_callback",
+    monkeypatch.setattr(model_access.latent_preview, "prepare_callback",
                         lambda *_: lambda i, x0, x, total: totals.append((i, total)))
     guider = guider_of(networks.unet(dtype), networks.unet_conditioning())
     for _ in range(2):  # without and with knowledge of the method

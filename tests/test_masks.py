@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from density_guidance.dg_core import guidance
-from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.dg_core import control
+from density_guidance.dg_core.schedule import coordinates_of
 from density_guidance.dg_core.units import quantile_to_z
-from density_guidance.nodes import exact_model
-from density_guidance.tests import host_runs as h
-from density_guidance.tests import steering, tiny_models
+from density_guidance.nodes.builtin import exact
+from density_guidance.testing import host_runs as h
+from density_guidance.testing import steering, tiny_models
 
 KINDS = pytest.mark.parametrize("prediction", h.PREDICTIONS)
 NODES = pytest.mark.parametrize("node", ["sampler", "model"])
@@ -162,7 +162,7 @@ def shift_over_predicted(prediction, quantile, sampler, steps=40, **more):
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, steps)[:-1]
     latent, positive = h.empty_latent(4), h.conditioning(prediction, 5)
-    log_range = guidance.guided_range(sigmas.tolist(),
+    log_range = control.guided_range(sigmas.tolist(),
                                       coordinates_of(model.get_model_object("model_sampling"))).log_range
     mask = more.get("mask")
     samples = latent["samples"]
@@ -171,10 +171,10 @@ def shift_over_predicted(prediction, quantile, sampler, steps=40, **more):
 
     def nats(q):
         picture = h.picture(model, h.guided_sampler(q, sampler=sampler, **more), sigmas, latent, positive=positive)
-        bits = torch.tensor(exact_model.read(model, picture, sigmas, weights))
+        bits = torch.tensor(exact.read(model, picture, sigmas, weights))
         return -bits * math.log(2) * latent["samples"][0].numel()
 
-    predicted = guidance.predicted_shift(quantile_to_z(quantile), dim, log_range)
+    predicted = control.predicted_shift(quantile_to_z(quantile), dim, log_range)
     return float((nats(quantile) - nats(0.5)).mean()) / predicted
 
 

@@ -5,11 +5,12 @@ import math
 import comfy.samplers
 import pytest
 import torch
-from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
-from density_guidance.dg_core import guidance
-from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.testing.gaussian_oracle import GaussianOracle
+from density_guidance.dg_core import control
+from density_guidance.dg_core.schedule import coordinates_of
 from density_guidance.dg_core.units import quantile_to_z
-from density_guidance.nodes import DensityGuidanceSampler, LoadExactDensityModel, exact_model
+from density_guidance.nodes import DensityGuidanceSampler, LoadExactDensityModel
+from density_guidance.nodes.builtin import exact
 
 COMPONENT = 5
 SCHEDULERS = ["karras", "exponential", "normal", "simple"]
@@ -92,8 +93,8 @@ def test_shift_is_the_predicted_one_at_20_steps(run, oracle, scheduler, quantile
     _, _, y_neutral = run(own_solver(0.5), scheduler, 20)
     s = coordinates.s(schedule[-2])
     measured = oracle.log_prob(oracle.coefficients(y), s) - oracle.log_prob(oracle.coefficients(y_neutral), s)
-    log_range = guidance.guided_range(schedule, coordinates).log_range
-    predicted = guidance.predicted_shift(quantile_to_z(quantile), oracle.dim, log_range)
+    log_range = control.guided_range(schedule, coordinates).log_range
+    predicted = control.predicted_shift(quantile_to_z(quantile), oracle.dim, log_range)
     assert measured == pytest.approx(predicted, rel=0.02)
 
 
@@ -108,7 +109,7 @@ def change_of_bits(prediction, size, detail_shift, steps, sampler=None):
         guider.set_conds(conditioning, conditioning)
         guided = DensityGuidanceSampler.execute(0.5, shift, 0.0, 1.0, inner)[0]
         y = guider.sample(noise(latent), latent["samples"], guided, sigmas, seed=1, disable_pbar=True)
-        bits.append(torch.tensor(exact_model.read(model, y, sigmas, model.model.density.one_hot(COMPONENT))))
+        bits.append(torch.tensor(exact.read(model, y, sigmas, model.model.density.one_hot(COMPONENT))))
     return (bits[1] - bits[0]).tolist()
 
 
@@ -125,4 +126,4 @@ def test_detail_shift_means_the_same_at_every_size(prediction, detail_shift, siz
 def test_unreachable_smoothing_ends_at_the_limit(prediction, detail_shift, sampler, tolerance, caplog):
     change = change_of_bits(prediction, "32", detail_shift, 32, sampler)
     assert "the most that can be reached" in caplog.text
-    assert change == pytest.approx([guidance.SMOOTHEST] * 2, abs=tolerance)
+    assert change == pytest.approx([control.SMOOTHEST] * 2, abs=tolerance)

@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 from comfy_extras.nodes_custom_sampler import DisableNoise
 from density_guidance.nodes import PriorGuidanceModel, PriorGuidanceScale
-from density_guidance.tests import host_runs as h
+from density_guidance.testing import host_runs as h
 
 EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
 

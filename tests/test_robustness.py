@@ -14,8 +14,8 @@ from density_guidance.benchmarks import long_queue, robustness
 from density_guidance.launcher.client import WorkflowError
 from density_guidance.launcher.environment import PACK
 from density_guidance.launcher.host import running_host
-from density_guidance.tests import host_runs as h
-from density_guidance.tests import steering
+from density_guidance.testing import host_runs as h
+from density_guidance.testing import steering
 from density_guidance.tests.test_workflows import results_of, small_run
 
 EXAMPLES = 500

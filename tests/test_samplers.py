@@ -10,8 +10,8 @@ import pytest
 import torch
 from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
 from density_guidance.launcher.environment import PACK
-from density_guidance.nodes.guided_run import advice
-from density_guidance.tests import host_runs as h
+from density_guidance.nodes.host.steering import advice
+from density_guidance.testing import host_runs as h
 
 SAMPLERS = comfy.samplers.SAMPLER_NAMES
 STEPS = 4

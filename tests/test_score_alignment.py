@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from density_guidance.dg_core import alignment, jacobian
-from density_guidance.dg_core.coordinates import FLOW, VE
-from density_guidance.dg_core.guidance import GuidedRange
+from density_guidance.dg_core import alignment, divergence
+from density_guidance.dg_core.schedule import FLOW, VE
+from density_guidance.dg_core.control import GuidedRange
 from density_guidance.dg_core.levels import noise_levels
 from density_guidance.dg_core.solver import solve
-from density_guidance.tests.mixtures import Mixture
+from density_guidance.testing.mixtures import Mixture
 
 S_START, S_END = 40.0, 0.05
 COORDINATES = pytest.mark.parametrize("coordinates", [VE, FLOW], ids=lambda c: c.name)
@@ -27,13 +27,13 @@ def start(count, dim, coordinates, generator):
     return noise, noise * (math.hypot(1, S_START) if coordinates is VE else 1)
 
 
-def check(mixture, x, sigmas, coordinates, probes=None, method=jacobian.FORWARD):
+def check(mixture, x, sigmas, coordinates, probes=None, method=divergence.FORWARD):
     """The `Profile` of a whole schedule. probes(shape) -> list of probes, for the way without the score."""
     def differentiate(x, sigma, tangent):
         predict = lambda x: mixture.denoised(x, sigma, coordinates)
         if probes is None:
-            return *jacobian.directional_derivative(predict, x, tangent, method), None
-        return jacobian.trace_derivative(predict, x, tangent, lambda _: probes(x), method)
+            return *divergence.directional_derivative(predict, x, tangent, method), None
+        return divergence.trace_derivative(predict, x, tangent, lambda _: probes(x), method)
 
     return alignment.trace_alignment(differentiate, None, x, -x, sigmas, coordinates, len(sigmas) - 1)[1]
 
@@ -212,8 +212,8 @@ def test_samples_do_not_depend_on_the_stop():
         calls.append(sigma)
         return mixture.denoised(x, sigma, FLOW)
 
-    differentiate = lambda x, sigma, w: (*jacobian.directional_derivative(
-        lambda x: mixture.denoised(x, sigma, FLOW), x, w, jacobian.FORWARD), None)
+    differentiate = lambda x, sigma, w: (*divergence.directional_derivative(
+        lambda x: mixture.denoised(x, sigma, FLOW), x, w, divergence.FORWARD), None)
     ends = [alignment.trace_alignment(differentiate, predict, x, -x, sigmas, FLOW, stop)[0] for stop in (4, 11)]
     assert calls == sigmas[5:12]
     assert torch.equal(*ends)
@@ -230,7 +230,7 @@ def in_parts(mixture, y, s):
     return torch.cat([mixture.denoised(part.double(), s, VE) for part in y.split(len(mixture.means))]).to(y.dtype)
 
 
-@pytest.mark.parametrize("method", jacobian.METHODS)
+@pytest.mark.parametrize("method", divergence.METHODS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-4), (torch.float32, 0.02)])
 def test_trace_derivative(method, dtype, tolerance):
     """Against differences of the exact trace, in float64."""
@@ -248,9 +248,9 @@ def test_trace_derivative(method, dtype, tolerance):
 
     h = 1e-4
     exact = (8 * (trace(y + h * v) - trace(y - h * v)) - trace(y + 2 * h * v) + trace(y - 2 * h * v)) / (12 * h)
-    steps = jacobian.trace_steps(y, v, torch.float32, method, s)
+    steps = divergence.trace_steps(y, v, torch.float32, method, s)
     scale = 1e-1 if dtype is torch.float64 else 1
-    value, slope, found = jacobian.trace_derivative(
+    value, slope, found = divergence.trace_derivative(
         predict, y.to(dtype), v.to(dtype), lambda _: [p.to(dtype) for p in basis(y)], method,
         tuple(scale * a for a in steps))
     torch.testing.assert_close(value.double(), predict(y), rtol=1e-5, atol=1e-5)
@@ -267,12 +267,12 @@ def test_steps_lie_between_rounding_and_bending():
     y, v = (k * torch.randn(64, 4, dtype=torch.float64, generator=generator) for k in (1.5, 1.0))
 
     def run(dtype, factor, method):
-        steps = tuple(factor * a.to(dtype) for a in jacobian.trace_steps(y, v, torch.float32, method, s))
-        return jacobian.trace_derivative(
+        steps = tuple(factor * a.to(dtype) for a in divergence.trace_steps(y, v, torch.float32, method, s))
+        return divergence.trace_derivative(
             lambda y: in_parts(mixture, y, s), y.to(dtype), v.to(dtype),
             lambda _: [p.to(dtype) for p in basis(y)], method, steps)[2].double()
 
-    for method in jacobian.METHODS:
+    for method in divergence.METHODS:
         exact = run(torch.float64, 0.02, method)
         errors = [float((run(torch.float32, k, method) - exact).norm() / exact.norm()) for k in (1 / 64, 1, 64)]
         print(method, errors)
@@ -286,7 +286,7 @@ def test_stratified_probes_leave_every_trace_as_it_is():
     matrix = torch.randn(dim, dim, dtype=torch.float64, generator=generator)
     patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * (dim + 2))
     directions = 3 * torch.randn(2, dim, dtype=torch.float64, generator=generator)
-    probes = jacobian.stratified(
+    probes = divergence.stratified(
         patterns[:, :dim], [d.expand(len(patterns), dim) for d in directions], [patterns[:, dim], patterns[:, dim + 1]])
     values = torch.einsum("bi,ij,bj->b", probes, matrix, probes)
     assert float(values.mean()) == pytest.approx(float(matrix.trace()), rel=1e-12)
@@ -298,14 +298,14 @@ def test_stratified_probes_leave_every_trace_as_it_is():
 
 
 def test_stratified_along_nothing_is_the_probe():
-    probe = jacobian.rademacher(torch.zeros(2, 5), 0, 0)
-    assert torch.equal(jacobian.stratified(probe, [torch.zeros(2, 5)], [torch.zeros(2)]), probe)
+    probe = divergence.rademacher(torch.zeros(2, 5), 0, 0)
+    assert torch.equal(divergence.stratified(probe, [torch.zeros(2, 5)], [torch.zeros(2)]), probe)
 
 
 def test_signs_belong_to_the_image():
     x = torch.zeros(3, 4)
-    signs = jacobian.random_signs(5, 2, 0, None, x)
-    assert torch.equal(signs[2:], jacobian.random_signs(5, 2, 0, [2], x[:1])) and set(signs.tolist()) <= {-1.0, 1.0}
-    many = torch.cat([jacobian.random_signs(5, call, place, None, x) for call in range(100) for place in range(2)])
-    first = torch.cat([jacobian.rademacher(x, 5, call)[:, 0] for call in range(200)])
+    signs = divergence.random_signs(5, 2, 0, None, x)
+    assert torch.equal(signs[2:], divergence.random_signs(5, 2, 0, [2], x[:1])) and set(signs.tolist()) <= {-1.0, 1.0}
+    many = torch.cat([divergence.random_signs(5, call, place, None, x) for call in range(100) for place in range(2)])
+    first = torch.cat([divergence.rademacher(x, 5, call)[:, 0] for call in range(200)])
     assert abs(float(many.mean())) < 4 / 600**0.5 and abs(float((many * first).mean())) < 4 / 600**0.5

@@ -11,8 +11,9 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
-from density_guidance.benchmarks.gaussian_oracle import GaussianOracle
-from density_guidance.dg_core.coordinates import coordinates_of
+from density_guidance.testing.gaussian_oracle import GaussianOracle
+from density_guidance.dg_core.schedule import coordinates_of
+from density_guidance.nodes.builtin import exact
 from density_guidance.nodes import (
     DensityGuidanceSampler,
     LogDensity,
@@ -20,13 +21,12 @@ from density_guidance.nodes import (
     PriorGuidanceScale,
     ScoreAlignmentCheck,
     StochasticDetailVariation,
-    exact_model,
     guider_run,
     plots,
 )
 from density_guidance.nodes.score_alignment import CheckSettings, examine
-from density_guidance.tests import host_runs as h
-from density_guidance.tests import networks
+from density_guidance.testing import host_runs as h
+from density_guidance.testing import networks
 from density_guidance.tests.test_errors import fails
 from torch.autograd import forward_ad
 
@@ -109,7 +109,7 @@ def test_response_and_scale_against_the_exact_density(prediction):
     def bits(scale):
         noise = h.outputs(PriorGuidanceScale, h.random_noise(), 0.5, scale, False)[0]
         latent = h.sample(model, h.guided_sampler(), fine, h.empty_latent(batch), noise=noise)[0]
-        return torch.tensor(exact_model.read(model, latent["samples"], fine), dtype=torch.float64)
+        return torch.tensor(exact.read(model, latent["samples"], fine), dtype=torch.float64)
 
     *_, scale, response = check(model, steps=steps, batch=batch, detail_shift=0.05)
     plain, measured = bits(1.0), bits(1.005) - bits(0.995)

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from density_guidance.dg_core import guidance, solver
-from density_guidance.dg_core.coordinates import FLOW, VE
-from density_guidance.tests.gaussians import gaussian, geometric
+from density_guidance.dg_core import control, solver
+from density_guidance.dg_core.schedule import FLOW, VE
+from density_guidance.testing.gaussians import gaussian, geometric
 from scipy.integrate import solve_ivp
 
 DIM = 64
@@ -16,7 +16,7 @@ POINT7 = torch.tensor(0.7, dtype=torch.float64)
 
 def run(variance, coordinates, sigmas, z, noise):
     model, calls = gaussian(variance, coordinates)
-    guided = guidance.guided_range(sigmas, coordinates)
+    guided = control.guided_range(sigmas, coordinates)
     x = solver.solve(model, noise * sigmas[0], sigmas, coordinates, guided, z, noise[0].numel())
     assert calls == list(dict.fromkeys(sigmas[:-1]))
     return x
@@ -95,7 +95,7 @@ def test_flow_from_pure_noise(noise):
 
 def test_last_step_to_zero_is_the_denoised_prediction(noise):
     model, _ = gaussian(torch.tensor(0.5, dtype=torch.float64), VE)
-    guided = guidance.guided_range([2.0, 0.0], VE)
+    guided = control.guided_range([2.0, 0.0], VE)
     assert guided.log_range == 0
     assert torch.equal(solver.solve(model, noise, [2.0, 0.0], VE, guided, -1.0, DIM), model(noise, 2.0))
 
@@ -120,7 +120,7 @@ def test_mask_guides_the_region_only(noise):
     mask = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
     mask[..., :2] = 1
     model, _ = gaussian(POINT7, VE)
-    guided = guidance.guided_range(s, VE)
+    guided = control.guided_range(s, VE)
     x = solver.solve(model, noise * s[0], s, VE, guided, -1.0, torch.full((2,), DIM / 2, dtype=torch.float64), mask)
     plain = run(POINT7, VE, s, 0.0, noise)
     half = run(POINT7, VE, s, -1.0, noise[..., :2].contiguous())

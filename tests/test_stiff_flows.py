@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 import torch
 from density_guidance.dg_core import variation
-from density_guidance.tests import host_runs as h
+from density_guidance.testing import host_runs as h
 from density_guidance.tests.test_stochastic_variation import EVERY_CORRECTION, varied
 
 # prediction, scheduler and steps at which high orders are unstable, but the host's first-order samplers are not

@@ -9,10 +9,11 @@ import comfy.sampler_helpers
 import numpy as np
 import pytest
 import torch
-from density_guidance.benchmarks.euler_maruyama import fine_details_change
+from density_guidance.testing.euler_maruyama import fine_details_change
 from density_guidance.dg_core.variation import CORRECTIONS
-from density_guidance.nodes import StochasticDetailVariation, VariationGrid, exact_model
-from density_guidance.tests import host_runs as h
+from density_guidance.nodes import StochasticDetailVariation, VariationGrid
+from density_guidance.nodes.builtin import exact
+from density_guidance.testing import host_runs as h
 from density_guidance.tests.test_masks import resized, soft_disc
 from density_guidance.tests.test_samplers import noise_of_a_pattern
 
@@ -39,7 +40,7 @@ def schedule(model, to_zero=False):
 
 
 def nats_per_dim(model, samples, sigmas):
-    return -math.log(2) * np.array(exact_model.read(model, samples, sigmas))
+    return -math.log(2) * np.array(exact.read(model, samples, sigmas))
 
 
 @lru_cache

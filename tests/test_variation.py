@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from density_guidance.dg_core import guidance, solver
-from density_guidance.dg_core.coordinates import FLOW, VE
+from density_guidance.dg_core import control, solver
+from density_guidance.dg_core.schedule import FLOW, VE
 from density_guidance.dg_core.variation import (
     CORRECTIONS,
     ImageNoise,
@@ -16,7 +16,7 @@ from density_guidance.dg_core.variation import (
     inner,
     level_set_step,
 )
-from density_guidance.tests.gaussians import gaussian, geometric
+from density_guidance.testing.gaussians import gaussian, geometric
 
 EVERY_CORRECTION = pytest.mark.parametrize("correction", CORRECTIONS)
 SHAPE = (4, 4, 4)
@@ -35,10 +35,10 @@ def run(sigmas, variance, strength=1.0, correction="expected", coordinates=VE, z
         window=(1e9, 0)):
     """(state at the last sigma, calls)."""
     model, calls = gaussian(variance, coordinates)
-    steps = guidance.guided_range(sigmas, coordinates, *window)
+    steps = control.guided_range(sigmas, coordinates, *window)
     variation = strength and Variation(steps, strength, ImageNoise(3, range(IMAGES)), correction, probes)
     dim = DIM if mask is None else float(mask.sum())
-    x = solver.solve(model, start() * sigmas[0], sigmas, coordinates, guidance.guided_range(sigmas, coordinates), z,
+    x = solver.solve(model, start() * sigmas[0], sigmas, coordinates, control.guided_range(sigmas, coordinates), z,
                      dim, mask, variation=variation or None)
     return x, calls
 
@@ -159,9 +159,9 @@ def test_mask_keeps_the_noise_inside(correction):
 def test_nothing_to_add_is_the_plain_solver(strength, window, correction):
     s = [*geometric(5.0, 0.1, 12), 0.0]
     variance = torch.logspace(-1, 1, DIM, dtype=torch.float64).view(1, *SHAPE)
-    steps = guidance.guided_range(s, VE, *window)
+    steps = control.guided_range(s, VE, *window)
     model, calls = gaussian(variance, VE)
-    guided = guidance.guided_range(s, VE)
+    guided = control.guided_range(s, VE)
     variation = Variation(steps, strength, ImageNoise(3, range(IMAGES)), correction)
     x = solver.solve(model, start() * s[0], s, VE, guided, -0.3, DIM, variation=variation)
     plain, plain_calls = run(s, variance, 0.0, z=-0.3)
@@ -185,7 +185,7 @@ def test_model_calls(correction, probes, extra):
 
 def test_levels():
     sigmas = [8.0, 4.0, 2.0, 1.0, 0.5, 0.0]
-    steps = guidance.guided_range(sigmas, VE)
+    steps = control.guided_range(sigmas, VE)
 
     def levels(step, *args):
         return Variation(steps, *args).levels(sigmas, step, VE)

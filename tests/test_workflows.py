@@ -12,7 +12,8 @@ import pytest
 import torch
 from density_guidance.dg_core.exact_density import ExactDensity
 from density_guidance.launcher.client import WorkflowInterrupted, node_outputs
-from density_guidance.nodes import NODES, exact_model
+from density_guidance.nodes import NODES
+from density_guidance.nodes.builtin import exact
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -136,7 +137,7 @@ def test_template_runs(name, server):
     assert saved and all(path.stat().st_size > 0 for path in saved)
 
 
-@pytest.mark.parametrize("prediction", exact_model.PREDICTIONS)
+@pytest.mark.parametrize("prediction", exact.PREDICTIONS)
 def test_measured_change_of_detail_sweep_is_the_asked_for_one(prediction, server):
     """From the node's table, and again from the latents with nothing but dg_core."""
     workflow = api_workflow("detail_sweep")
@@ -166,7 +167,7 @@ def last_noise_level(prediction, steps):
     """s where the sweep ends: the last sigma above 0 of the host's `simple` schedule, in VE coordinates."""
     import comfy.samplers
 
-    sampling = exact_model.PREDICTIONS[prediction][1]()
+    sampling = exact.PREDICTIONS[prediction][1]()
     sigma = float(comfy.samplers.calculate_sigmas(sampling, "simple", steps)[-2])
     return sigma / (1 - sigma) if prediction == "flow" else sigma
 
@@ -175,8 +176,8 @@ def exact_bits(samples, s):
     """Bits per dimension of pictures in [-1, 1] plus noise; a linear scaling of them is undone as the file says."""
     from safetensors import safe_open
 
-    density = ExactDensity.load(exact_model.WEIGHTS, samples.shape[-1])
-    with safe_open(exact_model.WEIGHTS, "pt") as file:
+    density = ExactDensity.load(exact.WEIGHTS, samples.shape[-1])
+    with safe_open(exact.WEIGHTS, "pt") as file:
         shift, scale = file.get_tensor("shift").double(), float(file.get_tensor("scale"))
     return density.bits_per_dim((samples.double() - shift.view(1, -1, 1, 1)) * scale, s).numpy()
 

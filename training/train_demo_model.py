@@ -27,7 +27,7 @@ from launcher import in_process
 
 in_process.import_host()
 in_process.import_pack()
-from density_guidance.nodes import demo_model
+from density_guidance.nodes.builtin import demo
 from density_guidance.training.demo_pictures import CLASSES, Pictures
 
 CONFIGS = {
@@ -59,10 +59,10 @@ class Trainer:
     def __init__(self, config, classes, device):
         torch.manual_seed(0)
         self.config, self.device, self.step = config, device, 0
-        self.host_model = demo_model.network(config["size"]).to(device)
+        self.host_model = demo.network(config["size"]).to(device)
         self.unet = self.host_model.diffusion_model.train().requires_grad_(True)
         initialise(self.unet)
-        self.context = torch.nn.Parameter(torch.randn(classes + 1, demo_model.CONTEXT_DIM, device=device))
+        self.context = torch.nn.Parameter(torch.randn(classes + 1, demo.CONTEXT_DIM, device=device))
         self.parameters = [*self.unet.parameters(), self.context]
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimiser = torch.optim.AdamW(self.parameters, betas=(0.9, 0.99), weight_decay=0.01)
@@ -84,8 +84,8 @@ class Trainer:
         return (out.float() - (noise - s * latents) / radius).square().flatten(1).mean(1)
 
     def draw(self, pictures, count, generator):
-        drawn, kinds = pictures.draw(count, demo_model.SIZE, generator)
-        latents = drawn * demo_model.SCALE
+        drawn, kinds = pictures.draw(count, demo.SIZE, generator)
+        latents = drawn * demo.SCALE
         noise = torch.randn(latents.shape, generator=generator)
         uniform = (torch.rand(1, generator=generator) + torch.arange(count) / count) % 1  # stratified
         return [t.to(self.device) for t in (latents, kinds, noise, self.levels(uniform))]
@@ -156,7 +156,7 @@ def export(trainer, classes):
     tensors = {name: value.half().contiguous().cpu() for name, value in {**unet, "context": context}.items()}
     metadata = {"size": trainer.config["size"], "classes": json.dumps(classes), "script": "training/train_demo_model.py",
                 "data": "ground textures of 0 A.D., Copyright Wildfire Games, CC BY-SA 3.0"}
-    write_atomically(lambda path: save_file(tensors, path, metadata), demo_model.WEIGHTS)
+    write_atomically(lambda path: save_file(tensors, path, metadata), demo.WEIGHTS)
 
 
 def main():
@@ -205,7 +205,7 @@ def main():
     save()
     export(trainer, list(CLASSES))
     write_atomically(lambda path: path.write_text(json.dumps(record, indent=1) + "\n"), RECORD)
-    print(f"{demo_model.WEIGHTS.name}: {trainer.step} steps, loss {record['loss'][-1][1]:.4f}")
+    print(f"{demo.WEIGHTS.name}: {trainer.step} steps, loss {record['loss'][-1][1]:.4f}")
 
 
 if __name__ == "__main__":

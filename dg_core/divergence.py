@@ -1,7 +1,7 @@
 """Directional derivatives of a denoiser, and the divergence of eps from them.
 
 symbol      name          definition
-Dhat        -             d denoised / d y, the Jacobian of the denoiser in VE coordinates (see `coordinates`)
+Dhat        -             d denoised / d y, the Jacobian of the denoiser in VE coordinates (see `schedule`)
 J           -             d eps / d y = (I - Dhat) / s
 v           probe         a Rademacher vector: independent signs, so <v, v> = D and E <v, A v> = tr A
 
@@ -17,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .coordinates import per_image
+from .schedule import per_image
 from .statistics import compute_dtype, inner, squared_norm
 
 FORWARD, DIFFERENCES = "forward", "differences"

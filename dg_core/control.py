@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .coordinates import per_image
 from .statistics import compute_dtype, squared_norm
 from .units import bits_per_dim_to_nats, quantile_to_z
 

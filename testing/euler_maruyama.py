@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from ..dg_core import guidance, solver
-from ..dg_core.coordinates import coordinates_of
+from ..dg_core import control, solver
+from ..dg_core.schedule import coordinates_of
 from ..dg_core.variation import inner
 from ..nodes.stochastic_variation import WINDOWS
 
@@ -38,7 +38,7 @@ def fine_details_change(model, sigmas, strength, calls, variations):
     density, sampling = model.model.density, model.get_model_object("model_sampling")
     coordinates = coordinates_of(sampling)
     high, low = (sampling.percent_to_sigma(p) for p in WINDOWS["fine details"][coordinates.slope])
-    first = guidance.guided_range(sigmas, coordinates, high, low).first
+    first = control.guided_range(sigmas, coordinates, high, low).first
     noise = torch.randn(1, 3, density.size, density.size, dtype=torch.float64,
                         generator=torch.Generator().manual_seed(5))
 
@@ -47,7 +47,7 @@ def fine_details_change(model, sigmas, strength, calls, variations):
         return density.denoised(x / alpha, sigma / alpha)
 
     def solve(x, sigmas):
-        return solver.solve(predict, x, sigmas, coordinates, guidance.guided_range(sigmas, coordinates))
+        return solver.solve(predict, x, sigmas, coordinates, control.guided_range(sigmas, coordinates))
 
     s = [coordinates.s(v) for v in sigmas[first:]]
     places = np.linspace(0, len(s) - 1, calls - first + 1)

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import torch
 
-from ..dg_core import guidance
+from ...dg_core import control
 
 SIZE = (7.0, 4.5)  # inches
 CURVE_SIZE = (3.6, 2.4)  # inches; shown in a node
@@ -53,7 +53,7 @@ def curves_image(panels, x_label, x, labels=None):
 
 def curve_image(curve):
     """The plot of a strength curve, its numbers as the user gave them: an IMAGE (1, H, W, 3). See `figure_image`."""
-    values = guidance.strength_curve(curve if len(curve) > 1 else curve * 2)
+    values = control.strength_curve(curve if len(curve) > 1 else curve * 2)
 
     def draw(figure):
         axis = figure.subplots()

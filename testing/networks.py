@@ -4,7 +4,7 @@ import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import torch
-from density_guidance.tests import host_runs as h
+from density_guidance.testing import host_runs as h
 
 CONTEXT = 16
 _UNET = {

@@ -5,8 +5,8 @@ import math
 import pytest
 import scipy.stats
 import torch
-from density_guidance.dg_core import guidance, units
-from density_guidance.dg_core.coordinates import FLOW, VE, eps_from_denoised, log_snr, score_from_eps
+from density_guidance.dg_core import control, units
+from density_guidance.dg_core.schedule import FLOW, VE, eps_from_denoised, log_snr, score_from_eps
 from density_guidance.dg_core.statistics import dimension, squared_norm
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,7 +64,7 @@ def test_log_snr_of_a_float_and_a_tensor():
     (0.4, 0.0, 0, 0),
 ])
 def test_guided_range_in_ve(high, low, first, last):
-    r = guidance.guided_range(SCHEDULE, VE, high, low)
+    r = control.guided_range(SCHEDULE, VE, high, low)
     assert (r.first, r.last) == (first, last)
     if last:
         assert (r.s_start, r.s_end) == (SCHEDULE[first], SCHEDULE[last])
@@ -74,14 +74,14 @@ def test_guided_range_in_ve(high, low, first, last):
 
 
 def test_guided_range_of_a_flow_starts_below_pure_noise():
-    r = guidance.guided_range([1.0, 0.8, 0.5, 0.0], FLOW)
+    r = control.guided_range([1.0, 0.8, 0.5, 0.0], FLOW)
     assert (r.first, r.last, r.s_start, r.s_end) == (1, 2, pytest.approx(4), pytest.approx(1))
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 2.0], [math.nan, 0.0], [math.inf, 1.0], [1.0, -1.0]])
 def test_bad_schedule_is_named(sigmas):
     with pytest.raises(ValueError, match="sigmas are"):
-        guidance.guided_range(sigmas, VE)
+        control.guided_range(sigmas, VE)
 
 
 @given(st.floats(-2, 2), st.integers(10, 10**6), st.floats(0.5, 9))
@@ -89,10 +89,10 @@ def test_detail_shift_is_what_is_predicted(shift, dim, log_range):
     """z of a wanted shift, put back into the predicted shift, is the wanted one in bits per dimension."""
     if abs(shift) > log_range / math.log(2):
         with pytest.raises(ValueError, match=f"detail_shift is {shift}"):
-            guidance.z_value(0.5, shift, dim, log_range)
+            control.z_value(0.5, shift, dim, log_range)
         return
-    z = guidance.z_value(0.5, shift, dim, log_range)
-    predicted = guidance.predicted_shift(z, dim, log_range)
+    z = control.z_value(0.5, shift, dim, log_range)
+    predicted = control.predicted_shift(z, dim, log_range)
     assert units.nats_to_bits_per_dim(predicted, dim) == pytest.approx(shift, abs=1e-9)
 
 
@@ -119,7 +119,7 @@ def test_guided_prediction_moves_euler_along_eta_eps(coordinates, sigma):
     x, denoised = (torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=g) for _ in range(2))
     schedule = [sigma, 0.5 * sigma, 0.25 * sigma]
     z, dim, next_sigma = -1.3, x[0].numel(), schedule[1]
-    guide = guidance.PredictionGuide(coordinates, z, dim, guidance.guided_range(schedule, coordinates))
+    guide = control.PredictionGuide(coordinates, z, dim, control.guided_range(schedule, coordinates))
     guided = guide(x, denoised, torch.full((2,), sigma, dtype=torch.float64))
     stepped = x + (x - guided) / sigma * (next_sigma - sigma)
     alpha, s = 1 - coordinates.slope * sigma, sigma / (1 - coordinates.slope * sigma)
@@ -137,11 +137,11 @@ def test_on_a_cpu_and_elsewhere_the_guided_prediction_is_the_same(coordinates, c
     """On a CPU images are guided one by one, with floats; on a device, and with weights, all at once, with tensors."""
     x, denoised = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(10)).unbind()
     *_, low = changed
-    guided = guidance.guided_range([*changed, 0.05], coordinates, sigma_low=low)
+    guided = control.guided_range([*changed, 0.05], coordinates, sigma_low=low)
     for sigma, expected in changed.items():
         denoised[1] = x[1] / max(1 - coordinates.slope * sigma, 0.01)  # eps = 0
         one_by_one, at_once = (
-            guidance.PredictionGuide(coordinates, z, 256, guided, weights)(x, denoised, torch.full((3,), sigma))
+            control.PredictionGuide(coordinates, z, 256, guided, weights)(x, denoised, torch.full((3,), sigma))
             for weights in (None, torch.ones(1, 1, 1, 1)))
         assert torch.allclose(one_by_one, at_once, rtol=1e-6, atol=1e-6)
         assert torch.allclose(one_by_one[1], denoised[1])
@@ -151,22 +151,22 @@ def test_on_a_cpu_and_elsewhere_the_guided_prediction_is_the_same(coordinates, c
 @pytest.mark.parametrize("weights", [None, torch.ones(1, 1, 1, 1)], ids=["one by one", "at once"])
 def test_next_to_no_noise_is_guided_to_a_finite_prediction(weights):
     x, denoised = torch.full((2, 4, 8, 8), 1e-22), torch.zeros(2, 4, 8, 8)
-    guide = guidance.PredictionGuide(VE, -20.0, 256, guidance.guided_range(SCHEDULE, VE), weights)
+    guide = control.PredictionGuide(VE, -20.0, 256, control.guided_range(SCHEDULE, VE), weights)
     assert guide(x, denoised, torch.full((2,), 2.0)).isfinite().all()
 
 
 @pytest.mark.parametrize("z, alone", [(-20.0, True), (torch.tensor([-20.0, 1.0], dtype=torch.float64), False)])
 def test_a_batch_of_another_size_is_guided_right_or_refused(z, alone):
     x, denoised = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(12)).unbind()
-    guide = guidance.PredictionGuide(VE, z, 256, guidance.guided_range(SCHEDULE, VE))
+    guide = control.PredictionGuide(VE, z, 256, control.guided_range(SCHEDULE, VE))
     both = guide(x, denoised, torch.full((2,), 2.0))
     if alone:
         assert torch.equal(guide(x[1:], denoised[1:], torch.full((1,), 2.0)), both[1:])
-        guide = guidance.PredictionGuide(VE, z, 256, guidance.guided_range(SCHEDULE, VE))
+        guide = control.PredictionGuide(VE, z, 256, control.guided_range(SCHEDULE, VE))
         assert torch.equal(guide(x[:1], denoised[:1], torch.full((1,), 2.0)), both[:1])
         assert torch.equal(guide(x, denoised, torch.full((1,), 2.0)), both)
     else:
-        for guide in (guide, guidance.PredictionGuide(VE, z, 256, guidance.guided_range(SCHEDULE, VE))):
+        for guide in (guide, control.PredictionGuide(VE, z, 256, control.guided_range(SCHEDULE, VE))):
             with pytest.raises(ValueError, match="2 numbers for a batch of 1"):
                 guide(x[1:], denoised[1:], torch.full((1,), 2.0))
 
@@ -177,7 +177,7 @@ def test_an_image_is_guided_alike_wherever_it_lies_in_a_batch(shape):
     x, denoised = torch.randn(2, *shape, generator=torch.Generator().manual_seed(11)).unbind()
 
     def guided(*images):
-        guide = guidance.PredictionGuide(VE, -20.0, x[0].numel(), guidance.guided_range(SCHEDULE, VE))
+        guide = control.PredictionGuide(VE, -20.0, x[0].numel(), control.guided_range(SCHEDULE, VE))
         return guide(*images, torch.full((len(images[0]),), 2.0))
 
     alone = [guided(x[i:i + 1].clone(), denoised[i:i + 1].clone()) for i in range(len(x))]
@@ -186,22 +186,22 @@ def test_an_image_is_guided_alike_wherever_it_lies_in_a_batch(shape):
 
 def test_prediction_outside_the_range_is_unchanged():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
-    r = guidance.guided_range([8.0, 4.0, 2.0, 1.0, 0.0], VE, sigma_high=4.0)
+    r = control.guided_range([8.0, 4.0, 2.0, 1.0, 0.0], VE, sigma_high=4.0)
     for sigma, changed in ((5.0, False), (4.0, True), (1.5, True), (1.0, False)):
-        out = guidance.PredictionGuide(VE, -1.0, 256, r)(x, denoised, torch.tensor([sigma]))
+        out = control.PredictionGuide(VE, -1.0, 256, r)(x, denoised, torch.tensor([sigma]))
         assert torch.equal(out, denoised) != changed
 
 
 def test_a_range_from_the_first_step_covers_what_a_churning_sampler_asks_above_it():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
-    r = guidance.guided_range([4.0, 2.0, 1.0, 0.0], VE)
-    assert not torch.equal(guidance.PredictionGuide(VE, -1.0, 256, r)(x, denoised, torch.tensor([4.2])), denoised)
+    r = control.guided_range([4.0, 2.0, 1.0, 0.0], VE)
+    assert not torch.equal(control.PredictionGuide(VE, -1.0, 256, r)(x, denoised, torch.tensor([4.2])), denoised)
 
 
 def test_pure_noise_of_a_flow_is_unguided():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(6)).unbind()
-    r = guidance.guided_range([1.0, 0.8, 0.5, 0.0], FLOW)
-    assert torch.equal(guidance.PredictionGuide(FLOW, -1.0, 256, r)(x, denoised, torch.tensor([1.0])), denoised)
+    r = control.guided_range([1.0, 0.8, 0.5, 0.0], FLOW)
+    assert torch.equal(control.PredictionGuide(FLOW, -1.0, 256, r)(x, denoised, torch.tensor([1.0])), denoised)
 
 
 def test_typical_noise_shift_is_the_quantile():
@@ -217,9 +217,9 @@ def test_typical_noise_shift_is_the_quantile():
 def test_range_holds_for_narrow_sigmas(dtype):
     """The host passes sigma in the latent's dtype: rounded, it must still fall into the same steps."""
     schedule = [14.6146, 8.33, 4.7, 2.117, 0.5029, 0.0]
-    r = guidance.guided_range(schedule, VE)
+    r = control.guided_range(schedule, VE)
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(8)).to(dtype).unbind()
-    guide = guidance.PredictionGuide(VE, -3.0, 256, r)
+    guide = control.PredictionGuide(VE, -3.0, 256, r)
     guided = [not torch.equal(guide(x, denoised, torch.tensor([v], dtype=dtype)), denoised)
               for v in schedule[:-1]]
     assert guided == [True, True, True, True, False]
@@ -227,18 +227,18 @@ def test_range_holds_for_narrow_sigmas(dtype):
 
 def test_pure_noise_of_a_flow_next_to_a_close_sigma():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(9)).unbind()
-    r = guidance.guided_range([1.0, 0.99992, 0.5, 0.0], FLOW)
-    assert torch.equal(guidance.PredictionGuide(FLOW, -1.0, 256, r)(x, denoised, torch.tensor([1.0])), denoised)
+    r = control.guided_range([1.0, 0.99992, 0.5, 0.0], FLOW)
+    assert torch.equal(control.PredictionGuide(FLOW, -1.0, 256, r)(x, denoised, torch.tensor([1.0])), denoised)
 
 
 def test_smoothing_stops_short_of_the_peak():
     """A typical Gaussian sample is D / 2 nats below the peak."""
-    assert -guidance.SMOOTHEST * math.log(2) < 0.5
+    assert -control.SMOOTHEST * math.log(2) < 0.5
     for d in (3072, 12288):
-        z = guidance.limit_smoothing(50.0, d, 6.0)
-        assert units.nats_to_bits_per_dim(guidance.predicted_shift(z, d, 6.0), d) == pytest.approx(guidance.SMOOTHEST)
-        assert guidance.limit_smoothing(-50.0, d, 6.0) == -50.0
-        assert guidance.limit_smoothing(0.5, d, 6.0) == 0.5
+        z = control.limit_smoothing(50.0, d, 6.0)
+        assert units.nats_to_bits_per_dim(control.predicted_shift(z, d, 6.0), d) == pytest.approx(control.SMOOTHEST)
+        assert control.limit_smoothing(-50.0, d, 6.0) == -50.0
+        assert control.limit_smoothing(0.5, d, 6.0) == 0.5
 
 
 def test_a_schedule_that_begins_a_rounding_below_pure_noise():
@@ -246,5 +246,5 @@ def test_a_schedule_that_begins_a_rounding_below_pure_noise():
     below_one = 1 - 2**-24
     sigmas = [below_one, 0.9, 0.5, 0.0]
     assert FLOW.s(below_one) > 1e7
-    assert guidance.guided_range(sigmas, FLOW) == guidance.guided_range([1.0, *sigmas[1:]], FLOW)
-    assert guidance.guided_range(sigmas, FLOW).first == 1
+    assert control.guided_range(sigmas, FLOW) == control.guided_range([1.0, *sigmas[1:]], FLOW)
+    assert control.guided_range(sigmas, FLOW).first == 1

@@ -6,7 +6,7 @@ import comfy.latent_formats
 import comfy.sd
 import torch
 
-from ..dg_core.exact_density import CHANNELS
+from ...dg_core.exact_density import CHANNELS
 
 
 class PixelLatent(comfy.latent_formats.LatentFormat):

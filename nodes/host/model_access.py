@@ -17,11 +17,11 @@ from comfy.ldm.modules import attention
 from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 
-from ..dg_core import jacobian
-from ..dg_core.coordinates import Coordinates, coordinates_of
-from ..dg_core.statistics import compute_dtype
-from .guided_run import without_guidance
-from .schema import require
+from ...dg_core import divergence
+from ...dg_core.schedule import Coordinates, coordinates_of
+from ...dg_core.statistics import compute_dtype
+from .steering import without_guidance
+from .inputs import require
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ def _kind(guider):
 
 
 def derivative_method(guider, predict, x, v, sigma, dtype):
-    """`jacobian.method_of` at a state x with the noise sigma, along v; asked once for each model, at `jacobian.TRIAL_CALLS`."""
+    """`divergence.method_of` at a state x with the noise sigma, along v; asked once for each model, at `divergence.TRIAL_CALLS`."""
     if known_method(guider) is None:
-        _methods.setdefault(guider.model_patcher, {})[_kind(guider)] = jacobian.method_of(
+        _methods.setdefault(guider.model_patcher, {})[_kind(guider)] = divergence.method_of(
             lambda x: predict(x, sigma), x, v, dtype, sigma)
     return known_method(guider)
 

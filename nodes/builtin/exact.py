@@ -11,13 +11,13 @@ import comfy.supported_models_base
 import torch
 from safetensors import safe_open
 
-from ..dg_core.coordinates import coordinates_of
-from ..dg_core.exact_density import CHANNELS, ExactDensity
-from ..dg_core.jacobian import sum_dtype
+from ...dg_core.schedule import coordinates_of
+from ...dg_core.exact_density import CHANNELS, ExactDensity
+from ...dg_core.divergence import sum_dtype
 from .pixels import PixelLatent, pixel_vae
-from .schema import require
+from ..host.inputs import require
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "exact_density.safetensors"
+WEIGHTS = Path(__file__).resolve().parent.parent.parent / "models" / "exact_density.safetensors"
 
 # Noise levels that surround all scales of the density: texture 0.5, pictures apart by 100 (at 32 x 32), in latent units.
 SIGMA_MIN, SIGMA_MAX = 0.1, 160.0

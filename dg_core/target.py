@@ -11,7 +11,7 @@ would ask for much at the end of a picture, where little noise is left. The loop
 change of k; the next pass moves the aim by the secant rule where that was not enough.
 
 symbol     name       unit
-k          -          nats per unit of -ln s; k = sqrt(2 D) z in the terms of `guidance`
+k          -          nats per unit of -ln s; k = sqrt(2 D) z in the terms of `control`
 target     target     nats of u, see `log_density`
 Source of explicit control: arXiv 2502.05807, section 5; rate and loop: derived here.
 """

@@ -14,10 +14,10 @@ import comfy.samplers
 import torch
 from tqdm.auto import tqdm
 
-from ..dg_core import guidance, solver
-from ..dg_core.coordinates import Coordinates, coordinates_of
-from ..dg_core.statistics import compute_dtype, dimension, region_of
-from ..dg_core.units import require_number
+from ...dg_core import control, solver
+from ...dg_core.schedule import Coordinates, coordinates_of
+from ...dg_core.statistics import compute_dtype, dimension, region_of
+from ...dg_core.units import require_number
 
 WRAPPER_KEY = "density_guidance"
 
@@ -54,7 +54,7 @@ def require_one_part(guider):
 
 def range_of_percents(model_sampling, sigmas, coordinates, start_percent, end_percent):
     """The `GuidedRange` of the steps of a schedule (list of floats) between two shares of the model's sampling."""
-    return guidance.guided_range(
+    return control.guided_range(
         sigmas, coordinates, model_sampling.percent_to_sigma(start_percent), model_sampling.percent_to_sigma(end_percent))
 
 
@@ -83,7 +83,7 @@ class GuidanceSettings:
         for i, value in enumerate(self.detail_shifts or ()):
             require_number(f"detail_shifts, for image {i},", value, *DETAIL_SHIFTS)
         if self.curve is not None:
-            guidance.strength_curve([require_number("curve", v, 0.0, math.inf) for v in self.curve])
+            control.strength_curve([require_number("curve", v, 0.0, math.inf) for v in self.curve])
         require_window(self.start_percent, self.end_percent)
 
     @property
@@ -111,7 +111,7 @@ class Steering:
     """The settings resolved for one run."""
 
     coordinates: Coordinates
-    guided: guidance.GuidedRange
+    guided: control.GuidedRange
     z: float | torch.Tensor  # (B,), float64 on the CPU, where there is a mask or settings for each image
     dim: int | torch.Tensor  # D; (B,), likewise, where there is a mask
     mask: torch.Tensor | None  # of the inpainting, broadcastable to the latent
@@ -138,7 +138,7 @@ class Steering:
         mask = None if denoise_mask is None else denoise_mask.to(latent.device)
         weights = weights_of(settings, latent, mask)
         dim = dimension(latent, weights)
-        curve = None if settings.curve is None else guidance.strength_curve(settings.curve)
+        curve = None if settings.curve is None else control.strength_curve(settings.curve)
         images = settings.of_images(len(latent))
         if torch.is_tensor(dim):
             dim = dim.cpu().double()  # the gain is rounded once, in the end
@@ -149,13 +149,13 @@ class Steering:
             logging.warning("Density guidance: no element of the latent lies in the mask; nothing is guided.")
             return None
         peak = max(curve or (1.0,))
-        wanted = [guidance.z_value(*image, d, guided.log_range, peak) for image, d in zip(images, dims)]
-        z = [guidance.limit_smoothing(v, d, guided.log_range) for v, d in zip(wanted, dims)]
+        wanted = [control.z_value(*image, d, guided.log_range, peak) for image, d in zip(images, dims)]
+        z = [control.limit_smoothing(v, d, guided.log_range) for v, d in zip(wanted, dims)]
         for quantile, detail_shift in dict.fromkeys(image for image, a, b in zip(images, z, wanted) if a < b):
             logging.warning(
                 "Density guidance: quantile %g with detail_shift %g asks for an image smoother than the peak of a density; "
                 "guided to %g bits per dimension, the most that can be reached.",
-                quantile, detail_shift, guidance.SMOOTHEST)
+                quantile, detail_shift, control.SMOOTHEST)
         single = weights is None and not settings.per_image
         z = z[0] if single else torch.tensor(z, dtype=torch.float64)
         return cls(coordinates, guided, z, dim, mask, weights, curve)
@@ -262,7 +262,7 @@ class _GuidePrediction:
     """PREDICT_NOISE wrapper: guides what the guider returns, and remembers the unguided prediction for previews."""
 
     def __init__(self, steering):
-        self._guide = guidance.PredictionGuide(
+        self._guide = control.PredictionGuide(
             steering.coordinates, steering.z, steering.dim, steering.guided, steering.weights, steering.curve)
         self._mask = steering.mask
         self.unguided = self.guided = None
@@ -337,7 +337,7 @@ def sample_density_guided(model, x, sigmas, extra_args=None, callback=None, disa
     schedule = list(itertools.accumulate(sigmas.tolist(), min))  # the last one may rise by a rounding
     if steering is None:
         coordinates = coordinates_of(guider.inner_model.model_sampling)
-        guided = guidance.guided_range(sigmas.tolist(), coordinates)  # refuses a schedule that ascends
+        guided = control.guided_range(sigmas.tolist(), coordinates)  # refuses a schedule that ascends
         steering = Steering(coordinates, guided, 0.0, 1, mask, weights_of(settings, x, mask))
     dtype, wide = x.dtype, compute_dtype(x.dtype)
     if variation is not None:

@@ -12,7 +12,7 @@ import torch
 
 from .pixels import CHANNELS, PixelLatent, pixel_vae
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "demo_model.safetensors"
+WEIGHTS = Path(__file__).resolve().parent.parent.parent / "models" / "demo_model.safetensors"
 SIZE = 64  # pixels
 SCALE = 2.0  # gives the pictures nearly unit variance
 CONTEXT_DIM = 128

@@ -11,9 +11,10 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from PIL import Image
 
 from ..launcher.environment import PACK
-from ..nodes import PriorGuidanceScale, demo_model
+from ..nodes import PriorGuidanceScale
+from ..nodes.builtin import demo
 from ..nodes import log_density as readout
-from ..nodes.pixels import CHANNELS
+from ..nodes.builtin.pixels import CHANNELS
 
 PICTURES = PACK / ".host" / "data" / "pictures.safetensors"
 BATCH = 16
@@ -40,13 +41,13 @@ class Demo:
     """The demo model with its first `seeds` noises; noise i asks for class i modulo their number."""
 
     def __init__(self, seeds, **precision):
-        self.model, self.vae, names, self.context = demo_model.load(**precision)
+        self.model, self.vae, names, self.context = demo.load(**precision)
         self.classes = torch.arange(seeds) % len(names)
         self.source = Noise_RandomNoise(NOISE_SEED)
 
     @property
     def latent(self):
-        return {"samples": torch.zeros(len(self.classes), CHANNELS, demo_model.SIZE, demo_model.SIZE)}
+        return {"samples": torch.zeros(len(self.classes), CHANNELS, demo.SIZE, demo.SIZE)}
 
     def noise(self, quantile=None, scale=1.0):
         """Noises of every seed, scaled by PriorGuidanceScale; quantile None leaves their norms."""

@@ -4,10 +4,11 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from density_guidance.dg_core import jacobian
-from density_guidance.nodes import PriorGuidanceModel, guider_run
-from density_guidance.tests import host_runs as h
-from density_guidance.tests import networks
+from density_guidance.dg_core import divergence
+from density_guidance.nodes import PriorGuidanceModel
+from density_guidance.nodes.host import model_access
+from density_guidance.testing import host_runs as h
+from density_guidance.testing import networks
 
 
 def basic(model, positive):
@@ -24,7 +25,7 @@ def dual(model, one, two, negative):
 
 def run(guider, function, latent, calls=1):
     with torch.inference_mode():
-        return guider_run.run_in_guider(guider, latent, function, calls, [1.0])
+        return model_access.run_in_guider(guider, latent, function, calls, [1.0])
 
 
 def latent(batch=3, channels=4):
@@ -92,7 +93,7 @@ def test_patches_see_the_noise_levels_that_come():
 
     model.add_wrapper(WrappersMP.APPLY_MODEL, attention_patches)
     with torch.inference_mode():
-        guider_run.run_in_guider(
+        model_access.run_in_guider(
             basic(model, h.conditioning()), torch.ones(1, 3, h.SIZE, h.SIZE), lambda m: m.predict(m.x, 2.0), 1, [4, 2])
     assert levels[0].tolist() == [4.0, 2.0]
     assert levels[0].dtype == torch.float32 and levels[0].device == model.load_device
@@ -113,13 +114,13 @@ def test_an_interrupt_stops_at_the_next_call():
 
 def test_progress_counts_the_calls(monkeypatch):
     steps = []
-    monkeypatch.setattr(guider_run.latent_preview, "prepare_callback",
+    monkeypatch.setattr(model_access.latent_preview, "prepare_callback",
                         lambda *_: lambda i, x0, x, total: steps.append((i, total, type(x0))))
 
     def work(m):
-        v = jacobian.rademacher(m.x, 0, 0)
-        jacobian.directional_derivative(lambda x: m.predict(x, 2.0), m.x, v, "forward")
-        jacobian.directional_derivative(lambda x: m.predict(x, 2.0), m.x, v, "differences", 0.1)
+        v = divergence.rademacher(m.x, 0, 0)
+        divergence.directional_derivative(lambda x: m.predict(x, 2.0), m.x, v, "forward")
+        divergence.directional_derivative(lambda x: m.predict(x, 2.0), m.x, v, "differences", 0.1)
 
     run(basic(h.exact_model("eps"), h.conditioning()), work, torch.ones(1, 3, h.SIZE, h.SIZE), 4)
     assert [(i, total) for i, total, _ in steps] == [(0, 4), (1, 4), (2, 4), (3, 4)]
@@ -162,20 +163,20 @@ def test_attention_in_slices_is_attention(shape, masked):
     most = []
 
     def attend(q):
-        scores = guider_run.attention.attention_pytorch
+        scores = model_access.attention.attention_pytorch
 
         def counted(part, *args, **kwargs):
             most.append(part.shape[-2])
             return scores(part, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(guider_run.attention, "attention_pytorch", counted)
-            patch.setattr(guider_run, "_SCORES", 1)
-            return guider_run._sliced_attention(None, q, k, v, 3, mask, skip_reshape=len(shape) == 4)
+            patch.setattr(model_access.attention, "attention_pytorch", counted)
+            patch.setattr(model_access, "_SCORES", 1)
+            return model_access._sliced_attention(None, q, k, v, 3, mask, skip_reshape=len(shape) == 4)
 
-    value, slope = jacobian.directional_derivative(attend, q, dq, jacobian.FORWARD)
-    whole = lambda q: guider_run.attention.attention_pytorch(q, k, v, 3, mask, skip_reshape=len(shape) == 4)
-    _, expected = jacobian.directional_derivative(whole, q, dq, jacobian.FORWARD)
+    value, slope = divergence.directional_derivative(attend, q, dq, divergence.FORWARD)
+    whole = lambda q: model_access.attention.attention_pytorch(q, k, v, 3, mask, skip_reshape=len(shape) == 4)
+    _, expected = divergence.directional_derivative(whole, q, dq, divergence.FORWARD)
     torch.testing.assert_close(value, whole(q))
     torch.testing.assert_close(slope, expected)
     assert max(most) == 8 and sum(most) == 40

@@ -1,0 +1,1 @@
+"""The wing that touches ComfyUI's inside: sampling, model access, masks, hooks, progress, versions."""
