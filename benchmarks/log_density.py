@@ -19,12 +19,12 @@ from ..dg_core.schedule import FLOW, VE
 from ..dg_core.exact_density import ExactDensity, idct
 from ..dg_core.levels import noise_levels
 from ..nodes import density_target as dt
-from ..nodes.builtin import exact
+from ..nodes.builtin import exact as exact_model
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 EVALUATIONS = [16, 32, 64, 128]
 FLOOR = {"flow": 0.05, "eps": 0.1}
-TOP = {"flow": math.inf, "eps": exact.SIGMA_MAX}
+TOP = {"flow": math.inf, "eps": exact_model.SIGMA_MAX}
 COORDINATES = {"flow": FLOW, "eps": VE}
 SHOWING_TOP = 60.0  # 15 times the pictures' standard deviation, as in SD 1.5
 AUTHORS_TOP = 1000.0  # where their log-SNR ends; the prior is exact to 1e-5 there
@@ -36,7 +36,7 @@ class Known:
     """The exact density at one size: predictions, exact traces, and draws with their exact log p."""
 
     def __init__(self, size):
-        self.density = ExactDensity.load(exact.WEIGHTS, size)
+        self.density = ExactDensity.load(exact_model.WEIGHTS, size)
         weights = self.density.log_weights.exp()
         self._mean = idct((weights / weights.sum() @ self.density.means).view(1, 3, size, size))
         self.dim = self.density.dim
@@ -202,7 +202,7 @@ def page(results):
         "## Readout with the exact divergence, 32 evaluations", "",
         "| model, D | RMS | median | 90% of images within |", "|---|---|---|---|",
         *(f"| {name} | {r['rms']:.1e} | {r['median']:.1e} | {r['p90']:.1e} |" for name, r in exact.items()), "",
-        f"An eps model (or a v model, which is the same function) ends at its highest noise level: {exact.SIGMA_MAX:g} "
+        f"An eps model (or a v model, which is the same function) ends at its highest noise level: {exact_model.SIGMA_MAX:g} "
         "here, twice the distance between pictures. Where the data still shows there, as at "
         f"{SHOWING_TOP:g}, 15 times the pictures' standard deviation as in SD 1.5, nothing is known above, and an error is left.", "",
         "## Readout with one probe, 32 evaluations, D = 3,072", "",

@@ -14,6 +14,7 @@ from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.testing.gaussian_oracle import GaussianOracle
 from density_guidance.dg_core.schedule import coordinates_of
 from density_guidance.nodes.builtin import exact
+from density_guidance.nodes.host import model_access, plots
 from density_guidance.nodes import (
     DensityGuidanceSampler,
     LogDensity,
@@ -21,8 +22,6 @@ from density_guidance.nodes import (
     PriorGuidanceScale,
     ScoreAlignmentCheck,
     StochasticDetailVariation,
-    guider_run,
-    plots,
 )
 from density_guidance.nodes.score_alignment import CheckSettings, examine
 from density_guidance.testing import host_runs as h
@@ -208,8 +207,8 @@ def test_a_control_has_its_derivative_tried_anew():
     plain = check(model, steps=4)[2]
     positive = [[c, {**extra, "control_apply_to_uncond": True}] for c, extra in h.conditioning()]
     one, two = guider(model), guider(model, positive)
-    assert guider_run.known_method(one) and guider_run.known_method(two) is None
-    assert guider_run.known_method(guider(model, h.conditioning("flow", 3))) and "forward-mode" in plain
+    assert model_access.known_method(one) and guider_run.known_method(two) is None
+    assert model_access.known_method(guider(model, h.conditioning("flow", 3))) and "forward-mode" in plain
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------
