@@ -11,9 +11,10 @@ import comfy.samplers
 import matplotlib
 import torch
 
-from ..dg_core import control
-from ..dg_core.schedule import coordinates_of
-from ..dg_core.units import nats_to_bits_per_dim, quantile_to_z
+from ..dg_core.control import gain_of, guided_steps, predicted_shift
+from ..dg_core.schedule import Schedule
+from ..nodes.host.model_access import path_of
+from ..dg_core.units import nats_to_bits_per_dim
 from ..launcher.environment import PACK
 from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
 from ..nodes.builtin.exact import PREDICTIONS, read
@@ -33,7 +34,7 @@ class Bench:
         self.model, _, self.conditioning, self.latent = LoadExactDensityModel.execute(
             prediction, "32", component, batch).args
         self.sampling = self.model.get_model_object("model_sampling")
-        self.coordinates = coordinates_of(self.sampling)
+        self.path = path_of(self.sampling)
         self.density = self.model.model.density
         self.weights = None if component < 0 else self.density.one_hot(component)
 
@@ -49,10 +50,8 @@ class Bench:
 
     def predicted(self, quantile, sigmas):
         """The shift of bits per dimension against quantile 0.5 that guidance over the whole schedule is to give."""
-        log_range = control.guided_range(sigmas.tolist(), self.coordinates).log_range
-        dim = self.density.dim
-        z = control.limit_smoothing(quantile_to_z(quantile), dim, log_range)
-        return nats_to_bits_per_dim(control.predicted_shift(z, dim, log_range), dim)
+        log_range, dim = guided_steps(Schedule(self.path, sigmas.tolist())).log_range, self.density.dim
+        return nats_to_bits_per_dim(predicted_shift(gain_of(quantile, 0.0, dim, log_range)[0], log_range), dim)
 
     def noise(self):
         return torch.randn(self.latent["samples"].shape, generator=torch.Generator().manual_seed(5))
@@ -98,10 +97,10 @@ def scheduler_errors(prediction):
                              lambda i, denoised, x, total: states.__setitem__(i, x.double()))
                 if not first:
                     first["unit"] = states[0] / schedule[0]
-                    true = oracle.converged(first["unit"], schedule, bench.coordinates, quantile_to_z(quantile))
-                    s = bench.coordinates.s(last)
+                    true = oracle.converged(first["unit"], schedule, bench.path, quantile_to_z(quantile))
+                    s = bench.path.s(last)
                     expected = oracle.log_prob(true, s)
-                y = states[max(states)] / bench.coordinates.alpha(last)
+                y = states[max(states)] / bench.path.alpha(last)
                 error = (oracle.log_prob(oracle.coefficients(y), s) - expected).abs().max() / oracle.dim
                 errors[scheduler][name] = max(errors[scheduler][name], float(error))
         print(f"{prediction:5}{scheduler:20}{errors[scheduler][OWN]:10.1e}{errors[scheduler]['euler']:10.1e}",

@@ -45,34 +45,34 @@ class Known:
         y = self.density.sample(count, s, torch.Generator().manual_seed(seed))
         return y, self.density.log_prob(y, s)
 
-    def predict(self, coordinates):
+    def predict(self, path):
         def predict(x, sigma):
-            alpha = coordinates.alpha(sigma)
+            alpha = path.alpha(sigma)
             return self.density.denoised(x / alpha, sigma / alpha) if alpha > 0 else self._mean.expand_as(x)
         return predict
 
     def trace(self, y, s):
         return self.dim + s * s * self.density.laplacian(y, s)
 
-    def exact_look(self, coordinates):
-        """A look with the exact trace, as `ProbedModel` but without probes."""
-        predict = self.predict(coordinates)
+    def exact_evaluate(self, path):
+        """An evaluation with the exact trace, as `ProbedModel` but without probes."""
+        predict = self.predict(path)
 
-        def look(x, sigma, call):
-            alpha = coordinates.alpha(sigma)
+        def evaluate(x, sigma, call):
+            alpha = path.alpha(sigma)
             zero = torch.zeros(len(x), dtype=torch.float64)
-            return ld.Sight(predict(x, sigma), self.trace(x / alpha, sigma / alpha) if alpha > 0 else zero, zero)
-        return look
+            return ld.Evaluation(predict(x, sigma), self.trace(x / alpha, sigma / alpha) if alpha > 0 else zero, zero)
+        return evaluate
 
 
 def ours(known, kind, y, evaluations, seed=None, top=None):
     """`Readout` with one probe a level from `seed`, or with the exact divergence. top: highest noise level, if not the model's."""
-    coordinates, top = COORDINATES[kind], top or TOP[kind]
+    path, top = COORDINATES[kind], top or TOP[kind]
     levels = noise_levels(FLOOR[kind], top, evaluations - math.isfinite(top), known.dim)
-    predict = known.predict(coordinates)
-    look = known.exact_look(coordinates) if seed is None else ld.ProbedModel(
-        predict, coordinates, divergence.FORWARD, seed=seed)
-    return ld.read_log_density(look, predict, y, levels, coordinates)
+    predict = known.predict(path)
+    evaluate = known.exact_evaluate(path) if seed is None else ld.ProbedModel(
+        predict, path, divergence.FORWARD, seed=seed)
+    return ld.read_log_density(evaluate, predict, y, levels, path)
 
 
 def authors(known, y, s_low, evaluations, seed=None):

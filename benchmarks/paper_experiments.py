@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..dg_core.schedule import coordinates_of
-from ..dg_core.control import guided_range, predicted_shift
-from ..dg_core.units import nats_to_bits_per_dim, quantile_to_z
+from ..nodes.host.model_access import path_of
+from ..dg_core.control import gain_of, guided_steps, predicted_shift
+from ..dg_core.schedule import Schedule
+from ..dg_core.units import nats_to_bits_per_dim
 from ..launcher.environment import PACK
 from ..nodes import StochasticDetailVariation
 from ..nodes.builtin import demo
@@ -94,9 +95,9 @@ def predicted(steps=STEPS):
     """{quantile: bits per dimension that density guidance is predicted to add to those at 0.5}"""
     demo = Demo(1)
     sampling = demo.model.get_model_object("model_sampling")
-    guided = guided_range(demo.sigmas(steps).tolist(), coordinates_of(sampling))
+    log_range = guided_steps(Schedule(path_of(sampling), demo.sigmas(steps).tolist())).log_range
     dim = demo.latent["samples"].numel()
-    return {str(q): nats_to_bits_per_dim(predicted_shift(quantile_to_z(q), dim, guided.log_range), dim) for q in QUANTILES}
+    return {str(q): nats_to_bits_per_dim(predicted_shift(gain_of(q, 0.0, dim, log_range)[0], log_range), dim) for q in QUANTILES}
 
 
 def alignment(seeds=SEEDS, both=BOTH_SEEDS, steps=ALIGNMENT_STEPS):

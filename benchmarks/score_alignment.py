@@ -15,7 +15,8 @@ import torch
 from comfy_extras import nodes_custom_sampler as custom
 
 from ..dg_core import alignment, divergence
-from ..dg_core.schedule import VE, coordinates_of
+from ..dg_core.schedule import VE
+from ..nodes.host.model_access import path_of
 from ..dg_core.exact_density import ExactDensity
 from ..dg_core.levels import noise_levels
 from ..launcher.environment import PACK
@@ -124,7 +125,7 @@ def host_runs(prediction, steps):
         "response error, median": float((predicted / measured - 1).abs().median()),
         "response": float(predicted.mean()),
         "aligned": float((with_score > 0).double().mean()),
-        "s_end": coordinates_of(sampling).s(check.sigmas[-1]),
+        "s_end": path_of(sampling).s(check.sigmas[-1]),
     }
 
 

@@ -28,6 +28,7 @@ the score of that density, as a trained network's is and one with random weights
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +37,11 @@ import torch
 from scipy.interpolate import CubicSpline
 
 from . import divergence
-from .schedule import eps_from_denoised, log_snr
-from .control import GuidedRange
-from .solver import solve
+from .schedule import Schedule, log_snr
+from .solver import Callback, Denoiser, solve
+from .statistics import sum_dtype
 from .units import bits_per_dim_to_nats, nats_to_bits_per_dim
 
-_UNGUIDED = GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
 SCALE_RANGE = (0.5, 2.0)
 _STRATA = 4
 _STABLE_STEP = 0.25  # of ln s
@@ -51,24 +51,26 @@ _STABLE_STEP = 0.25  # of ln s
 class Profile:
     """Score alignment along a run: N noise levels, B images, float64 on the CPU, from the start to where it stopped."""
 
-    s: tuple  # (N,) floats, descending; the first may be infinite
+    s: tuple[float, ...]  # (N,), descending; the first may be infinite
     alignment: torch.Tensor  # (N, B), A with the score
     norms: torch.Tensor  # (N, B), ||grad log p_u|| ||w||
     curvature: torch.Tensor | None = None  # (N, B), dA/dtheta of the product rule
 
     @property
-    def log_snr(self):
+    def log_snr(self) -> list[float]:
         """-2 ln s of every node, (N,); -inf where there is only noise."""
         return [log_snr(s) for s in self.s]
 
     @property
-    def cosine(self):
+    def cosine(self) -> torch.Tensor:
         """Cosine of the angle between score and tangent, (N, B)."""
         return self.alignment / self.norms
 
     @property
-    def alignment_without_score(self):
-        """A from the product rule, (N, B): the first A plus the integral of `curvature` over theta."""
+    def alignment_without_score(self) -> torch.Tensor:
+        """A from the product rule, (N, B): the first A plus the integral of `curvature` over theta. Raises ValueError without it."""
+        if self.curvature is None:
+            raise ValueError("curvature is None; trace the alignment with probes")
         rising = np.arctan(self.s)[::-1]
         if len(rising) < 3:
             rate = scipy.integrate.trapezoid(self.curvature.numpy()[::-1], rising, axis=0)
@@ -84,18 +86,25 @@ class Differentiate:
     the way with the score alone; seed and indices give their signs, see `divergence.rademacher`.
     """
 
-    def __init__(self, predict, method, dtype=torch.float32, probes=0, seed=0, indices=None):
+    def __init__(
+        self, predict: Denoiser, method: str, dtype: torch.dtype = torch.float32, probes: int = 0, seed: int = 0,
+        indices: Sequence[int] | None = None,
+    ):
         self._predict, self._method, self._dtype = predict, method, dtype
         self._probes, self._seed, self._indices = probes, seed, indices
-        self._drawn, self._stretched = 0, deque(maxlen=_STRATA)
+        self._drawn = 0
+        self._stretched: deque[torch.Tensor] = deque(maxlen=_STRATA)
 
-    def __call__(self, x, sigma, tangent):
-        def predict(x):
+    def __call__(
+        self, x: torch.Tensor, sigma: float, tangent: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        def predict(x: torch.Tensor) -> torch.Tensor:
             return self._predict(x, sigma)
 
         if not self._probes:
             step = divergence.difference_step(x, tangent, self._dtype, sigma)
-            return *divergence.directional_derivative(predict, x, tangent, self._method, step), None
+            denoised, derivative = divergence.directional_derivative(predict, x, tangent, self._method, step)
+            return denoised, derivative, None
         steps = divergence.trace_steps(x, tangent, self._dtype, self._method, sigma)
         denoised, derivative, t = divergence.trace_derivative(
             predict, x, tangent, lambda derivative: self._draw(x, derivative), self._method, steps)
@@ -103,7 +112,7 @@ class Differentiate:
             self._stretched.appendleft(derivative)
         return denoised, derivative, t
 
-    def _draw(self, x, derivative):
+    def _draw(self, x: torch.Tensor, derivative: torch.Tensor | None) -> list[torch.Tensor]:
         """Probes stratified along what the denoiser's Jacobian stretched at the last nodes, this one (where it is known
         before the probes) among them: it changes most where it is largest."""
         if derivative is not None:
@@ -118,88 +127,98 @@ class Differentiate:
         return probes
 
 
-def calls_per_evaluation(method, probes=0):
+def calls_per_evaluation(method: str, probes: int = 0) -> int:
     """Predictions that `Differentiate` asks for at each noise level; with forward-mode AD each costs about two."""
     forward = method == divergence.FORWARD
     return 1 + (2 if forward else 4) * probes if probes else 1 if forward else 3
 
 
-def trace_alignment(differentiate, predict, x, tangent, sigmas, coordinates, stop, callback=None):
-    """(samples, `Profile`): the flow down `sigmas`, with its tangent as far as node `stop`.
+def trace_alignment(
+    differentiate: Differentiate, predict: Denoiser, x: torch.Tensor, tangent: torch.Tensor, schedule: Schedule, stop: int,
+    callback: Callback | None = None,
+) -> tuple[torch.Tensor, Profile]:
+    """(samples, `Profile`): the flow down a schedule, with its tangent as far as node `stop`.
 
     differentiate(x, sigma, tangent) -> (denoised, derivative of it along tangent, t or None), see `Differentiate`;
     called once at each of the nodes 0 to stop. predict(x, sigma) -> denoised: for the rest of the schedule, one call
-    per step. x, tangent: (B, ...) in the host's units at sigmas[0]. sigmas: strictly descending floats, of which only
-    the last may be 0; stop: index of a sigma above 0. callback(i, x, denoised): after the calls at node i.
+    per step. x, tangent: (B, ...) in the host's units at its first sigma. schedule: strictly descending, only its last
+    sigma may be 0; stop: index of a sigma above 0. callback(i, x, denoised): after the calls at node i.
     Raises ValueError where sigmas or stop are not so.
     """
+    sigmas, levels = schedule.sigmas, schedule.levels
     if any(b >= a for a, b in zip(sigmas, sigmas[1:])) or not 1 <= stop < len(sigmas) or not sigmas[stop] > 0:
         raise ValueError(f"stop is {stop} and sigmas are {sigmas}; the sigmas must descend strictly, and stop must be "
                          "the index of one above 0 that is not the first")
-    wide = divergence.sum_dtype(x.device)
+    wide = sum_dtype(x.device)
     batch = len(x)
-    alignment, norms, curvature = [], [], []  # of each node, (B,)
-    latest = {}
+    alignment: list[torch.Tensor] = []  # of each node, (B,), as those below
+    norms: list[torch.Tensor] = []
+    curvature: list[torch.Tensor] = []
+    evaluated: tuple[torch.Tensor, torch.Tensor | None] = x, None  # eps and t of the last node
 
-    def model(pair, sigma):
+    def model(pair: torch.Tensor, sigma: float) -> torch.Tensor:
+        nonlocal evaluated
         x, tangent = pair.split(batch)
         if len(alignment) > stop:
             return torch.cat([predict(x, sigma), torch.zeros_like(tangent)])
         denoised, derivative, t = differentiate(x, sigma, tangent)
-        latest.update(sigma=sigma, eps=eps_from_denoised(x, denoised, sigma, coordinates.alpha(sigma)), t=t)
+        evaluated = schedule.path.at(sigma).eps(x, denoised), t
         return torch.cat([denoised, derivative])
 
-    def corrected(i, pair, denoised):
+    def corrected(i: int, pair: torch.Tensor, denoised: torch.Tensor) -> None:
         """The solver has corrected state and tangent with the call at this node."""
         x, tangent = pair.split(batch)
         if len(alignment) <= stop:
-            sigma, eps = latest["sigma"], latest["eps"]
-            # <-eps / sin(theta), w>, where the radius sqrt(alpha^2 + sigma^2) of sin and w cancels
-            alignment.append(-divergence.probe_trace(eps, tangent) / sigma)
+            level, (eps, t) = levels[i], evaluated
+            # <-eps / sin(theta), w>, where the radius sqrt(alpha^2 + std^2) of sin and w cancels
+            alignment.append(-divergence.probe_trace(eps, tangent) / level.std)
             norms.append(torch.linalg.vector_norm(eps.flatten(1), dim=1, dtype=wide)
-                         * torch.linalg.vector_norm(tangent.flatten(1), dim=1, dtype=wide) / sigma)
-            if latest["t"] is not None:
-                curvature.append(latest["t"].to(wide) * (coordinates.alpha(sigma)**2 + sigma**2) / sigma)
+                         * torch.linalg.vector_norm(tangent.flatten(1), dim=1, dtype=wide) / level.std)
+            if t is not None:
+                curvature.append(t.to(wide) * (level.alpha**2 + level.std**2) / level.std)
         if callback is not None:
             callback(i, x, denoised[:batch])
 
     # The last node is reached by a prediction alone; repeating it makes the solver call there and correct.
-    schedule = [*sigmas, sigmas[-1]] if stop == len(sigmas) - 1 else sigmas
-    s = tuple(coordinates.s(v) for v in sigmas[:stop + 1])
-    end = solve(model, torch.cat([x, tangent]), schedule, coordinates, _UNGUIDED, callback=corrected,
-                order=order_of(s), cautious=False)  # an order that falls with the state would not be differentiated
+    if stop == len(sigmas) - 1:
+        schedule = Schedule(schedule.path, [*sigmas, sigmas[-1]])
+    s = tuple(level.s for level in levels[:stop + 1])
+    end = solve(model, torch.cat([x, tangent]), schedule, callback=corrected, order=order_of(s),
+                limit_order=False)  # an order that falls with the state would not be differentiated
     return end[:batch], Profile(s, _table(alignment), _table(norms), _table(curvature) if curvature else None)
 
 
-def order_of(s):
+def order_of(s: Sequence[float]) -> int:
     """The solver's order for state and tangent together at the noise levels s, descending: 4 where they end in steps that it is
-    stable with, as measured on pictures, else 3."""
+    stable with, as measured on images, else 3."""
     return 4 if math.log(s[-2] / s[-1]) <= _STABLE_STEP else 3
 
 
-def _table(rows):
+def _table(rows: list[torch.Tensor]) -> torch.Tensor:
     """(N, B) in float64 on the CPU, of N tensors (B,)."""
     return torch.stack(rows).cpu().double()  # some devices have no float64
 
 
-def finite_alignment(less, more, score, scale_step):
+def finite_alignment(
+    less: torch.Tensor, more: torch.Tensor, score: torch.Tensor, scale_step: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, cosine), (B,) each, from two runs without any derivative.
 
     less, more: the ends y (B, ...) of runs with the noise times 1 - `scale_step` and 1 + `scale_step`.
     score: grad log p halfway between them. Agrees with A to second order in `scale_step`.
     """
-    dtype = divergence.sum_dtype(score.device)
+    dtype = sum_dtype(score.device)
     tangent, score = ((less - more).to(dtype) / (2 * scale_step)).flatten(1), score.to(dtype).flatten(1)
     dot = (score * tangent).sum(1)
     return dot, dot / (score.norm(dim=1) * tangent.norm(dim=1))
 
 
-def percent_response(alignment, dim):
+def percent_response(alignment: torch.Tensor, dim: int) -> torch.Tensor:
     """Predicted change of bits per dimension for 1% more noise: 0.01 A / (D ln 2), any shape."""
     return nats_to_bits_per_dim(-0.01 * alignment, dim)
 
 
-def scale_for_shift(shift, alignment, dim):
+def scale_for_shift(shift: float, alignment: torch.Tensor, dim: int) -> torch.Tensor:
     """Noise scale that changes the log-density by `shift` bits per dimension (positive: more detail).
 
     Shape of `alignment`.
@@ -213,7 +232,7 @@ def scale_for_shift(shift, alignment, dim):
     return torch.where(alignment > 0, square.clamp(low**2, high**2).sqrt(), torch.nan)
 
 
-def lost_at(cosine):
+def lost_at(cosine: torch.Tensor) -> torch.Tensor:
     """Index of the node from which on the cosine (N, B) stays at or below 0, (B,) ints; -1 where it ends above 0."""
     below = ~(cosine > 0)  # NaN counts as lost
     trailing = below.flip(0).int().cumprod(0).sum(0)

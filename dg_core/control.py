@@ -1,41 +1,46 @@
-"""Density guidance by quantile: the formulas.
+"""Density guidance: what steers a run.
 
 Multiplying eps by eta steers log p along the sampling path at no extra model call (arXiv 2502.05807, section 5):
 
-    dy/ds = eta * eps,      eta = 1 + sqrt(2 D) z / ||eps||^2,      z = Phi^-1(q)
+    dy/ds = eta * eps,      eta = 1 + k / ||eps||^2,      k = sqrt(2 D) z,      z = Phi^-1(q)
 
 The part of the log-density change that comes from it is known beforehand:
 
-    shift = sqrt(2 D) z ln(s_start / s_end)   nats over the guided range
+    shift = k ln(s_start / s_end)   nats over the guided steps
 
 symbol            name                  unit
 q                 quantile              1; 0.5 is neutral, below it more detail
 z                 z                     1; standard normal quantile
+k                 gain                  nats per unit of -ln s; 0 is neutral
 eta - 1           eta_minus_one         1; 0 is neutral
-s_start, s_end    GuidedRange           noise levels in VE coordinates
+s_start, s_end    GuidedSteps           noise levels in VE coordinates
 shift             predicted_shift       nats, positive = smoother
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from .schedule import ROUNDING, NoisePath, Schedule, per_image
 from .statistics import compute_dtype, squared_norm
 from .units import bits_per_dim_to_nats, quantile_to_z
-
-
-ROUNDING = 1e-6  # of float32 schedules, relative
 
 # A flow model's state at a smaller alpha is noise alone: float32 schedules may begin at sigma = 1 less a rounding, where
 # s = 1.7e7 would stretch the guided range by a step that changes nothing.
 LEAST_ALPHA = 1e-6
-_LEAST_NORM = 1e-12  # of sigma eps; an image without noise is not guided
+_LEAST_NORM2 = 1e-24  # of eps; an image without noise is not guided
+
+# The peak of a Gaussian lies 1 / (2 ln 2) = 0.72 bits per dimension below its typical samples. Guidance that asks for
+# more meets a score of zero, and overshoots.
+SMOOTHEST = -0.65
 
 
 @dataclass(frozen=True)
-class GuidedRange:
-    """The guided steps of a schedule: steps `first` to `last - 1`, from s_start down to s_end.
+class GuidedSteps:
+    """The guided steps of a schedule: `first` to `last - 1`, from s_start down to s_end.
 
     A step is guided where its starting sigma lies in the wanted window and its end is not zero noise: the last
     denoising step to sigma = 0 has no log-density to steer, and a call at alpha = 0 has no score.
@@ -49,92 +54,59 @@ class GuidedRange:
     s_end: float
 
     @property
-    def log_range(self):
-        """ln(s_start / s_end), 0 when no step is guided."""
-        return math.log(self.s_start / self.s_end) if self.last > self.first else 0.0
+    def log_range(self) -> float:
+        """ln(s_start / s_end)."""
+        return math.log(self.s_start / self.s_end)
+
+    def start_at(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Whether a step that begins at sigma is guided, bool in the shape of sigma.
+
+        Allows for samplers that recompute sigma from its logarithm, for the rounding of narrow dtypes, and for samplers that
+        go above the first sigma of their schedule (churn).
+        """
+        margin = 1 + max(1e-4, torch.finfo(sigma.dtype).eps)
+        high = math.inf if self.first == 0 else self.sigma_start * margin
+        return (sigma > self.sigma_end * margin) & (sigma <= high)
 
 
-def guided_range(sigmas, coordinates, sigma_high=math.inf, sigma_low=0.0):
-    """The `GuidedRange` of a schedule: steps that start at sigma_low < sigma <= sigma_high.
-
-    sigmas: floats, descending, in the units of the host. Raises ValueError if they are not finite, ascend, or go beyond pure
-    noise.
-    """
-    if not all(math.isfinite(v) and v >= 0 for v in sigmas):
-        raise ValueError(f"sigmas are {_brief(sigmas)}; they must be finite and not negative")
-    if any(coordinates.alpha(v) < -ROUNDING for v in sigmas):
-        raise ValueError(
-            f"sigmas are {_brief(sigmas)}; a flow model has none above 1, which is pure noise: connect a scheduler with this "
-            "model")
-    if any(b > a * (1 + ROUNDING) for a, b in zip(sigmas, sigmas[1:])):
-        raise ValueError(
-            f"sigmas are {_brief(sigmas)}; density guidance needs a schedule that only descends "
-            "(for adding noise to an image, use the sampler without it)")
+def guided_steps(schedule: Schedule, sigma_high: float = math.inf, sigma_low: float = 0.0) -> GuidedSteps | None:
+    """The `GuidedSteps` of a schedule, those that start at sigma_low < sigma <= sigma_high; None where there are none."""
     # Schedules are float32: a window edge that should meet one of them may miss it by a rounding.
-    steps = [i for i, (a, b) in enumerate(zip(sigmas, sigmas[1:]))
-             if sigma_low * (1 + ROUNDING) < a <= sigma_high * (1 + ROUNDING) and b > 0 and coordinates.alpha(a) > LEAST_ALPHA]
+    low, high = sigma_low * (1 + ROUNDING), sigma_high * (1 + ROUNDING)
+    levels = schedule.levels
+    steps = [i for i, (a, b) in enumerate(zip(levels, levels[1:]))
+             if low < a.sigma <= high and b.sigma > 0 and a.alpha > LEAST_ALPHA]
     if not steps:
-        return GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0)
+        return None
     first, last = steps[0], steps[-1] + 1
-    return GuidedRange(first, last, sigmas[first], sigmas[last], coordinates.s(sigmas[first]), coordinates.s(sigmas[last]))
+    return GuidedSteps(first, last, levels[first].sigma, levels[last].sigma, levels[first].s, levels[last].s)
 
 
-def _brief(sigmas):
-    return [round(v, 4) for v in sigmas] if len(sigmas) < 9 else [round(v, 4) for v in (*sigmas[:3], *sigmas[-3:])]
+def gain_of(quantile: float, detail_shift: float, dim: float, log_range: float, peak: float = 1.0) -> tuple[float, bool]:
+    """(k, whether it was cut down to `SMOOTHEST`) for a quantile plus a wanted shift in bits per dimension, in nats per -ln s.
 
-
-def z_value(quantile, detail_shift, dim, log_range, peak=1.0):
-    """z of a quantile plus a wanted shift in bits per dimension over the guided range.
-
-    detail_shift > 0 means more detail, a lower log-density and so a smaller z. `dim` is D; 0 of it gives z = 0. `peak`: the
-    largest value of a `strength_curve`.
+    detail_shift > 0 means more detail, a lower log-density and so a smaller gain. dim: D; 0 of it gives 0. log_range: that of
+    the `GuidedSteps`. peak: the largest value of a `strength_curve`.
     Raises ValueError where the shift would take more than the whole of eps: |eta - 1| > 1 at the typical ||eps||^2 = D.
     """
     if not dim:
-        return 0.0
-    z = quantile_to_z(quantile)
-    if detail_shift and log_range:
-        limit = log_range / math.log(2) / peak
-        if abs(detail_shift) > limit:
-            raise ValueError(
-                f"detail_shift is {detail_shift}, but the guided part of the schedule is too short for it (ln(s_start / "
-                f"s_end) = {log_range:.3g}); it can shift by {limit:.3g} at most: guide a wider range, or ask for less")
-        z = z + bits_per_dim_to_nats(detail_shift, dim) / ((2 * dim) ** 0.5 * log_range)
-    return z
+        return 0.0, False
+    limit = log_range / math.log(2) / peak
+    if abs(detail_shift) > limit:
+        raise ValueError(
+            f"detail_shift is {detail_shift}, but the guided part of the schedule is too short for it (ln(s_start / "
+            f"s_end) = {log_range:.3g}); it can shift by {limit:.3g} at most: guide a wider range, or ask for less")
+    wanted = (2 * dim) ** 0.5 * quantile_to_z(quantile) + bits_per_dim_to_nats(detail_shift, dim) / log_range
+    smoothest = bits_per_dim_to_nats(SMOOTHEST, dim) / log_range
+    return min(wanted, smoothest), wanted > smoothest
 
 
-# The peak of a Gaussian lies 1 / (2 ln 2) = 0.72 bits per dimension below its typical samples. Guidance that asks for
-# more meets a score of zero, and overshoots.
-SMOOTHEST = -0.65
+def predicted_shift(gain: float, log_range: float) -> float:
+    """Log-density that a constant gain adds over the guided steps, in nats."""
+    return gain * log_range
 
 
-def limit_smoothing(z, dim, log_range):
-    """z, but at most the one whose predicted shift is `SMOOTHEST` bits per dimension; floats."""
-    if not log_range or not dim:
-        return z
-    return min(z, bits_per_dim_to_nats(SMOOTHEST, dim) / ((2 * dim) ** 0.5 * log_range))
-
-
-def predicted_shift(z, dim, log_range):
-    """Log-density that guidance adds over the guided range, in nats."""
-    return (2 * dim) ** 0.5 * z * log_range
-
-
-def gain(z, dim, like):
-    """sqrt(2 D) z, 0-d or (B,) as z and dim are, float64 rounded once to the dtype of `like` and on its device.
-
-    An image's gain is the same number whether z is its own or that of the whole batch.
-    """
-    z, dim = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (z, dim))
-    return ((2 * dim).sqrt() * z).to(like)
-
-
-def eta_minus_one(eps_norm2, gain):
-    """eta - 1 = sqrt(2 D) z / ||eps||^2 of every image, (B,). Zero where eps is zero."""
-    return torch.where(eps_norm2 > 0, gain / eps_norm2, 0.0)
-
-
-def strength_curve(values):
+def strength_curve(values: Sequence[float]) -> tuple[float, ...]:
     """`values` scaled so that the curve through them, evenly spaced and joined by lines, has the mean 1.
 
     They say how strongly guidance acts at each part of the guided range, which the mean leaves at the same predicted shift.
@@ -148,105 +120,71 @@ def strength_curve(values):
     return tuple(v / mean for v in values)
 
 
-def curve_at(curve, guided, s):
-    """The curve, a tensor (K,) of values evenly spaced in ln s over the guided range, at the noise levels s (...)."""
+class Steering(Protocol):
+    """What a solver or a wrapper asks of a control, see `Control`."""
+
+    @property
+    def steps(self) -> GuidedSteps: ...
+
+    @property
+    def weights(self) -> torch.Tensor | None: ...
+
+    def eta_minus_one(self, eps_norm2: torch.Tensor, s: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Control:
+    """What steers a run by a gain that is known beforehand. Its tensors are on the device of the run, so that a step copies nothing there.
+
+    steps: the `GuidedSteps`. gain: k, one for all images or one for each, (B,).
+    weights: None, or a number from 0 to 1 for each element, broadcastable to x: how strongly it is guided and how much it counts
+    in D and ||eps||^2. The shift stays what is predicted: the rate <score, k w eps> holds <w eps, eps> just as the norm does.
+    curve: None, or the values (K,) of a `strength_curve`, evenly spaced in ln s over the guided steps.
+    """
+
+    steps: GuidedSteps
+    gain: float | torch.Tensor
+    weights: torch.Tensor | None = None
+    curve: torch.Tensor | None = None
+
+    def eta_minus_one(self, eps_norm2: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """eta - 1 = k curve(s) / ||eps||^2 of every image, (B,), in a guided step.
+
+        eps_norm2: `squared_norm` of eps with the weights, (B,). s: VE noise levels, (B,) or (1,).
+        Raises ValueError where there is a gain for each image of another batch.
+        """
+        if isinstance(self.gain, torch.Tensor) and len(self.gain) not in (1, len(eps_norm2)):
+            raise ValueError(f"{len(self.gain)} numbers for a batch of {len(eps_norm2)} images; give one for all, or "
+                             f"{len(eps_norm2)}")
+        eta = self.gain / eps_norm2.clamp_min(_LEAST_NORM2)
+        return eta if self.curve is None else eta * curve_at(self.curve, self.steps, s)
+
+
+def curve_at(curve: torch.Tensor, steps: GuidedSteps, s: torch.Tensor) -> torch.Tensor:
+    """The curve, values (K,) evenly spaced in ln s over the guided steps, at the noise levels s (...)."""
     last = len(curve) - 1
-    position = ((math.log(guided.s_start) - s.log()) / guided.log_range).clamp(0, 1) * last
+    position = ((math.log(steps.s_start) - s.log()) / steps.log_range).clamp(0, 1) * last
     distance = (position.unsqueeze(-1) - torch.arange(last + 1, dtype=s.dtype, device=s.device)).abs()
     return ((1 - distance).clamp_min(0) * curve).sum(-1)
 
 
-class PredictionGuide:
-    """Turns a denoised prediction into the one whose Euler step follows the guided ODE.
+def guided_prediction(
+    control: Steering, path: NoisePath, x: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """The prediction whose Euler step follows the guided ODE, shape and dtype of denoised:
 
-        denoised~ = denoised - (eta - 1) (y - denoised)
+        denoised~ = denoised - (eta - 1) w (y - denoised)
 
-    One guide serves one run. A step costs three passes over the latent, with one temporary that serves as sigma * eps and
-    as the result, and some work on the numbers of each image. On a CPU that work is done on floats, since small tensor
-    operations take as long as a pass; elsewhere reading a number would wait for the device.
+    x, denoised: (B, ...). sigma: (B,) or (1,). Outside the guided steps the prediction keeps its values. Works in float32 or
+    wider, on x's device, in three passes over the latent with one temporary that serves as std * eps and as the result.
     """
-
-    def __init__(self, coordinates, z, dim, guided, weights=None, curve=None):
-        """z, dim: float or (B,). guided: the `GuidedRange`. weights: None, or a number from 0 to 1 for each element,
-        broadcastable to x: how strongly it is guided and how much it counts in D and ||eps||^2. The control's part of the
-        log-density stays what is predicted: the rate <score, gain w eps> holds <w eps, eps> just as the norm does.
-        curve: None, or a `strength_curve`."""
-        self._slope = coordinates.slope
-        self._guided = guided
-        self._z, self._dim = z, dim
-        self._weights = weights
-        self._curve = curve
-        self._guide = None
-
-    def __call__(self, x, denoised, sigma):
-        """The guided prediction: x, denoised (B, ...), sigma (B,) -> shape and dtype of denoised.
-
-        Outside the guided range the prediction keeps its values. Everything stays on x's device, in float32 or wider.
-        """
-        if self._guide is None:
-            self._prepare(x, sigma)
-        if x.dtype is denoised.dtype is self._dtype:
-            return self._guide(x, denoised, sigma)
-        return self._guide(x.to(self._dtype), denoised.to(self._dtype), sigma).to(denoised.dtype)
-
-    def _prepare(self, x, sigma):
-        self._dtype = compute_dtype(x.dtype)
-        # The margins allow for samplers that recompute sigma from its logarithm, and for the rounding of narrow dtypes.
-        margin = 1 + max(1e-4, torch.finfo(sigma.dtype).eps)
-        self._low = self._guided.sigma_end * margin
-        # A sampler that churns goes above the first sigma of its schedule. alpha = 0 is never guided.
-        self._high = math.inf if self._guided.first == 0 else self._guided.sigma_start * margin
-        if self._slope:
-            self._high = min(self._high, (1 - LEAST_ALPHA) / self._slope)
-        if x.device.type == "cpu" and self._weights is None and self._curve is None:
-            self._guide = self._image_by_image
-            z, dim = (v.tolist() if torch.is_tensor(v) else [v] for v in (self._z, self._dim))
-            count = max(len(z), len(dim))
-            self._gains = [(2 * d) ** 0.5 * v for v, d in zip(_listed(z, count), _listed(dim, count))]
-            return
-        self._guide = self._all_at_once
-        self._column = (-1, *[1] * (x.ndim - 1))
-        self._gains = gain(self._z, self._dim, x.new_empty((), dtype=self._dtype)).view(self._column)
-        if self._curve is not None:
-            self._curve = torch.tensor(self._curve, dtype=self._dtype, device=x.device)
-
-    def _image_by_image(self, x, denoised, sigma):
-        sigmas, gains = sigma.tolist(), self._gains
-        if len(x) == len(sigmas) == len(gains) == 1:
-            return self._guide_image(x, denoised, sigmas[0], gains[0])
-        sigmas, gains = _listed(sigmas, len(x)), _listed(gains, len(x))
-        guided = torch.empty_like(denoised)
-        for image in zip(x, denoised, sigmas, gains, guided, strict=True):
-            self._guide_image(*image)
-        return guided
-
-    def _guide_image(self, x, denoised, sigma, gain, out=None):
-        """One image, of any shape, with a sigma and a gain that are floats."""
-        if not self._low < sigma <= self._high:
-            return denoised if out is None else out.copy_(denoised)
-        alpha = 1 - self._slope * sigma
-        noise = torch.sub(x, denoised, alpha=alpha, out=out)  # sigma eps
-        norm = torch.linalg.vector_norm(noise).tolist()  # unlike BLAS's dot the same wherever in memory the image lies
-        return torch.sub(denoised, noise, alpha=gain * (sigma / max(norm, _LEAST_NORM)) ** 2 / alpha, out=noise)
-
-    def _all_at_once(self, x, denoised, sigma):
-        sigma = sigma.to(self._dtype).view(self._column)
-        alpha = 1 - self._slope * sigma
-        noise = torch.addcmul(x, denoised, alpha, value=-1)  # sigma eps
-        norm2 = squared_norm(noise, self._weights).view(self._column).clamp_min_(_LEAST_NORM**2)
-        strength = self._gains * sigma.square() / (alpha * norm2)
-        if self._curve is not None:
-            strength = strength * curve_at(self._curve, self._guided, sigma / alpha)
-        inside = (self._low < sigma) & (sigma <= self._high)
-        if self._weights is not None:
-            noise.mul_(self._weights)
-        return torch.addcmul(denoised, noise, strength.where(inside, 0.0), value=-1, out=noise)
-
-
-def _listed(values, count):
-    """A list of one number, `count` times; one of `count` numbers as it is. Raises ValueError for any other."""
-    if len(values) == 1:
-        return values * count
-    if len(values) != count:
-        raise ValueError(f"{len(values)} numbers for a batch of {count} images; give one for all, or {count}")
-    return values
+    wide = compute_dtype(x.dtype)
+    inside = control.steps.start_at(sigma)
+    result_dtype, x, denoised, sigma = denoised.dtype, x.to(wide), denoised.to(wide), sigma.to(wide)
+    alpha, std = path.alpha(sigma), path.std(sigma)
+    noise = torch.addcmul(x, denoised, per_image(alpha, x.ndim), value=-1)  # std * eps
+    eta = control.eta_minus_one(squared_norm(noise, control.weights) / std.square(), std / alpha)
+    strength = torch.where(inside & (alpha > LEAST_ALPHA), eta / alpha, 0.0)
+    if control.weights is not None:
+        noise.mul_(control.weights)
+    return torch.addcmul(denoised, noise, per_image(strength, x.ndim), value=-1, out=noise).to(result_dtype)

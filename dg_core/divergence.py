@@ -1,4 +1,4 @@
-"""Directional derivatives of a denoiser, and the divergence of eps from them.
+"""Divergence of eps, from directional derivatives of a denoiser.
 
 symbol      name          definition
 Dhat        -             d denoised / d y, the Jacobian of the denoiser in VE coordinates (see `schedule`)
@@ -10,6 +10,7 @@ The identity part of J is exact for every probe: div eps = tr J = (D - tr Dhat) 
 rounding at about twice the cost of a prediction; two-sided differences give it with two predictions more.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -18,14 +19,19 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .schedule import per_image
-from .statistics import compute_dtype, inner, squared_norm
+from .statistics import compute_dtype, image_sums, inner, squared_norm, sum_dtype
+
+# x (B, ...) -> denoised (B, ...), at a fixed noise level
+Predict = Callable[[torch.Tensor], torch.Tensor]
 
 FORWARD, DIFFERENCES = "forward", "differences"
 METHODS = (FORWARD, DIFFERENCES)
 TRIAL_CALLS = 4  # of `method_of`, each on one batch
 
 
-def directional_derivative(predict, x, v, method, step=None):
+def directional_derivative(
+    predict: Predict, x: torch.Tensor, v: torch.Tensor, method: str, step: torch.Tensor | float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(predict(x), D v) with D = d predict / d x, both of x's shape, in float32 or wider.
 
     predict(x) -> denoised, at a fixed noise level, for a batch of len(x) images, or of 2 len(x) with "differences" (it
@@ -46,7 +52,7 @@ def directional_derivative(predict, x, v, method, step=None):
         return _differences(predict, x, v, difference_step(x, v, x.dtype) if step is None else step)
 
 
-def _forward(predict, x, v):
+def _forward(predict: Predict, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no forward rule
         stack.enter_context(forward_ad.dual_level())
@@ -56,14 +62,19 @@ def _forward(predict, x, v):
         return value.to(x.dtype), slope.to(x.dtype)
 
 
-def _differences(predict, x, v, step):
+def _differences(
+    predict: Predict, x: torch.Tensor, v: torch.Tensor, step: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
     value = predict(x).to(x.dtype)
-    h = per_image(step.to(x) if torch.is_tensor(step) else x.new_full((len(x),), step), x.ndim)
+    h = per_image(step.to(x) if isinstance(step, torch.Tensor) else x.new_full((len(x),), step), x.ndim)
     above, below = predict(torch.cat([x + h * v, x - h * v])).to(x.dtype).chunk(2)
     return value, (above - below) / (2 * h)
 
 
-def trace_derivative(predict, x, v, probes, method, steps=None):
+def trace_derivative(
+    predict: Predict, x: torch.Tensor, v: torch.Tensor, probes: Callable[[torch.Tensor | None], Iterable[torch.Tensor]],
+    method: str, steps: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(predict(x), D v, t): t is the derivative along v of the Hutchinson trace of D, (B,), the mean over the probes of
     <p, D^2 predict[v, p]>. See `directional_derivative` for predict, x, v and method.
 
@@ -92,7 +103,9 @@ def trace_derivative(predict, x, v, probes, method, steps=None):
         return value, slope, torch.stack([probe_trace(p, bend) for p, bend in bends]).mean(0)
 
 
-def trace_steps(x, v, dtype, method, scale=None):
+def trace_steps(
+    x: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, method: str, scale: torch.Tensor | float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The steps a along v and b along a probe of `trace_derivative`, (B,) each; dtype and scale as in `difference_step`.
 
     Rounding contributes e ||x|| / (a ||v|| b ||p||) to a mixed second difference, and the fourth derivative about (h / L)^2
@@ -108,27 +121,31 @@ def trace_steps(x, v, dtype, method, scale=None):
     return h / norm_v, h / x[0].numel() ** 0.5
 
 
-def _rounding_unit(dtype):
+def _rounding_unit(dtype: torch.dtype) -> float:
     """Of `dtype`, or of float32 if that is coarser: hosts hand predictions around in it."""
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
-def _lengths(x, v, scale):
+def _lengths(
+    x: torch.Tensor, v: torch.Tensor, scale: torch.Tensor | float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     norm_x = squared_norm(x).sqrt().clamp_min(1e-12)
     norm_v = squared_norm(v).sqrt().clamp_min(1e-12)
     if scale is None:
         return norm_x, norm_v, norm_x
     # A float stays one: as a tensor it would be copied to the device, and that waits for it.
-    scale = scale.to(norm_x) if torch.is_tensor(scale) else torch.full_like(norm_x, scale)
+    scale = scale.to(norm_x) if isinstance(scale, torch.Tensor) else torch.full_like(norm_x, scale)
     return norm_x, norm_v, scale * x[0].numel() ** 0.5
 
 
-def _ordinary(tensor):
+def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it where it was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def difference_step(x, v, dtype, scale=None):
+def difference_step(
+    x: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | float | None = None
+) -> torch.Tensor:
     """The step h of two-sided differences for a network that computes in `dtype`: (B,), on x's device.
 
     Rounding contributes e ||x|| / h and the third derivative about (h ||v|| / L)^2 ||v|| with L the length over which a
@@ -141,7 +158,10 @@ def difference_step(x, v, dtype, scale=None):
     return (e * norm_x * length.square()) ** (1 / 3) / norm_v
 
 
-def method_of(predict, x, v, dtype=torch.float32, scale=None):
+def method_of(
+    predict: Predict, x: torch.Tensor, v: torch.Tensor, dtype: torch.dtype = torch.float32,
+    scale: torch.Tensor | float | None = None,
+) -> tuple[str, str]:
     """(method, reason): forward-mode AD where it works on this network, else differences. Costs `TRIAL_CALLS`.
 
     Tries forward mode once at x, along v, and compares it with differences: some networks refuse it, and some drop the
@@ -164,12 +184,12 @@ def method_of(predict, x, v, dtype=torch.float32, scale=None):
     return FORWARD, f"forward-mode AD, which differs from two-sided differences by {gap:.2%}"
 
 
-def agreement(dtype):
+def agreement(dtype: torch.dtype) -> float:
     """How far, relatively, a right forward derivative may be from differences in a network of `dtype`."""
     return min(0.5, max(0.01, 4 * torch.finfo(dtype).eps ** (1 / 2)))
 
 
-def rademacher(x, seed, call, indices=None):
+def rademacher(x: torch.Tensor, seed: int, call: int, indices: Sequence[int] | None = None) -> torch.Tensor:
     """A probe of x's shape, device and (at least float32) dtype: independent signs for every image and model call.
 
     The signs of an image depend on (seed, its index, call) alone, never on the batch. indices: one int for each image;
@@ -180,14 +200,14 @@ def rademacher(x, seed, call, indices=None):
     return torch.stack(signs).to(x.device, compute_dtype(x.dtype))
 
 
-def _signs(shape, key):
+def _signs(shape: Sequence[int], key: Iterable[int]) -> torch.Tensor:
     with torch.inference_mode(False):
         state = np.random.SeedSequence([int(k) % 2**64 for k in key]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state) & (2**63 - 1))
         return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
 
 
-def stratified(probe, directions, signs):
+def stratified(probe: torch.Tensor, directions: Iterable[torch.Tensor], signs: Iterable[torch.Tensor]) -> torch.Tensor:
     """The probe with exactly `signs` as its components along `directions`, made orthogonal to each other.
 
     directions: tensors of the probe's shape and of any length above 0, which must not depend on the probe; signs: +1 or -1,
@@ -195,7 +215,7 @@ def stratified(probe, directions, signs):
     direction alone: all of it where A = d d^T and one of them is d, as where a mixture decides between two of its components
     (derived here).
     """
-    basis = []
+    basis: list[torch.Tensor] = []
     for direction, sign in zip(directions, signs):
         for e in basis:
             direction = direction - inner(e, direction) * e
@@ -205,24 +225,21 @@ def stratified(probe, directions, signs):
     return probe
 
 
-def random_signs(seed, call, place, indices, like):
+def random_signs(seed: int, call: int, place: int, indices: Sequence[int] | None, like: torch.Tensor) -> torch.Tensor:
     """One sign for every image, call and place, (B,), on the device of `like` and independent of its `rademacher` probe."""
     indices = range(len(like)) if indices is None else indices
     signs = [_signs((1,), (seed, index, call, 1 + place)) for index in indices]
     return torch.cat(signs).to(like.device, compute_dtype(like.dtype))
 
 
-def probe_trace(v, dhat_v):
+def probe_trace(v: torch.Tensor, dhat_v: torch.Tensor) -> torch.Tensor:
     """<v, Dhat v> of every image, (B,), summed in float64 where the device has it."""
-    return (v * dhat_v).flatten(1).sum(1, dtype=sum_dtype(v.device))
+    return image_sums(v * dhat_v, sum_dtype(v.device))
 
 
-def sum_dtype(device):
-    """float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def derivative_in_ve(predict, y, v, alpha, method, step=None):
+def derivative_in_ve(
+    predict: Predict, y: torch.Tensor, v: torch.Tensor, alpha: float, method: str, step: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(denoised, Dhat v) at y in VE coordinates, for predict(x) in the host's units x = alpha y; alpha > 0, float.
 
     step: in the units of x. Dhat v = D (alpha v), so that v may be a probe of y.

@@ -1,23 +1,24 @@
-"""Which noise levels to look at, given a number of model evaluations.
+"""Which noise levels to evaluate, given a number of model evaluations.
 
 symbol     name         unit
 s          s            noise level in VE coordinates, see `schedule`
-R, S       -            0.8 and 1.5 sqrt(D): noise levels between which pictures of D numbers become one
+R, S       -            0.8 and 1.5 sqrt(D): noise levels between which images of D numbers become one
 
-Placement on this clock: derived here, from the errors of log-densities on mixtures of pictures.
+Placement on this clock: derived here, from the errors of log-densities on mixtures of images.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 _MERGING = 0.8, 1.5  # R and S over sqrt(D)
 
 
-def clock(s, dim):
+def clock(s: float, dim: int) -> float:
     """The clock ln s + ln(1 + s/R) - 2 ln(1 + s/S), finite at s = infinity.
 
-    It is ln s far below R; between R and S, where few dimensions decide between pictures and densities have narrow features, it
+    It is ln s far below R; between R and S, where few dimensions decide between images and densities have narrow features, it
     runs up to twice as fast; above S it comes to a rest.
     """
     merging, merged = _merging(dim)
@@ -26,13 +27,13 @@ def clock(s, dim):
     return math.log(s) + math.log1p(s / merging) - 2 * math.log1p(s / merged)
 
 
-def clock_rate(s, dim):
+def clock_rate(s: float, dim: int) -> float:
     """d clock / d ln s at the finite noise level s."""
     merging, merged = _merging(dim)
     return 1 + s / (s + merging) - 2 * s / (s + merged)
 
 
-def noise_levels(s_low, s_high, count, dim):
+def noise_levels(s_low: float, s_high: float, count: int, dim: int) -> list[float]:
     """`count` noise levels from s_low up to s_high (may be infinite), equally spaced on `clock`: a list of floats.
 
     Raises ValueError unless 0 < s_low < s_high and count >= 2.
@@ -48,12 +49,11 @@ def noise_levels(s_low, s_high, count, dim):
     return [s_low, *(2 * ticks / (linear + np.sqrt(linear**2 + 4 * square * ticks))).tolist(), s_high]
 
 
-def snapped(levels, table):
+def snapped(levels: Sequence[float], table: Sequence[float]) -> list[float]:
     """Each level's nearest, in log-SNR, of the noise levels in `table`, every one once: a list of floats in the same order."""
-    table = np.asarray(table, dtype=np.float64)
     nearest = np.abs(np.log(table) - np.log(levels)[:, None]).argmin(1)
     return [float(table[i]) for i in dict.fromkeys(nearest.tolist())]
 
 
-def _merging(dim):
-    return (ratio * dim**0.5 for ratio in _MERGING)
+def _merging(dim: int) -> tuple[float, float]:
+    return _MERGING[0] * dim**0.5, _MERGING[1] * dim**0.5

@@ -18,27 +18,30 @@ log p      log_prob     nats of one image; log p_y = log p_u + D ln cos(theta)
 
 import math
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 
-from .schedule import eps_from_denoised
-from .divergence import FORWARD, derivative_in_ve, difference_step, probe_trace, rademacher, sum_dtype
+from .divergence import FORWARD, derivative_in_ve, difference_step, probe_trace, rademacher
 from .levels import clock, clock_rate
-from .solver import denoised_weights, eps_weights
-from .statistics import squared_norm
-from .units import bits_per_dim_to_nats, nats_to_bits_per_dim, require_number
+from .quadrature import denoised_weights, eps_weights
+from .schedule import Level, NoisePath
+from .solver import Denoiser
+from .statistics import squared_norm, sum_dtype
+from .units import Amount, bits_per_dim_to_nats, nats_to_bits_per_dim, require_number
 
 _DEFECT_NODES = 4
 _COMPARABLE = 0.1, 10.0  # ratio of two traces, within which their diagonals are taken to have one shape
 
 
-# --- the weights of what is seen ----------------------------------------------------------------------------------
+# --- weights of the evaluations -----------------------------------------------------------------------------------
 
 
-def trace_weights(levels, dim):
+def trace_weights(levels: Sequence[float], dim: int) -> np.ndarray:
     """Weights of tr Dhat at noise levels s (monotonic) in its integral over ln s from the first to the last: an array.
 
     Integrates the cubic spline of tr Dhat dln(s)/dclock on the clock of `levels`. At s = infinity tr Dhat is 0 and so is its
@@ -53,11 +56,11 @@ def trace_weights(levels, dim):
     return spline.integrate(ticks[0], ticks[-1]) / rate
 
 
-# --- what is seen there ------------------------------------------------------------------------------------------
+# --- one evaluation ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Sight:
+class Evaluation:
     """What one evaluation tells: denoised (B, ...); tr Dhat and the variance of its estimate, (B,)."""
 
     denoised: torch.Tensor
@@ -65,8 +68,14 @@ class Sight:
     variance: torch.Tensor
 
 
+class Evaluate(Protocol):
+    """x (B, ...) at sigma -> its `Evaluation`; call: number of the evaluation along a path."""
+
+    def __call__(self, x: torch.Tensor, sigma: float, call: int, /) -> Evaluation: ...
+
+
 class ProbedModel:
-    """(x, sigma, call) -> `Sight`, with `probes` fresh Rademacher probes for every image and call.
+    """(x, sigma, call) -> `Evaluation`, with `probes` fresh Rademacher probes for every image and call.
 
     predict(x, sigma) -> denoised in the host's units. method, and dtype of the network: as in `divergence`. indices: as in
     `divergence.rademacher`.
@@ -78,22 +87,25 @@ class ProbedModel:
     An instance follows one path, from noise level to noise level.
     """
 
-    def __init__(self, predict, coordinates, method, dtype=torch.float32, seed=0, probes=1, indices=None):
-        self._predict, self._coordinates = predict, coordinates
+    def __init__(
+        self, predict: Denoiser, path: NoisePath, method: str, dtype: torch.dtype = torch.float32, seed: int = 0, probes: int = 1,
+        indices: Sequence[int] | None = None,
+    ):
+        self._predict, self._path = predict, path
         self._method, self._dtype = method, dtype
         self._seed, self._probes, self._indices = seed, probes, indices
-        self._last = None  # estimates of diagonal and trace by the last probe
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # estimates of diagonal and trace by the last probe
 
     @property
-    def calls_per_sight(self):
-        """Network calls on one batch that a `Sight` takes; with forward-mode AD each also carries a derivative."""
+    def calls_per_evaluation(self) -> int:
+        """Network calls on one batch that an `Evaluation` takes; with forward-mode AD each also carries a derivative."""
         return self._probes if self._method == FORWARD else 3 * self._probes
 
-    def __call__(self, x, sigma, call):
-        alpha = self._coordinates.alpha(sigma)
+    def __call__(self, x: torch.Tensor, sigma: float, call: int) -> Evaluation:
+        alpha = self._path.alpha(sigma)
         if alpha <= 0:
             zero = torch.zeros(len(x), dtype=sum_dtype(x.device), device=x.device)
-            return Sight(self._predict(x, sigma), zero, zero)
+            return Evaluation(self._predict(x, sigma), zero, zero)
         traces, variances = [], []
         for probe in range(self._probes):
             v = rademacher(x, self._seed, call * self._probes + probe, self._indices)
@@ -101,16 +113,16 @@ class ProbedModel:
             denoised, slope = derivative_in_ve(
                 lambda x: self._predict(x, sigma), x / alpha, v.to(x.dtype), alpha, self._method, step)
             diagonal, trace = v * slope, probe_trace(v, slope)
-            last, last_trace = self._last or (None, trace)
             same = trace.square() / x[0].numel()
-            if last is not None:
+            if self._last is not None:
+                last, last_trace = self._last
                 ratio = trace / last_trace  # NaN where both are 0, which is not comparable
                 comparable = (ratio >= _COMPARABLE[0]) & (ratio <= _COMPARABLE[1])
                 same = torch.where(comparable, probe_trace(diagonal, last) * ratio, same)
             traces.append(trace)
             variances.append(2 * (squared_norm(slope).to(trace.dtype) - same).clamp_min(0))
             self._last = diagonal, trace
-        return Sight(denoised, torch.stack(traces).mean(0), torch.stack(variances).mean(0) / self._probes)
+        return Evaluation(denoised, torch.stack(traces).mean(0), torch.stack(variances).mean(0) / self._probes)
 
 
 # --- the integral ------------------------------------------------------------------------------------------------
@@ -127,93 +139,98 @@ class _Node:
 class LogDensityTrack:
     """The change of log p along the states that a solver visits, upwards or downwards.
 
-    `add` takes them in order, and keeps copies of the last four at most: u, eps and denoised of each. `strayed` is what was
-    charged for leaving the flow; `change` and `variance` are about the way so far, (B,), in nats of u; `s`, `traces` and
+    `add` takes them in order, and keeps copies of the last four at most: u, eps and denoised of each. `defect` is the change
+    for which the states left the flow; `change` and `variance` are about the way so far, (B,), in nats of u; `s`, `traces` and
     `eps_energy` (||eps||^2 / D) list what was seen.
     """
 
-    def __init__(self, dim):
-        self.dim = dim
-        self.s, self.traces, self.variances, self.eps_energy = [], [], [], []
-        self._nodes = deque(maxlen=_DEFECT_NODES)
-        self.strayed = 0.0
+    def __init__(self, path: NoisePath, dim: int):
+        """dim: D, the number of elements of one image."""
+        self.path, self.dim = path, dim
+        self.sigmas: list[float] = []
+        self.s: list[float] = []
+        self.traces: list[torch.Tensor] = []
+        self.variances: list[torch.Tensor] = []
+        self.eps_energy: list[torch.Tensor] = []
+        self._nodes: deque[_Node] = deque(maxlen=_DEFECT_NODES)
+        self.defect = torch.zeros(())
 
-    def add(self, x, sigma, alpha, sight):
+    def add(self, x: torch.Tensor, sigma: float, evaluation: Evaluation) -> None:
         """A state x (B, ...) in the host's units, and what the model says of it. None of the tensors is kept.
 
         Raises ValueError for a noise level that is not beyond the last, in the direction of the first two.
         """
-        theta = math.atan2(sigma, alpha)
-        thetas = [theta, *(n.theta for n in self._nodes)][:3]
+        level = self.path.at(sigma)
+        thetas = [level.theta, *(n.theta for n in self._nodes)][:3]
         turns = [a - b for a, b in zip(thetas, thetas[1:])]
         if any(turn * turns[-1] <= 0 for turn in turns):
             raise ValueError(f"sigma is {sigma:.6g} after noise levels s {[round(s, 6) for s in self.s[-2:]]}; a track of the "
                              "log-density takes noise levels that only ascend or only descend")
-        eps = eps_from_denoised(x, sight.denoised, sigma, alpha)
-        self._nodes.appendleft(_Node(theta, x / math.hypot(alpha, sigma), eps, sight.denoised.clone()))
-        self.s.append(sigma / alpha if alpha > 0 else math.inf)
-        self.traces.append(sight.trace)
-        self.variances.append(sight.variance)
+        eps = level.eps(x, evaluation.denoised)
+        self._nodes.appendleft(_Node(level.theta, x / level.scale, eps, evaluation.denoised.clone()))
+        self.sigmas.append(sigma)
+        self.s.append(level.s)
+        self.traces.append(evaluation.trace)
+        self.variances.append(evaluation.variance)
         self.eps_energy.append(squared_norm(eps) / self.dim)
         if len(self._nodes) > 1:
-            self.strayed = self.strayed + self._last_interval()
+            self.defect = self.defect + self._last_interval()
 
-    def _last_interval(self):
+    def _last_interval(self) -> torch.Tensor:
         """-<eps, du - F dtheta> / sin(theta) over the last interval, (B,): F through the last nodes, the rest linear."""
         new, old = self._nodes[0], self._nodes[1]
         thetas = [n.theta for n in self._nodes]
-        strayed = new.u - old.u
+        defect = new.u - old.u
         for node, w_eps, w_denoised in zip(self._nodes, eps_weights(old.theta, new.theta, thetas),
                                            denoised_weights(old.theta, new.theta, thetas)):
-            strayed.sub_(node.eps, alpha=w_eps).sub_(node.denoised, alpha=w_denoised)
-        return -0.5 * sum(probe_trace(node.eps, strayed) / math.sin(node.theta) for node in (new, old))
+            defect.sub_(node.eps, alpha=w_eps).sub_(node.denoised, alpha=w_denoised)
+        return -0.5 * (probe_trace(new.eps, defect) / math.sin(new.theta) + probe_trace(old.eps, defect) / math.sin(old.theta))
 
-    def step(self, sigma, alpha):
-        """The state x at another noise level: what the flow leads to if eps and denoised stay as they are (a DDIM step).
+    def step(self, sigma: float) -> torch.Tensor:
+        """The state x (B, ...) at another noise level: what the flow leads to if eps and denoised stay as they are (a DDIM step).
 
-        A higher order would follow the flow more closely, for which there is no need, and is less stable where pictures part.
+        A higher order would follow the flow more closely, for which there is no need, and is less stable where images part.
         """
-        last, stop = self._nodes[0], math.atan2(sigma, alpha)
-        u = last.eps * math.sin(stop) + last.denoised * math.cos(stop)
-        return u * math.hypot(alpha, sigma)
+        last, stop = self._nodes[0], self.path.at(sigma)
+        return (last.eps * math.sin(stop.theta) + last.denoised * math.cos(stop.theta)) * stop.scale
 
     @property
-    def denoised(self):
+    def denoised(self) -> torch.Tensor:
         """A copy of the model's last prediction."""
         return self._nodes[0].denoised
 
     @property
-    def change(self):
-        """log p_u at the last state minus log p_u at the first."""
-        return _weighted(trace_weights(self.s, self.dim), self.traces) + self.strayed - self.dim * math.log(
+    def change(self) -> torch.Tensor:
+        """log p_u at the last state minus log p_u at the first, (B,)."""
+        return _weighted(trace_weights(self.s, self.dim), self.traces) + self.defect - self.dim * math.log(
             sin_theta(self.s[-1]) / sin_theta(self.s[0]))
 
     @property
-    def variance(self):
+    def variance(self) -> torch.Tensor:
         """Variance of `change` that the probes cause."""
         return _weighted(trace_weights(self.s, self.dim) ** 2, self.variances)
 
 
-def _weighted(weights, values):
-    return sum(float(w) * v for w, v in zip(weights, values))
+def _weighted(weights: Iterable[float], values: Iterable[torch.Tensor]) -> torch.Tensor:
+    return sum((float(w) * v for w, v in zip(weights, values)), start=torch.zeros(()))
 
 
-def sin_theta(s):
+def sin_theta(s: float) -> float:
     """sin(atan(s)) at the noise level s, which may be infinite."""
     return s / math.hypot(1, s) if math.isfinite(s) else 1.0
 
 
-def cos_log(s):
+def cos_log(s: float) -> float:
     """ln cos(theta) at the finite noise level s."""
     return -0.5 * math.log1p(s * s)
 
 
-def bits_of_state(log_p_u, s, dim):
+def bits_of_state(log_p_u: Amount, s: float, dim: int) -> Amount:
     """Bits per dimension of y, any shape, from the log-density of u in nats, at the finite noise level s."""
     return nats_to_bits_per_dim(log_p_u + dim * cos_log(s), dim)
 
 
-def state_of_bits(bits, s, dim):
+def state_of_bits(bits: Amount, s: float, dim: int) -> Amount:
     """Inverse of `bits_of_state`."""
     return bits_per_dim_to_nats(bits, dim) - dim * cos_log(s)
 
@@ -221,12 +238,14 @@ def state_of_bits(bits, s, dim):
 # --- the end -----------------------------------------------------------------------------------------------------
 
 
-def log_start(predict, x, sigma, alpha, sight):
+def log_start(predict: Denoiser, x: torch.Tensor, level: Level, evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_prior` with the call that it takes where alpha is above 0. predict(x, sigma) -> denoised."""
-    return log_prior(x, sigma, alpha, sight, predict(-x, sigma) if alpha > 0 else None)
+    return log_prior(x, level, evaluation, predict(-x, level.sigma) if level.alpha > 0 else evaluation.denoised)
 
 
-def log_prior(x, sigma, alpha, sight, opposite):
+def log_prior(
+    x: torch.Tensor, level: Level, evaluation: Evaluation, opposite: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """log p_u of a state x at the highest noise level of a model, and a scale of its error: two (B,), in nats.
 
     Where alpha is 0 it is that of unit noise, without error. Else the data still shows: above s, denoised is taken to go as
@@ -236,13 +255,13 @@ def log_prior(x, sigma, alpha, sight, opposite):
     """
     dim = x[0].numel()
     wide = sum_dtype(x.device)
-    if alpha <= 0:
-        log_p_u = -0.5 * squared_norm(x / sigma).to(wide) - dim / 2 * math.log(2 * math.pi)
+    if level.alpha <= 0:
+        log_p_u = -0.5 * squared_norm(x / level.std).to(wide) - dim / 2 * math.log(2 * math.pi)
         return log_p_u, torch.zeros_like(log_p_u)
-    s = sigma / alpha
-    m, k = (sight.denoised + opposite) / 2, (sight.denoised - opposite) / 2
-    n = (x / alpha - m - k / 2) / s
-    log_p_y = -0.5 * squared_norm(n).to(wide) - dim / 2 * math.log(2 * math.pi * s * s) - sight.trace / 2
+    s = level.s
+    m, k = (evaluation.denoised + opposite) / 2, (evaluation.denoised - opposite) / 2
+    n = (x / level.alpha - m - k / 2) / s
+    log_p_y = -0.5 * squared_norm(n).to(wide) - dim / 2 * math.log(2 * math.pi * s * s) - evaluation.trace / 2
     return log_p_y - dim * cos_log(s), squared_norm(k / s).to(wide) / 2
 
 
@@ -256,44 +275,46 @@ class Readout:
     log_prob: torch.Tensor
     standard_error: torch.Tensor
     dim: int
-    s: list
-    traces: list
-    eps_energy: list  # ||eps||^2 / D
+    s: list[float]
+    traces: list[torch.Tensor]
+    eps_energy: list[torch.Tensor]  # ||eps||^2 / D
 
     @property
-    def bits_per_dim(self):
+    def bits_per_dim(self) -> torch.Tensor:
+        """-log2 p / D, (B,)."""
         return nats_to_bits_per_dim(self.log_prob, self.dim)
 
     @property
-    def error_bits_per_dim(self):
+    def error_bits_per_dim(self) -> torch.Tensor:
+        """Standard error of it, (B,)."""
         return -nats_to_bits_per_dim(self.standard_error, self.dim)
 
-    def rates(self):
+    def rates(self) -> torch.Tensor:
         """d log p_y / d(log-SNR) / D at every level, (levels, B): (1 - tr Dhat / D) / 2, with lambda = -2 ln s."""
         return (1 - torch.stack(self.traces) / self.dim) / 2
 
 
-def read_log_density(look, predict, y, levels, coordinates):
+def read_log_density(
+    evaluate: Evaluate, predict: Denoiser, y: torch.Tensor, levels: Sequence[float], path: NoisePath
+) -> Readout:
     """The log-density of y (B, ...) at the first of the noise levels s, `levels`, ascending floats: a `Readout`.
 
-    look(x, sigma, call) -> `Sight`, once at every level, for instance a `ProbedModel`; predict(x, sigma) -> denoised,
-    called once more where the last level is finite. The latent is carried up by DDIM steps, one look a level; where its
-    states stray from the flow is charged.
+    evaluate: called once at every level, for instance a `ProbedModel`; predict: called once more where the last level is finite.
+    The latent is carried up by DDIM steps, one evaluation a level; their defect against the flow is charged at the score.
     """
-    track = LogDensityTrack(y[0].numel())
+    track = LogDensityTrack(path, y[0].numel())
     for call, s in enumerate(levels):
-        sigma = coordinates.sigma(s)
-        alpha = coordinates.alpha(sigma) if math.isfinite(s) else 0.0
-        x = y * alpha if call == 0 else track.step(sigma, alpha)
-        sight = look(x, sigma, call)
-        track.add(x, sigma, alpha, sight)
-    end, end_error = log_start(predict, x, sigma, alpha, sight)
+        level = path.at(path.sigma(s))
+        x = y * level.alpha if call == 0 else track.step(level.sigma)
+        evaluation = evaluate(x, level.sigma, call)
+        track.add(x, level.sigma, evaluation)
+    end, end_error = log_start(predict, x, level, evaluation)
     log_prob = end - track.change + track.dim * cos_log(levels[0])
     error = (track.variance + end_error**2).sqrt()
     return Readout(log_prob, error, track.dim, track.s, track.traces, track.eps_energy)
 
 
-def rounding_cost(one, other, levels, dim):
+def rounding_cost(one: torch.Tensor, other: torch.Tensor, levels: Sequence[float], dim: int) -> float:
     """Least error of a readout, bits per dimension, that rounding in a network causes; a float.
 
     one, other: traces (B,) with the same probe, at states that differ by less than the rounding unit. How far they are apart
@@ -304,7 +325,7 @@ def rounding_cost(one, other, levels, dim):
     return -nats_to_bits_per_dim(per_level * float((trace_weights(levels, dim) ** 2).sum()) ** 0.5, dim)
 
 
-def require_noise_floor(noise_floor, s_min, s_max):
+def require_noise_floor(noise_floor: float, s_min: float, s_max: float) -> float:
     """Return `noise_floor`; raise ValueError unless it lies in [s_min, s_max), to a rounding: the model's range."""
     value = require_number("noise_floor", noise_floor, 0.0, math.inf if math.isinf(s_max) else s_max)
     if not s_min * (1 - 1e-4) <= value < s_max * (1 - 1e-4):

@@ -1,15 +1,17 @@
-"""Coordinates: one adapter from any Gaussian noise schedule to eps, score and log-SNR.
+"""Noise schedules: one adapter from any Gaussian noise path to eps, score and log-SNR.
 
-Forward process x = alpha * x0 + sigma * n with n ~ N(0, I). Dividing by alpha gives "variance-exploding" (VE)
-coordinates, in which every model is the same:
+Forward process x = alpha * x0 + std * n with n ~ N(0, I). Dividing by alpha gives "variance-exploding" (VE) coordinates, in which
+every model is the same:
 
 symbol      name          definition
 sigma       sigma         the noise level that the host passes to a model
-alpha       alpha         weight of the picture: 1 (VE) or 1 - sigma (flow matching)
+alpha       alpha         weight of the image: 1 (VE) or 1 - sigma (flow matching)
+std         std           weight of the noise: sigma times the model's noise scale, which is 1 but for few models
 y           y             x / alpha
-s           s             sigma / alpha, the noise level in VE coordinates
+s           s             std / alpha, the noise level in VE coordinates
+theta       theta         atan(s)
 x0_hat      denoised      E[x0 | x], what the host's model(x, sigma) returns
-eps         eps           (x - alpha * denoised) / sigma = (y - denoised) / s
+eps         eps           (x - alpha * denoised) / std = (y - denoised) / s
 lambda      log_snr       -2 ln s
 D           dim           number of elements of one image
 
@@ -17,81 +19,133 @@ The score of y is -eps / s and the probability-flow ODE is dy/ds = eps.
 Source: Karczewski, Heinonen, Garg, "Devil is in the Details: Density Guidance" (ICML 2025, arXiv 2502.05807).
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 
+Number = TypeVar("Number", float, torch.Tensor)
+
+ROUNDING = 1e-6  # of float32 schedules, relative
+
 
 @dataclass(frozen=True)
-class Coordinates:
-    """A noise schedule as data: alpha = 1 - `slope` * sigma."""
+class Level:
+    """One noise level of a path, in floats."""
 
-    name: str
-    slope: float
+    sigma: float
+    alpha: float
+    std: float
 
-    def alpha(self, sigma):
-        """alpha at sigma; float or tensor, same kind as `sigma`."""
-        return 1 - self.slope * sigma
+    @property
+    def s(self) -> float:
+        """VE noise level std / alpha; infinite where alpha is 0."""
+        return self.std / self.alpha if self.alpha > 0 else math.inf
 
-    def s(self, sigma):
-        """VE noise level s = sigma / alpha of a float; infinite where alpha is 0."""
-        alpha = self.alpha(sigma)
-        return sigma / alpha if alpha > 0 else math.inf
+    @property
+    def theta(self) -> float:
+        """atan(s), pi / 2 where alpha is 0."""
+        return math.atan2(self.std, self.alpha)
 
-    def sigma(self, s):
-        """sigma at the VE noise level s, a float; s may be infinite where sigma stays finite."""
-        return s / (1 + self.slope * s) if math.isfinite(s) else 1 / self.slope
+    @property
+    def scale(self) -> float:
+        """sqrt(alpha^2 + std^2): x = scale * u with u the variance-preserving state."""
+        return math.hypot(self.alpha, self.std)
 
-
-VE = Coordinates("VE", 0.0)
-FLOW = Coordinates("flow", 1.0)
-
-# Class names of the host's model samplings. The first one in the order of inheritance decides.
-MODEL_SAMPLINGS = {
-    "EPS": VE,
-    "V_PREDICTION": VE,
-    "EDM": VE,
-    "X0": VE,
-    "COSMOS_RFLOW": VE,
-    "CONST": FLOW,
-    "IMG_TO_IMG": None,
-    "IMG_TO_IMG_FLOW": None,
-}
+    def eps(self, x: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:
+        """Noise prediction (x - alpha * denoised) / std, shape of x."""
+        return (x - self.alpha * denoised) / self.std
 
 
-def coordinates_of(model_sampling):
-    """The `Coordinates` of one of the host's model samplings.
+@dataclass(frozen=True)
+class NoisePath:
+    """How a model mixes image and noise.
 
-    Raises ValueError for a sampling without a Gaussian noise path (image-to-image bridges) and for an unknown one.
+    kind: "VE" (alpha = 1) or "flow" (alpha = 1 - sigma). noise_scale: std = noise_scale * sigma.
     """
-    names = [c.__name__ for c in type(model_sampling).__mro__]
-    known = next((n for n in names if n in MODEL_SAMPLINGS), None)
-    coordinates = MODEL_SAMPLINGS.get(known)
-    if coordinates is not None:
-        return coordinates
-    gaussian = ", ".join(n for n, c in MODEL_SAMPLINGS.items() if c is not None)
-    reason = "has no Gaussian noise path" if known else "is not known here"
-    raise ValueError(
-        f"the model's sampling type {known or ' / '.join(names[:-1])} {reason}, so its log-density is undefined; "
-        f"density guidance works with models of type {gaussian}")
+
+    kind: str
+    noise_scale: float = 1.0
+
+    def alpha(self, sigma: Number) -> Number:
+        """alpha at sigma; float or tensor, as sigma is."""
+        return 1 - sigma if self.kind == "flow" else 1 - 0 * sigma
+
+    def std(self, sigma: Number) -> Number:
+        """Weight of the noise at sigma; float or tensor, as sigma is."""
+        return sigma * self.noise_scale
+
+    def at(self, sigma: float) -> Level:
+        """The `Level` of a sigma."""
+        return Level(sigma, self.alpha(sigma), self.std(sigma))
+
+    def s(self, sigma: float) -> float:
+        """VE noise level s = std / alpha; infinite where alpha is 0."""
+        return self.at(sigma).s
+
+    def sigma(self, s: float) -> float:
+        """sigma at the VE noise level s, which may be infinite for a flow."""
+        if self.kind == "flow":
+            return s / (self.noise_scale + s) if math.isfinite(s) else 1.0
+        return s / self.noise_scale
 
 
-def per_image(value, ndim):
-    """Reshape a tensor (B,) to (B, 1, ...) with `ndim` dimensions; a 0-d tensor or float is returned as it is."""
-    return value.reshape(-1, *[1] * (ndim - 1)) if torch.is_tensor(value) and value.ndim else value
+VE = NoisePath("VE")
+FLOW = NoisePath("flow")
 
 
-def eps_from_denoised(x, denoised, sigma, alpha):
-    """Noise prediction eps = (x - alpha * denoised) / sigma, shape of x; sigma and alpha broadcast as (B,) or 0-d."""
-    return (x - per_image(alpha, x.ndim) * denoised) / per_image(sigma, x.ndim)
+class Schedule:
+    """Descending noise levels of one path.
+
+    sigmas: floats. A rise by a rounding of float32 is levelled. Raises ValueError where they are not finite, negative, ascend,
+    or go beyond pure noise.
+    """
+
+    def __init__(self, path: NoisePath, sigmas: Sequence[float]):
+        shown = brief(sigmas)
+        if not all(math.isfinite(v) and v >= 0 for v in sigmas):
+            raise ValueError(f"sigmas are {shown}; they must be finite and not negative")
+        if any(path.alpha(v) < -ROUNDING for v in sigmas):
+            raise ValueError(
+                f"sigmas are {shown}; a flow model has none above 1, which is pure noise: connect a scheduler with this model")
+        if any(b > a * (1 + ROUNDING) for a, b in itertools.pairwise(sigmas)):
+            raise ValueError(
+                f"sigmas are {shown}; density guidance needs a schedule that only descends (for adding noise to an image, use "
+                "the sampler without it)")
+        self.path = path
+        self.sigmas = list(itertools.accumulate(sigmas, min))
+
+    @cached_property
+    def levels(self) -> list[Level]:
+        """One `Level` for each sigma."""
+        return [self.path.at(sigma) for sigma in self.sigmas]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, one less than there are sigmas."""
+        return max(len(self.sigmas) - 1, 0)
+
+    def next_theta(self, step: int) -> float:
+        """theta of the next lower noise level after `step`; its own where there is none."""
+        theta = self.levels[step].theta
+        return next((level.theta for level in self.levels[step + 1:] if level.theta < theta), theta)
 
 
-def score_from_eps(eps, s):
-    """Score of y, -eps / s, shape of eps; s is (B,), 0-d or float."""
-    return -eps / per_image(s, eps.ndim)
+def brief(values: Sequence[float]) -> list[float]:
+    """The values rounded for a message: all of them, or the first and last three."""
+    shown = values if len(values) < 9 else [*values[:3], *values[-3:]]
+    return [round(v, 4) for v in shown]
 
 
-def log_snr(s):
-    """lambda = -2 ln s, for a float or a tensor."""
-    return -2 * (s.log() if torch.is_tensor(s) else math.log(s))
+def per_image(value: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Reshape a tensor (B,) to (B, 1, ...) with `ndim` dimensions; a 0-d tensor is returned as it is."""
+    return value.reshape(-1, *[1] * (ndim - 1)) if value.ndim else value
+
+
+def log_snr(s: float) -> float:
+    """lambda = -2 ln s; -inf where s is infinite."""
+    return -2 * math.log(s)

@@ -1,44 +1,54 @@
-"""Norms and dimensions of single images, in float32 or better, over all elements or over those of a mask."""
+"""Norms and dimensions of single images, in float32 or better, over all elements or over those of a mask.
+
+Sums run over one image at a time: a sum over several rows at once may add in another order, and an image must not depend on the
+batch that it is in.
+"""
 
 import torch
 
 from .schedule import per_image
 
 
-def compute_dtype(dtype):
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for anything narrower: a squared norm overflows float16, and bfloat16 rounds eta to 1."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def region_of(mask):
-    """1 where a soft mask is positive, else 0: the elements that count in norms and D."""
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def region_of(mask: torch.Tensor) -> torch.Tensor:
+    """1 where a soft mask is positive, else 0: the elements that count in norms and D. Shape of mask."""
     return (mask > 0).to(compute_dtype(mask.dtype))
 
 
-def dimension(x, mask=None):
-    """D: the number of elements of one image of x (B, ...).
-
-    An int without `mask`; with one (broadcastable to x, values in [0, 1]) the sum of its weights, (B,).
-    """
-    if mask is None:
-        return x.shape[1:].numel()
-    return mask.expand_as(x).flatten(1).sum(1, dtype=compute_dtype(mask.dtype))
+def dimension(x: torch.Tensor, weights: torch.Tensor | None = None) -> list[float]:
+    """D of every image of x (B, ...): its number of elements, or the sum of their weights (broadcastable to x)."""
+    if weights is None:
+        return [x[0].numel()] * len(x)
+    return image_sums(weights.expand_as(x), sum_dtype(weights.device)).tolist()
 
 
-def squared_norm(x, mask=None):
-    """||x||^2 of every image, (B,), on x's device; elements count with the weight that `mask` gives them."""
+def image_sums(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The sum over each image of x (B, ...), (B,)."""
+    return torch.stack([image.sum(dtype=dtype) for image in x])
+
+
+def squared_norm(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """||x||^2 of every image of x (B, ...), (B,), on x's device; elements count with their weights, broadcastable to x."""
     dtype = compute_dtype(x.dtype)
-    if mask is None:
-        return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype).square()
-    return (x.to(dtype).square() * mask).flatten(1).sum(1)
+    if weights is None:
+        return torch.stack([torch.linalg.vector_norm(image, dtype=dtype) for image in x]).square()
+    return image_sums(x.to(dtype).square() * weights)
 
 
-def inner(a, b, weight=None):
-    """<a, b> of every image, (B, 1, ...), in their dtype; elements count with their `weight`."""
-    product = a * b if weight is None else a * b * weight
-    return per_image(product.flatten(1).sum(1), a.ndim)
+def inner(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """<a, b> of every image of a and b (B, ...), (B, 1, ...), in their dtype; elements count with their weights."""
+    return per_image(image_sums(a * b if weights is None else a * b * weights), a.ndim)
 
 
-def scale_images(x, factor):
-    """Multiply image i of x by factor[i], keeping x's dtype."""
+def scale_images(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiply image i of x (B, ...) by factor[i], (B,), keeping x's dtype."""
     return (x.to(factor.dtype) * per_image(factor, x.ndim)).to(x.dtype)

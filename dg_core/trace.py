@@ -8,77 +8,75 @@ fixed over the step, eps' = (y' - denoised) / s' says what was done:
   1 for the full SDE.
 * log p changes by -(|eps'|^2 - |eps|^2) / 2 + D ln(s / s') - (1 - c^2) tr Dhat ln(s / s'), to first order in the step:
   without any divergence where c = 1 (arXiv 2411.01293; this form, exact for data at a point, derived here).
-* Without noise, what the states stray from the flow is the work of guidance (see `log_density`), and the eta that does
+* Without noise, the defect of the states against the flow is the work of guidance (see `log_density`), and the eta that does
   that work over the step is 1 + work / (|eps|^2 ln(s / s')).
 """
 
 import math
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from .schedule import eps_from_denoised
 from .divergence import probe_trace
-from .log_density import LogDensityTrack, Sight, bits_of_state, log_prior, sin_theta
+from .log_density import Evaluation, LogDensityTrack, bits_of_state, log_prior, sin_theta
+from .schedule import Level, NoisePath
 from .statistics import squared_norm
 from .units import nats_to_bits_per_dim
 
 FULL_NOISE = 0.2  # how far c^2 may be from 1, on average over a run, for the free log-density to be stated
 
 
-@dataclass
 class RunTrace:
     """Rows of a run, in the order of its steps; values per image. `add` at every step, then `rows`."""
 
-    dim: int
-    coordinates: object
-    sigmas: list = field(default_factory=list)
-    _last: tuple = None
+    def __init__(self, path: NoisePath, dim: int):
+        """dim: D, the number of elements of one image."""
+        self.path, self.dim = path, dim
+        self.sigmas: list[float] = []
+        self._track = LogDensityTrack(path, dim)
+        self._start = torch.zeros(())
+        self._last: tuple[torch.Tensor, torch.Tensor, Level] | None = None  # eps, denoised and level
+        self._work: list[torch.Tensor] = []
+        self._noise: list[torch.Tensor] = []
+        self._change: list[torch.Tensor] = []
 
-    def __post_init__(self):
-        self._track = LogDensityTrack(self.dim)
-        self._work, self._noise, self._change = [], [], []
-        self._start = None
-
-    def add(self, x, denoised, sigma):
+    def add(self, x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> None:
         """The state x (B, ...) at sigma, lower than before, and the unguided prediction there; copies of both are kept."""
-        alpha = self.coordinates.alpha(sigma)
-        eps = eps_from_denoised(x, denoised, sigma, alpha)
-        before = self._track.strayed
+        level, before = self.path.at(sigma), self._track.defect
         none = torch.zeros(len(x), device=x.device)
-        self._track.add(x, sigma, alpha, Sight(denoised, none, none))
+        evaluation = Evaluation(denoised, none, none)
+        self._track.add(x, sigma, evaluation)
         if self._last is None:
-            self._start = log_prior(x, sigma, alpha, Sight(denoised, none, none), denoised)[0]
+            self._start = log_prior(x, level, evaluation, denoised)[0]
         else:
-            old_eps, old_denoised, old_sigma = self._last
-            self._work.append(self._track.strayed - before)
-            self._step(x, sigma, alpha, old_eps, old_denoised, old_sigma)
-        self._last = eps, self._track.denoised, sigma
+            self._work.append(self._track.defect - before)
+            self._step(x, level, *self._last)
+        self._last = level.eps(x, denoised), self._track.denoised, level
         self.sigmas.append(sigma)
 
-    def _step(self, x, sigma, alpha, eps, denoised, old_sigma):
-        held = (x - alpha * denoised) / sigma
+    def _step(self, x: torch.Tensor, level: Level, eps: torch.Tensor, denoised: torch.Tensor, old: Level) -> None:
+        held = level.eps(x, denoised)
         energy, held_energy = squared_norm(eps), squared_norm(held)
         kept = (probe_trace(eps, held) / energy.clamp_min(1e-30)).square()
-        s, old_s = self.coordinates.s(sigma), self.coordinates.s(old_sigma)
-        ratio = s / old_s if math.isfinite(old_s) else 0.0
+        ratio = level.s / old.s if math.isfinite(old.s) else 0.0
         self._noise.append((1 - kept) / (1 - ratio**2))
         # of log p_u + D ln(sin(theta)), so that s = infinity does no harm
         self._change.append(-0.5 * (held_energy - energy).to(kept.dtype))
 
-    def _mean_noise(self):
+    def _mean_noise(self) -> float:
         """c^2 on average over steps and images, weighted by the precision with which each is known."""
         if not self._noise:
             return 0.0
         weight = torch.stack(self._track.eps_energy[:-1])
         return float((torch.stack(self._noise) * weight).sum() / weight.sum())
 
-    def rows(self):
+    def rows(self) -> list[dict[str, Any]]:
         """One dict a step: step, sigma, s (None: infinite), and lists over the images: eps_energy = ||eps||^2 / D, noise =
         c^2 of the step before; for a run without noise eta and shift (bits per dimension, what guidance did so far); for a
         run with full noise free_bits_per_dim."""
         noise = self._mean_noise()
-        rows, shift, change = [], 0.0, 0.0
+        rows: list[dict[str, Any]] = []
+        shift, change = torch.zeros(()), torch.zeros(())
         for i, sigma in enumerate(self.sigmas):
             s = self._track.s[i]
             row = {"step": i, "sigma": sigma, "s": s if math.isfinite(s) else None,

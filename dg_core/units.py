@@ -4,11 +4,16 @@ Bits per dimension are -log2 p(y) / D, the field's convention: larger means more
 """
 
 import math
+from typing import Any, TypeVar
 
 import scipy.special
+import torch
 
 
-def require_number(name, value, low, high):
+Amount = TypeVar("Amount", float, torch.Tensor)
+
+
+def require_number(name: str, value: Any, low: float, high: float) -> float:
     """Return `value` as a float; raise ValueError unless it is a finite number in [low, high]."""
     try:
         number = float(value)
@@ -22,7 +27,7 @@ def require_number(name, value, low, high):
     return number
 
 
-def require_whole(name, value, low, high):
+def require_whole(name: str, value: Any, low: int, high: int) -> int:
     """Return `value` as an int; raise ValueError unless it is a whole number in [low, high]."""
     number = math.nan if isinstance(value, str) else require_number(name, value, low, high)
     if not number.is_integer():
@@ -30,7 +35,7 @@ def require_whole(name, value, low, high):
     return int(value)  # a float rounds large ones
 
 
-def require_quantile(quantile):
+def require_quantile(quantile: float) -> float:
     """Return `quantile` as a float; raise ValueError unless 0 < quantile < 1."""
     number = require_number("quantile", quantile, 0, 1)
     if number in (0, 1):
@@ -38,16 +43,16 @@ def require_quantile(quantile):
     return number
 
 
-def quantile_to_z(quantile):
+def quantile_to_z(quantile: float) -> float:
     """Standard normal quantile Phi^-1(q); exactly 0 at q = 0.5. Raises ValueError unless 0 < quantile < 1."""
     return float(scipy.special.ndtri(require_quantile(quantile)))
 
 
-def nats_to_bits_per_dim(log_density, dim):
+def nats_to_bits_per_dim(log_density: Amount, dim: float) -> Amount:
     """-log_density / (D ln 2): nats of one image to bits per dimension."""
     return -log_density / (dim * math.log(2))
 
 
-def bits_per_dim_to_nats(bits, dim):
+def bits_per_dim_to_nats(bits: Amount, dim: float) -> Amount:
     """Inverse of `nats_to_bits_per_dim`."""
     return -bits * dim * math.log(2)

@@ -29,17 +29,22 @@ xi         noise          1; standard normal
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from .control import GuidedRange
+from .control import GuidedSteps
+from .schedule import Schedule
 from .statistics import inner
 from .units import require_number, require_whole
 
-# name -> (a call at the state before the noise; a call at the foot of every piece of noise)
+if TYPE_CHECKING:
+    from .solver import Denoiser, Flow
+
+# name -> (an evaluation at the state before the noise; one at the foot of every piece of noise)
 CORRECTIONS = {"expected": (False, False), "hutchinson": (True, False), "exact": (True, True)}
 MAX_STRENGTH = 3.0
 MAX_PROBES = 16
@@ -52,62 +57,93 @@ _SALT = 0x5EED_0F_DE7A11  # keeps the noise apart from that of other uses of the
 class Variation:
     """Noise in some steps of a run. Raises ValueError, naming the input, where one is out of range.
 
-    steps: the `GuidedRange` of the steps that get noise. strength: c. correction: one of `CORRECTIONS`. probes: pieces into
-    which "hutchinson" and "exact" cut the noise of a step, each with a projection and a correction of its own.
-    noise(like): the next standard normal noise, of the shape, dtype and device of `like`.
+    steps: those that get noise. strength: c. noise(like): the next standard normal noise, of the shape, dtype and device of
+    `like`. correction: one of `CORRECTIONS`. probes: pieces into which "hutchinson" and "exact" cut the noise of a step, each with
+    a projection and a correction of its own. amount: None, or the weight in [0, 1] of the noise at each element, broadcastable.
     """
 
-    steps: GuidedRange
+    steps: GuidedSteps
     strength: float
-    noise: Callable
+    noise: Callable[[torch.Tensor], torch.Tensor]
     correction: str = "expected"
     probes: int = 1
+    amount: torch.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_strength(self.strength)
         require_correction(self.correction, self.probes)
 
     @property
-    def calls_before(self):
+    def evaluates_before(self) -> bool:
+        """Whether a step with noise begins with an evaluation at the state before it."""
         return CORRECTIONS[self.correction][0]
 
     @property
-    def calls_foot(self):
+    def evaluates_foot(self) -> bool:
+        """Whether every piece of noise has an evaluation at its foot."""
         return CORRECTIONS[self.correction][1]
 
-    def levels(self, sigmas, step, coordinates):
-        """The noise levels s to which step number `step` of the schedule is raised, one for each piece; [] without noise.
+    def raised_levels(self, schedule: Schedule, step: int) -> list[float]:
+        """The noise levels s to which a step of the schedule is raised, one for each piece; [] without noise.
 
         Nothing is raised above the first level of the schedule, since models know no other: the first step has no noise.
         """
         if not (self.strength and self.steps.first <= step < self.steps.last):
             return []
-        # Without a call before the noise, every second step goes without, to see where the flow leads.
-        stride = 1 if self.calls_before else 2
+        # Without an evaluation before the noise, every second step goes without, to see where the flow leads.
+        stride = 1 if self.evaluates_before else 2
         if (step - max(self.steps.first, 1)) % stride:
             return []
         stop = min(step + stride, self.steps.last)
-        s, s_next, s_first = (coordinates.s(sigmas[i]) for i in (step, stop, 0))
+        s, s_next, s_first = (schedule.levels[i].s for i in (step, stop, 0))
         variance = min(self.strength**2 * (s**2 - s_next**2), s_first**2 - s**2)
         if not variance > 0:
             return []
-        pieces = self.probes if self.calls_before else 1
+        pieces = self.probes if self.evaluates_before else 1
         return [math.sqrt(s**2 + variance * (k + 1) / pieces) for k in range(pieces)]
 
 
-def require_strength(strength):
+def jump(
+    flow: "Flow", model: "Denoiser", variation: Variation, schedule: Schedule, step: int, u: torch.Tensor, theta: float, s: float
+) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """From the state u (B, ...) at theta to the noise level s above it, by noise: (u, theta, denoised) there.
+
+    flow: the `solver.Flow` of the run, which gets the new evaluations.
+    """
+    level = schedule.path.at(schedule.path.sigma(s))
+    raised = math.atan(s)
+    had_guidance = flow.has_guidance
+    foot = flow.advance(u, theta, raised, step)
+    if variation.evaluates_foot:
+        flow.add(foot * level.scale, model(foot * level.scale, level.sigma), level, step)
+    eps = flow.eps_at(raised)
+    change = displacement(u, foot, eps, theta, raised, variation.noise(u), variation.amount)
+    x = (foot + change) * level.scale
+    denoised = model(x, level.sigma)
+    u, eps = level_set_step(foot, change, eps, level.eps(x, denoised), variation.amount)
+    flow.add_after_jump(
+        u * level.scale, (u * level.scale - level.std * eps) / level.alpha, level, step, not variation.evaluates_before)
+    if not had_guidance:  # after pure noise, which is not guided, the way up could not be, and the way down will be
+        u = flow.guide(u, theta, raised, step)
+    return u, raised, denoised
+
+
+def require_strength(strength: float) -> float:
     """Return `strength` as a float; raise ValueError unless it is a number from 0 to `MAX_STRENGTH`."""
     return require_number("strength", strength, 0.0, MAX_STRENGTH)
 
 
-def require_correction(correction, probes):
+def require_correction(correction: str, probes: int) -> None:
     """Raise ValueError unless `correction` is one of `CORRECTIONS` and `probes` a whole number from 1 to `MAX_PROBES`."""
     if correction not in CORRECTIONS:
         raise ValueError(f"correction is {correction!r}; it must be one of {', '.join(CORRECTIONS)}")
     require_whole("probes", probes, 1, MAX_PROBES)
 
 
-def displacement(u, foot, eps, theta, raised, noise, weight=None):
+def displacement(
+    u: torch.Tensor, foot: torch.Tensor, eps: torch.Tensor, theta: float, raised: float, noise: torch.Tensor,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """From the foot to the top, in the units of the variance-preserving state u = y cos(theta); shape of u.
 
     u: the state at theta before the jump. foot, eps: the flow's state and eps at `raised`. noise: xi. weight: None, or the
@@ -125,7 +161,9 @@ def displacement(u, foot, eps, theta, raised, noise, weight=None):
     return rise * weight + back * share * (s_up + s) / (s_up + (s_up**2 - variance * share).sqrt())
 
 
-def level_set_step(foot, change, eps_foot, eps_top, weight=None):
+def level_set_step(
+    foot: torch.Tensor, change: torch.Tensor, eps_foot: torch.Tensor, eps_top: torch.Tensor, weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(top', eps there): the top stepped along the score to the log-density of the foot; shape of u.
 
     change: top - foot, both in the units of u. weight: as in `displacement`.
@@ -145,12 +183,13 @@ def level_set_step(foot, change, eps_foot, eps_top, weight=None):
     return foot + change + a_1 * direction, eps_top + k_a * direction
 
 
-def indices_of(starting_noise):
+def indices_of(starting_noise: torch.Tensor) -> list[int]:
     """An index for each image of a batch (B, ...), from the noise that it starts from: the same in every batch.
 
     Images that share their noise are told apart by their order.
     """
-    indices, seen = [], Counter()
+    indices: list[int] = []
+    seen: Counter[bytes] = Counter()
     for image in starting_noise:
         content = image.cpu().contiguous().view(torch.uint8).numpy().tobytes()
         digest = hashlib.blake2b(content, digest_size=8).digest()
@@ -166,16 +205,16 @@ class ImageNoise:
     on the CPU in float32, so that it is the same on every device.
     """
 
-    def __init__(self, seed, indices):
+    def __init__(self, seed: int, indices: Sequence[float]):
         """seed: int. indices: one int for each image."""
         self._generators = [torch.Generator().manual_seed(_state(seed, index)) for index in indices]
 
-    def __call__(self, like):
+    def __call__(self, like: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False):
             images = [torch.randn(like.shape[1:], generator=g) for g in self._generators]
             return torch.stack(images).to(like)
 
 
-def _state(seed, index):
+def _state(seed: int, index: float) -> int:
     key = [_SALT, *(int(k) % 2**64 for k in (seed, index))]
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) & (2**63 - 1)

@@ -1,24 +1,24 @@
 """A sampler that ends at a wanted log-density."""
 
-import itertools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.samplers
 import torch
 from comfy_api.latest import io
 from tqdm.auto import tqdm
 
-from ..dg_core import divergence
-from ..dg_core.schedule import coordinates_of
-from ..dg_core.control import guided_range
-from ..dg_core.log_density import ProbedModel, bits_of_state, log_start, state_of_bits
+from ..dg_core.control import GuidedSteps, guided_steps
+from ..dg_core.log_density import Evaluate, bits_of_state, log_start, state_of_bits
+from ..dg_core.schedule import Schedule
 from ..dg_core.statistics import compute_dtype
-from ..dg_core.target import TrackedRuns, reach
+from ..dg_core.target import Reached, TrackedRuns, reach
 from ..dg_core.units import bits_per_dim_to_nats, require_number, require_whole
-from .host.steering import GuidanceSettings, require_one_part, sample_density_guided
-from .host.model_access import Predict, derivative_method, network_dtype
+from .host.model_access import Predict, middle_level, open_probe, path_of, require_one_part
+from .host.steering import GuidanceSettings, sample_density_guided
 from .host.inputs import CATEGORY, PROBES
 
 ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "same for the whole batch"
@@ -38,7 +38,7 @@ class TargetSettings:
     max_passes: int = 2
     probes: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.target not in (ABSOLUTE, SHIFT, SAME):
             raise ValueError(f"target is {self.target!r}; it must be one of: {ABSOLUTE}, {SHIFT}, {SAME}")
         require_number("value", self.value, -20.0, 20.0)
@@ -48,10 +48,11 @@ class TargetSettings:
         require_whole("reference_image", self.reference_image, *REFERENCE_IMAGES)
 
     @property
-    def neutral(self):
+    def neutral(self) -> bool:
+        """Whether nothing is to be reached."""
         return self.target == SHIFT and self.value == 0
 
-    def target_of(self, unguided, dim, s_end):
+    def target_of(self, unguided: torch.Tensor, dim: int, s_end: float) -> torch.Tensor:
         """Wanted log p_u at the end, (B,) in nats, from that of the unguided run."""
         if self.target == SHIFT:
             return unguided + bits_per_dim_to_nats(self.value, dim)
@@ -110,92 +111,103 @@ class DensityTargetSampler(io.ComfyNode):
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_to_target, {"settings": settings}))
 
 
-def sample_to_target(model, x, sigmas, extra_args=None, callback=None, disable=None, settings=TargetSettings(), look=None):
+@dataclass(frozen=True)
+class TargetResult:
+    """What a run to a target came to, per image in bits per dimension at the noise level s, and its tracked passes."""
+
+    target: list[float]
+    achieved: list[float]
+    standard_error: list[float]
+    unguided: list[float]
+    s: float
+    reached: Reached
+
+    @classmethod
+    def of(cls, reached: Reached, dim: int, s: float) -> "TargetResult":
+        """From `target.reach`, of images with dim elements that end at s."""
+        target, achieved, unguided = (
+            bits_of_state(v, s, dim).tolist() for v in (reached.target, reached.achieved, reached.unguided))
+        return cls(target, achieved, (reached.standard_error / (dim * math.log(2))).tolist(), unguided, s, reached)
+
+
+def sample_to_target(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None, disable: bool | None = None,
+    settings: TargetSettings = TargetSettings(), report: Callable[[TargetResult], None] | None = None,
+    new_evaluate: Callable[[], Evaluate] | None = None,
+) -> torch.Tensor:
     """Explicit control with the signature of the host's sampler functions.
 
-    look: as `look_anew` in `TrackedRuns`, in place of probes.
+    report: gets the result, unless the settings are neutral. new_evaluate: see `TrackedRuns`, in place of probes.
     """
     extra_args = extra_args or {}
     if settings.neutral:
         return sample_density_guided(model, x, sigmas, extra_args, callback, disable, GuidanceSettings())
     guider = model.inner_model
-    coordinates = coordinates_of(guider.inner_model.model_sampling)
-    guided_range(sigmas.tolist(), coordinates)  # refuses a schedule that ascends, but for a rounding
-    schedule = _descending(sigmas.tolist())
-    guided = guided_range(schedule, coordinates)
-    _check(settings, guided, x, extra_args)
+    schedule = Schedule(path_of(guider.inner_model.model_sampling), sigmas.tolist())
+    schedule = Schedule(schedule.path, list(dict.fromkeys(schedule.sigmas)))  # a track takes one evaluation at each level
+    guided = _check(settings, schedule, x, extra_args)
     require_one_part(guider)
-    trace = extra_args.get("model_options", {}).get("density_trace")
-    if trace is not None:
-        trace.tracks_itself = True
     steps, dim, dtype = len(sigmas) - 1, x[0].numel(), x.dtype
     with torch.inference_mode(False), torch.no_grad(), tqdm(total=steps, disable=disable) as bar:
         x = x.to(compute_dtype(dtype), copy=True)
         predict = Predict(guider, extra_args, len(x))
-        look = look or _probing(guider, predict, coordinates, x, schedule, settings, extra_args.get("seed"))
-        sigma = schedule[0]
-        start = log_start(predict, x, sigma, coordinates.alpha(sigma), look()(x, sigma, 0))
+        if new_evaluate is None:
+            new_evaluate = _probing(guider, predict, x, schedule, settings, extra_args.get("seed"))
+        start = log_start(predict, x, schedule.levels[0], new_evaluate()(x, schedule.sigmas[0], 0))
 
-        def step_done(done, x, denoised):
-            step = min(steps - 1, int(done * steps / ((1 + settings.max_passes) * len(schedule))))
+        def step_done(done: int, x: torch.Tensor, denoised: torch.Tensor) -> None:
+            step = min(steps - 1, int(done * steps / ((1 + settings.max_passes) * len(schedule.sigmas))))
             bar.update(step + 1 - bar.n)
             if callback is not None:
                 callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": denoised})
 
-        runs = TrackedRuns(look, x, schedule, coordinates, guided, start, step_done)
+        runs = TrackedRuns(new_evaluate, x, schedule, guided, start, step_done)
         reached = reach(runs, lambda unguided: settings.target_of(unguided, dim, runs.s_end),
                         -bits_per_dim_to_nats(settings.tolerance, dim), settings.max_passes)
         bar.update(steps - bar.n)
-        _tell(reached, settings, dim, runs.s_end, trace)
+        result = TargetResult.of(reached, dim, runs.s_end)
+        _log(result, settings)
+        if report is not None:
+            report(result)
         return reached.x.to(dtype)
 
 
-def _descending(sigmas):
-    """A schedule without repeats and without what rises by a rounding: a track has no use for two looks at one level."""
-    return list(dict.fromkeys(itertools.accumulate(sigmas, min)))
-
-
-def _check(settings, guided, x, extra_args):
+def _check(settings: TargetSettings, schedule: Schedule, x: torch.Tensor, extra_args: dict[str, Any]) -> GuidedSteps:
+    """The steps of a run to a target. Raises ValueError, naming the input, where there is no such run."""
     if extra_args.get("denoise_mask") is not None:
         raise ValueError("the latent has a noise mask; a target is a density of the whole image: remove the mask, or use "
                          "DensityGuidanceSampler")
-    if guided.log_range == 0:
+    steps = guided_steps(schedule)
+    if steps is None:
         raise ValueError("sigmas have no step between two noise levels above 0 that could be guided; use a longer "
                          "schedule, or target 'shift from the unguided run' with value 0")
     if settings.target == SAME and settings.reference_image >= len(x):
         raise ValueError(f"reference_image is {settings.reference_image}, and the batch has {len(x)} images: choose 0 "
                          f"to {len(x) - 1}, or -1 for the median")
+    return steps
 
 
-def _probing(guider, predict, coordinates, x, schedule, settings, seed):
-    """look_anew with Rademacher probes, by the derivative that works on this network.
+def _probing(
+    guider: Any, predict: Predict, x: torch.Tensor, schedule: Schedule, settings: TargetSettings, seed: int | None
+) -> Callable[[], Evaluate]:
+    """new_evaluate of `TrackedRuns` with random probes.
 
     All images get the same probes: where their Jacobians are alike so are the errors, and their differences small.
     """
-    seed = ((seed or 0) + PROBE_SEED_OFFSET) % 2**64
-    sigma = next(v for v in schedule[len(schedule) // 2:] + schedule[::-1] if v > 0 and coordinates.alpha(v) > 0)
-    dtype = network_dtype(guider.inner_model)
-
-    method, _ = derivative_method(
-        guider, predict, x / schedule[0] * sigma, divergence.rademacher(x, seed, -1), sigma, dtype)
+    sigma = middle_level(schedule).sigma
+    probe = open_probe(guider, predict, x / schedule.sigmas[0] * sigma, sigma, ((seed or 0) + PROBE_SEED_OFFSET) % 2**64)
     same = [0] * len(x)
-    return lambda: ProbedModel(predict, coordinates, method, dtype, seed, int(settings.probes), same)
+    return lambda: probe.model(int(settings.probes), same)
 
 
-def _tell(reached, settings, dim, s_end, trace):
-    """The achieved values to the log, and to a trace if there is one; a warning for what was not reached."""
-    to_bits = lambda log_p_u: bits_of_state(log_p_u, s_end, dim).tolist()
-    target, achieved, unguided = to_bits(reached.target), to_bits(reached.achieved), to_bits(reached.unguided)
-    errors = (reached.standard_error / (dim * math.log(2))).tolist()
-    if trace is not None:
-        trace.target = {"target": target, "achieved": achieved, "standard_error": errors, "unguided": unguided,
-                        "s": s_end, "passes": reached.passes}
-        trace.last = reached.last
-    for i, (wanted, got, error) in enumerate(zip(target, achieved, errors)):
-        text = f"image {i}: {got:.4f} ± {error:.4f} bits per dimension at s = {s_end:.4g}, target {wanted:.4f}"
+def _log(result: TargetResult, settings: TargetSettings) -> None:
+    """The achieved values to the log; a warning for what was not reached."""
+    for i, (wanted, got, error) in enumerate(zip(result.target, result.achieved, result.standard_error)):
+        text = f"image {i}: {got:.4f} ± {error:.4f} bits per dimension at s = {result.s:.4g}, target {wanted:.4f}"
         if not abs(got - wanted) <= settings.tolerance:  # NaN is not reached either
             logging.warning("Density target not reached in %d passes; %s. That is the nearest that was: ask for less, "
-                            "guide a longer schedule, or allow more passes.", reached.passes, text)
+                            "guide a longer schedule, or allow more passes.", result.reached.passes, text)
         elif settings.target == ABSOLUTE and error > UNCERTAIN * settings.tolerance:
             logging.warning("Density target: %s. The number itself is uncertain: the schedule begins where the image still shows "
                             "(denoise below 1), or few probes read it. 'shift from the unguided run' does not need it.", text)

@@ -1,22 +1,27 @@
 """A sampling run whose log-density is recorded on the way."""
 
+import copy
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
-import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.samplers
 import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..dg_core import divergence
-from ..dg_core.schedule import coordinates_of
-from ..dg_core.log_density import LogDensityTrack, ProbedModel, bits_of_state, log_start
+from ..dg_core.log_density import Evaluate, LogDensityTrack, bits_of_state, log_start
+from ..dg_core.schedule import NoisePath, Schedule
 from ..dg_core.statistics import compute_dtype
+from ..dg_core.target import Run
 from ..dg_core.trace import RunTrace
-from .host.steering import WRAPPER_KEY, function_of, outermost, sample_density_guided
-from .host.model_access import Predict, derivative_method, network_dtype
+from .density_target import TargetResult, sample_to_target
+from .host.advice import function_of, innermost
+from .host.model_access import Predict, middle_level, open_probe, path_of
+from .host.steering import sample_density_guided
+from .host.wrappers import WRAPPER_KEY, outermost
 from .host.plots import blank_image, curves_image
 from .host.inputs import CATEGORY, require, samples_of
 
@@ -93,14 +98,6 @@ def _numbers(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class _Mailbox:
-    """Where a sampler that tracks itself says so before its first call, and leaves its record; an object, because the host
-    copies the options' dicts."""
-
-    tracks_itself = False
-    target = last = None
-
-
 class _Witness:
     """PREDICT_NOISE wrapper, inside this pack's guidance: what the sampler's last call was about.
 
@@ -126,25 +123,27 @@ class _Witness:
 class _TracedSampler(comfy.samplers.Sampler):
     """Any sampler, with its steps recorded through the callback; `record` is there afterwards."""
 
-    def __init__(self, sampler, exact):
+    def __init__(self, sampler: comfy.samplers.Sampler, exact: bool):
         self._sampler, self._exact = sampler, exact
-        self.record = {"rows": []}
+        self.record: dict[str, Any] = {"rows": []}
 
     def sample(self, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-        coordinates = coordinates_of(guider.inner_model.model_sampling)
-        schedule = sigmas.tolist()
-        free = RunTrace(noise[0].numel(), coordinates)
-        tracked = _Hutchinson(guider, extra_args, coordinates, noise) if self._exact else None
-        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        options["density_trace"] = mailbox = _Mailbox()
+        """As the host's `Sampler.sample`."""
+        function = function_of(self._sampler)
+        if function is sample_to_target and not innermost(self._sampler).extra_options["settings"].neutral:
+            # It tracks itself.
+            return _reporting(self._sampler, self._report).sample(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+        path, schedule = path_of(guider.inner_model.model_sampling), sigmas.tolist()
+        free = RunTrace(path, noise[0].numel())
+        tracked = _Tracked.of_run(guider, extra_args, Schedule(path, schedule), noise) if self._exact else None
         # The pack's own solver corrects a state after the call, and reports the better one.
-        witness = None if function_of(self._sampler) is sample_density_guided else _Witness()
+        witness = None if function is sample_density_guided else _Witness()
         steps, called = [], []
 
         def step(i, denoised, x, total):
             if callback is not None:
                 callback(i, denoised, x, total)
-            if mailbox.tracks_itself or i >= len(schedule) or not 0 < schedule[i] < min(free.sigmas, default=math.inf):
+            if i >= len(schedule) or not 0 < schedule[i] < min(free.sigmas, default=math.inf):
                 return
             if witness is not None:
                 x, denoised = witness.x, witness.denoised
@@ -159,13 +158,10 @@ class _TracedSampler(comfy.samplers.Sampler):
         if witness is not None:
             guider.model_options = witness.armed(armed)
         try:
-            result = self._sampler.sample(
-                guider, sigmas, {**extra_args, "model_options": options}, step, noise, *args, **kwargs)
+            result = self._sampler.sample(guider, sigmas, extra_args, step, noise, *args, **kwargs)
         finally:
             guider.model_options = armed
-        if mailbox.target is not None:
-            self.record = {"target": mailbox.target, "rows": target_rows(mailbox.last)}
-        elif called and not np.allclose(torch.stack(called).tolist(), free.sigmas, rtol=1e-3):
+        if called and not np.allclose(torch.stack(called).tolist(), free.sigmas, rtol=1e-3):
             self.record = {"rows": [], "note": "this sampler calls the model at noise levels of its own, not at those of "
                                                "sigmas: nothing is recorded"}
         else:
@@ -173,60 +169,75 @@ class _TracedSampler(comfy.samplers.Sampler):
             self.record = {"rows": [{**row, "step": i, **more} for i, row, more in zip(steps, free.rows(), exact)]}
         return result
 
+    def _report(self, result: TargetResult) -> None:
+        self.record = {
+            "target": {"target": result.target, "achieved": result.achieved, "standard_error": result.standard_error,
+                       "unguided": result.unguided, "s": result.s, "passes": result.reached.passes},
+            "rows": target_rows(result.reached.last)}
 
-class _Hutchinson:
+
+def _reporting(sampler: Any, report: Callable[[TargetResult], None]) -> Any:
+    """A copy of a sampler, guided or not, whose innermost one, a target sampler, gives its result to report."""
+    if hasattr(sampler, "sampler"):
+        outer = copy.copy(sampler)
+        outer.sampler = _reporting(sampler.sampler, report)
+        return outer
+    return comfy.samplers.KSAMPLER(sampler.sampler_function, {**sampler.extra_options, "report": report}, sampler.inpaint_options)
+
+
+class _Tracked:
     """The log-density of the states, by one probe at each."""
 
-    def __init__(self, guider, extra_args, coordinates, noise):
-        self._predict = Predict(guider, extra_args, len(noise))
-        self._coordinates = coordinates
-        self._guider, self._dtype = guider, network_dtype(guider.inner_model)
-        self._seed = ((extra_args.get("seed") or 0) + PROBE_SEED_OFFSET) % 2**64
-        self._track, self._rows = LogDensityTrack(noise[0].numel()), []
-        self._look = None
+    def __init__(self, predict: Predict, evaluate: Evaluate, path: NoisePath, dim: int):
+        self._predict, self._evaluate, self._path = predict, evaluate, path
+        self._track = LogDensityTrack(path, dim)
+        self._start: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._log_prob: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def add(self, x, sigma):
+    @classmethod
+    def of_run(cls, guider: Any, extra_args: dict[str, Any], schedule: Schedule, noise: torch.Tensor) -> "_Tracked | None":
+        """None where the schedule has no noise level with a density."""
+        level = middle_level(schedule)
+        if level is None:
+            return None
+        seed = ((extra_args.get("seed") or 0) + PROBE_SEED_OFFSET) % 2**64
+        with torch.inference_mode(False), torch.no_grad():
+            predict = Predict(guider, extra_args, len(noise))
+            x = level.std * noise.to(compute_dtype(noise.dtype), copy=True)
+            probe = open_probe(guider, predict, x, level.sigma, seed)
+        return cls(predict, probe.model(), schedule.path, noise[0].numel())
+
+    def add(self, x: torch.Tensor, sigma: float) -> None:
+        """Evaluate the state x (B, ...) at sigma."""
         with torch.inference_mode(False), torch.no_grad():
             x = x.to(compute_dtype(x.dtype), copy=True)
-            alpha = self._coordinates.alpha(sigma)
-            if alpha > 0 and self._look is None:
-                probe = divergence.rademacher(x, self._seed, -1)
-                method, _ = derivative_method(self._guider, self._predict, x, probe, sigma, self._dtype)
-                self._look = self._looking(method)
-            # At pure noise nothing is differentiated, and no method can be found out.
-            sight = (self._look or self._looking(divergence.DIFFERENCES))(x, sigma, len(self._track.s))
-            if not self._rows:
-                self._start, self._start_error = log_start(self._predict, x, sigma, alpha, sight)
-            self._track.add(x, sigma, alpha, sight)
-            self._rows.append((self._start + self._track.change, (self._track.variance + self._start_error**2).sqrt()))
+            evaluation = self._evaluate(x, sigma, len(self._track.s))
+            if self._start is None:
+                self._start = log_start(self._predict, x, self._path.at(sigma), evaluation)
+            start, error = self._start
+            self._track.add(x, sigma, evaluation)
+            self._log_prob.append((start + self._track.change, (self._track.variance + error**2).sqrt()))
 
-    def _looking(self, method):
-        return ProbedModel(self._predict, self._coordinates, method, self._dtype, self._seed)
-
-    def rows(self):
+    def rows(self) -> list[dict[str, list[float]]]:
         """bits_per_dim and standard_error of every step, lists over the images; nothing where s is infinite."""
-        return [_density_row(log_p_u, error, s, self._track.dim)
-                for s, (log_p_u, error) in zip(self._track.s, self._rows)]
+        return [density_row(log_p_u, s, self._track.dim, error)
+                for s, (log_p_u, error) in zip(self._track.s, self._log_prob)]
 
 
-def _density_row(log_p_u, error, s, dim):
+def density_row(log_p_u: torch.Tensor, s: float, dim: int, error: torch.Tensor | None = None) -> dict[str, list[float]]:
+    """bits_per_dim, and standard_error where there is one, of log_p_u and error (B,) in nats at s; nothing where s is infinite."""
     if not math.isfinite(s):
         return {}
-    return {"bits_per_dim": bits_of_state(log_p_u, s, dim).tolist(),
-            "standard_error": (error / (dim * math.log(2))).tolist()}
+    row = {"bits_per_dim": bits_of_state(log_p_u, s, dim).tolist()}
+    return row if error is None else {**row, "standard_error": (error / (dim * math.log(2))).tolist()}
 
 
-def target_rows(run):
-    """The rows of the last pass of a `target` run."""
+def target_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of the last pass to a target."""
     track = run.track
-    rows = []
-    for i, (sigma, log_p_u) in enumerate(run.log_prob.items()):
-        row = {"step": i, "sigma": sigma, "s": track.s[i] if math.isfinite(track.s[i]) else None,
-               "eps_energy": track.eps_energy[i].tolist()}
-        if math.isfinite(track.s[i]):
-            row["bits_per_dim"] = bits_of_state(log_p_u, track.s[i], track.dim).tolist()
-        rows.append(row)
-    return rows
+    return [{"step": i, "sigma": sigma, "s": s if math.isfinite(s) else None, "eps_energy": energy.tolist(),
+             **density_row(log_p_u, s, track.dim)}
+            for i, (sigma, (s, log_p_u), energy) in enumerate(zip(track.sigmas, run.log_prob.items(), track.eps_energy))]
 
 
 _CURVES = {"eps_energy": "||eps||² / D", "eta": "eta", "shift": "shift, bits/dim", "free_bits_per_dim": "free bits/dim",

@@ -1,18 +1,18 @@
 """The log-density of latents under any model, with an error bar."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
-import comfy.model_sampling
 import numpy as np
 import torch
 from comfy_api.latest import io
 
 from ..dg_core import divergence
-from ..dg_core.schedule import coordinates_of
 from ..dg_core.levels import noise_levels, snapped
-from ..dg_core.log_density import ProbedModel, read_log_density, require_noise_floor, rounding_cost
+from ..dg_core.log_density import Readout, read_log_density, require_noise_floor, rounding_cost
 from ..dg_core.units import require_whole
-from .host.model_access import check_latent, derivative_method, known_method, run_in_guider
+from .host.model_access import GuiderModel, Probe, check_latent, known_method, open_probe, path_of, run_in_guider, training_table
 from .host.plots import curves_image
 from .host.inputs import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of
 
@@ -82,84 +82,73 @@ class LogDensity(io.ComfyNode):
         return io.NodeOutput(readout.bits_per_dim.tolist(), report, plot)
 
 
-def levels_of(guider, samples, noise_floor, steps):
+def levels_of(guider: Any, samples: torch.Tensor, noise_floor: float, steps: int) -> list[float]:
     """The noise levels s of a readout, ascending from `noise_floor`; raises ValueError before any model call."""
     patcher = require("guider", guider, "model_patcher", "a GUIDER, for instance of CFGGuider or BasicGuider").model_patcher
     check_latent(patcher, samples)
     sampling = patcher.get_model_object("model_sampling")
-    coordinates = coordinates_of(sampling)
-    s_min, s_max = coordinates.s(float(sampling.sigma_min)), coordinates.s(float(sampling.sigma_max))
+    path = path_of(sampling)
+    s_min, s_max = path.s(float(sampling.sigma_min)), path.s(float(sampling.sigma_max))
     floor = max(require_noise_floor(noise_floor, s_min, s_max), s_min)
     levels = noise_levels(floor, s_max, max(2, steps - math.isfinite(s_max)), samples[0].numel())
     table = training_table(sampling)
     return levels if table is None else snapped(levels, table)
 
 
-def training_table(sampling):
-    """The noise levels, floats, to which a model sampling of the host rounds every other; None where it takes any."""
-    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or isinstance(
-            sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
-        return None
-    return sampling.sigmas.tolist()
-
-
-def read(guider, samples, levels, probes, seed, indices=None):
+def read(
+    guider: Any, samples: torch.Tensor, levels: list[float], probes: int, seed: int, indices: Sequence[int] | None = None
+) -> tuple[Readout, list[str]]:
     """(`Readout` of the latent `samples`, sentences on how it was computed); everything runs inside the guider.
 
     indices: a number for each image, with which its probes are drawn; None: its place in the batch.
     """
-    def work(model):
-        s, x = in_the_middle(model, levels, seed)
-        probe = divergence.rademacher(x, seed, -1)
-        method, reason = derivative_method(guider, model.predict, x, probe, model.coordinates.sigma(s), model.dtype)
-        model.expect(calls(method, model.dtype))
-        look = ProbedModel(model.predict, model.coordinates, method, model.dtype, seed, probes, indices)
-        readout = read_log_density(look, model.predict, model.x, levels, model.coordinates)
-        return readout, [f"divergence by {reason}", precision(model, method, levels, seed)]
+    def work(model: GuiderModel) -> tuple[Readout, list[str]]:
+        sigma, x = in_the_middle(model, levels, seed)
+        probe = open_probe(guider, model.predict, x, sigma, seed)
+        model.expect(calls(probe.method, probe.dtype))
+        readout = read_log_density(probe.model(probes, indices), model.predict, model.x, levels, model.path)
+        return readout, [f"divergence by {probe.reason}", precision(probe, sigma, x, levels)]
 
     known = known_method(guider)
 
-    def calls(method, dtype=torch.float32):
+    def calls(method: str, dtype: torch.dtype = torch.float32) -> int:
         per_probe = 3 if method == divergence.DIFFERENCES else 1
         finite = sum(map(math.isfinite, levels))
-        top = 1  # the look at pure noise, or else the prior's opposite state
+        top = 1  # the evaluation at pure noise, or else the prior's opposite state
         trial = 0 if known else divergence.TRIAL_CALLS
         return finite * probes * per_probe + top + trial + (2 * per_probe if rounds(dtype) else 0)
 
-    coordinates = coordinates_of(guider.model_patcher.get_model_object("model_sampling"))
-    sigmas = [coordinates.sigma(s) for s in reversed(levels)]
+    path = path_of(guider.model_patcher.get_model_object("model_sampling"))
+    sigmas = [path.sigma(s) for s in reversed(levels)]
     return run_in_guider(guider, samples, work, calls(known[0] if known else divergence.FORWARD), sigmas, seed)
 
 
-def in_the_middle(model, levels, seed):
-    """(s, x): a noise level in the middle, and the latent with noise of it, in the host's units."""
+def in_the_middle(model: GuiderModel, levels: list[float], seed: int) -> tuple[float, torch.Tensor]:
+    """(sigma, x): a noise level in the middle, and the latent with noise of it, in the host's units."""
     middle = math.sqrt(levels[0] * min(levels[-1], 100.0))
     # One of the levels: patches that look at the schedule know no other.
     s = min((s for s in levels if math.isfinite(s)), key=lambda s: abs(math.log(s / middle)))
-    sigma = model.coordinates.sigma(s)
-    return s, model.coordinates.alpha(sigma) * model.x + sigma * divergence.rademacher(model.x, seed, -2)
+    level = model.path.at(model.path.sigma(s))
+    return level.sigma, level.alpha * model.x + level.std * divergence.rademacher(model.x, seed, -2)
 
 
-def rounds(dtype):
+def rounds(dtype: torch.dtype) -> bool:
     """Whether a network's dtype is coarser than float32."""
     return torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
 
 
-def precision(model, method, levels, seed):
-    """A sentence on what rounding in the network costs, which is measured where it is coarser than float32."""
-    name = str(model.dtype).removeprefix("torch.")
-    if not rounds(model.dtype):
+def precision(probe: Probe, sigma: float, x: torch.Tensor, levels: list[float]) -> str:
+    """A sentence on what rounding in the network costs, which is measured at x (B, ...) where it is coarser than float32."""
+    name = str(probe.dtype).removeprefix("torch.")
+    if not rounds(probe.dtype):
         return f"the network computes in {name}"
-    s, x = in_the_middle(model, levels, seed)
-    sigma = model.coordinates.sigma(s)
-    dithered = x * (1 + torch.finfo(model.dtype).eps / 2 * divergence.rademacher(x, seed, -3))
-    one, other = (
-        ProbedModel(model.predict, model.coordinates, method, model.dtype, seed)(x, sigma, 0).trace for x in (x, dithered))
+    dithered = x * (1 + torch.finfo(probe.dtype).eps / 2 * divergence.rademacher(x, probe.seed, -3))
+    one, other = (probe.model()(state, sigma, 0).trace for state in (x, dithered))
     cost = rounding_cost(one, other, levels, x[0].numel())
     return f"the network computes in {name}, which costs at least {cost:.1g} bits per dimension against float32"
 
 
-def report_of(readout, lines):
+def report_of(readout: Readout, lines: list[str]) -> str:
     """Values, errors and settings as text."""
     bits, errors = readout.bits_per_dim.tolist(), readout.error_bits_per_dim.tolist()
     energy = torch.stack(readout.eps_energy).mean(1).tolist()

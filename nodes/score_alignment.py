@@ -12,14 +12,24 @@ import torch
 from comfy_api.latest import io
 
 from ..dg_core import alignment, divergence
-from ..dg_core.schedule import coordinates_of, eps_from_denoised, log_snr, score_from_eps
+from ..dg_core.schedule import NoisePath, Schedule, log_snr
 from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
-from .host.steering import GuidanceSettings, adds_noise, name_of, outermost, solver_sampler, without_guidance
-from .host.model_access import check_latent, derivative_method, known_method, run_in_guider
-from .log_density import training_table
+from .host.advice import adds_noise, name_of
+from .host.model_access import (
+    GuiderModel,
+    Probe,
+    check_latent,
+    known_method,
+    open_probe,
+    path_of,
+    run_in_guider,
+    training_table,
+)
+from .host.steering import GuidanceSettings, solver_sampler
+from .host.wrappers import outermost, without_guidance
 from .host.inputs import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of, sigmas_of
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
@@ -184,7 +194,7 @@ class _Run:
     indices: list | None
     sigmas: list  # strictly descending floats
     stop: int
-    coordinates: object
+    path: NoisePath
     settings: CheckSettings
 
     @classmethod
@@ -201,7 +211,7 @@ class _Run:
         samples = comfy.sample.fix_empty_latent_channels(patcher, samples)
         check_latent(patcher, samples, empty_allowed=True)
         model_sampling = patcher.get_model_object("model_sampling")
-        coordinates = coordinates_of(model_sampling)
+        path = path_of(model_sampling)
         schedule, stop = _schedule(sigmas, model_sampling, settings.end_percent)
         indices = batch_index_of("latent_image", latent, len(samples))
         unit = noise.generate_noise({**latent, "samples": samples})
@@ -209,7 +219,7 @@ class _Run:
             raise ValueError("noise has elements that are NaN or infinite; connect RandomNoise")
         if not unit.flatten(1).any(1).all():
             raise ValueError("noise is zero, as DisableNoise gives it; there is nothing to scale: connect RandomNoise")
-        return cls(guider, samples, unit, noise.seed, indices, schedule, stop, coordinates, settings)
+        return cls(guider, samples, unit, noise.seed, indices, schedule, stop, path, settings)
 
     def derivatives(self):
         """`Check` by directional derivatives along one run."""
@@ -223,34 +233,34 @@ class _Run:
         def calls(method):
             return evaluations * alignment.calls_per_evaluation(method, probes) + rest
 
-        def work(model):
-            method, why = self._derivative_method(model)
-            model.expect(trial + calls(method))
+        def work(model: GuiderModel) -> tuple[torch.Tensor, alignment.Profile, Probe]:
+            probe = self._open_probe(model)
+            model.expect(trial + calls(probe.method))
             differentiate = alignment.Differentiate(
-                model.predict, method, model.dtype, probes, self.settings.seed, self.indices)
+                model.predict, probe.method, probe.dtype, probes, self.settings.seed, self.indices)
             samples, profile = alignment.trace_alignment(
-                differentiate, model.predict, *self._start(model), sigmas, model.coordinates, stop)
+                differentiate, model.predict, *self._start(model), Schedule(model.path, sigmas), stop)
             end = torch.tensor(self.sigmas[-1]).to(samples)
-            return model.model_sampling.inverse_noise_scaling(end, samples), profile, method, why
+            return model.model_sampling.inverse_noise_scaling(end, samples), profile, probe
 
-        samples, profile, method, why = run_in_guider(
+        samples, profile, probe = run_in_guider(
             self.guider, self.samples, work, trial + calls(divergence.DIFFERENCES), sigmas,
             self.noise_seed, self.noise)
         amounts = {WITH_SCORE: profile.alignment}
         if probes:
             amounts[WITHOUT_SCORE] = profile.alignment_without_score
         amounts = amounts if wanted == BOTH else {wanted: amounts[wanted]}
-        forward = evaluations * (1 + 2 * probes) if method == divergence.FORWARD else 0
+        forward = evaluations * (1 + 2 * probes) if probe.method == divergence.FORWARD else 0
         return Check(
             self._finished(samples), sigmas[:stop + 1], profile.log_snr,
             {way: amount / profile.norms for way, amount in amounts.items()}, next(iter(amounts.values()))[-1],
-            calls(method), forward, len(sigmas) - 1, len(sigmas) - 1, why)
+            calls(probe.method), forward, len(sigmas) - 1, len(sigmas) - 1, probe.reason)
 
     def _placed(self):
         """(sigmas, stop): the schedule with as many noise levels down to `stop`, but placed where derivatives want them."""
-        first, last = (self.coordinates.s(self.sigmas[i]) for i in (0, self.stop))
+        first, last = (self.path.s(self.sigmas[i]) for i in (0, self.stop))
         levels = noise_levels(last, first, self.stop + 1, self.samples[0].numel())
-        nodes = [self.coordinates.sigma(s) for s in reversed(levels)]
+        nodes = [self.path.sigma(s) for s in reversed(levels)]
         table = training_table(self.guider.model_patcher.get_model_object("model_sampling"))
         if table is not None:
             nodes = snapped(nodes, table)
@@ -264,12 +274,11 @@ class _Run:
         whole = len(self.sigmas) - 1
         runs = [(_Scaled(sampler, scale), steps) for scale, steps in ((1 - h, self.stop), (1 + h, self.stop), (1.0, whole))]
         less, more, finished = (self._sample(scaled, steps) for scaled, steps in runs)
-        alpha = self.coordinates.alpha(sigma)
+        level = self.path.at(sigma)
 
-        def score(model):
-            x = alpha * model.x
-            return score_from_eps(eps_from_denoised(x, model.predict(x, sigma), sigma, alpha),
-                                  self.coordinates.s(sigma))
+        def score(model: GuiderModel) -> torch.Tensor:
+            x = level.alpha * model.x
+            return -level.eps(x, model.predict(x, sigma)) / level.s
 
         # The host's samplers return y = x / alpha.
         grad = run_in_guider(self.guider, (less + more) / 2, score, 1, [sigma], self.noise_seed)
@@ -278,7 +287,7 @@ class _Run:
             inside(less).to(grad), inside(more).to(grad), grad, h))
         calls = sum(scaled.calls for scaled, _ in runs) + 1
         return Check(
-            finished, [sigma], [log_snr(self.coordinates.s(sigma))], {FINITE_SCALE: cosine[None]}, amount, calls,
+            finished, [sigma], [log_snr(level.s)], {FINITE_SCALE: cosine[None]}, amount, calls,
             0, runs[-1][0].calls, whole, f"none: runs with the noise times {1 - h:g} and {1 + h:g}",
             (name_of(sampler) or "this sampler") if adds_noise(sampler) else "")
 
@@ -292,11 +301,11 @@ class _Run:
         x = begin(model.noise.clone())  # some of the host's samplings write into it
         return x, begin(torch.zeros_like(x)) - x
 
-    def _derivative_method(self, model):
-        """`derivative_method` at the second noise level, where every model depends on x."""
+    def _open_probe(self, model: GuiderModel) -> Probe:
+        """`open_probe` at the second noise level, where every model depends on x."""
         sigma = self.sigmas[1]
         x = model.model_sampling.noise_scaling(torch.tensor(sigma).to(model.noise), model.noise.clone(), model.x, False)
-        return derivative_method(self.guider, model.predict, x, x.clone(), sigma, model.dtype)
+        return open_probe(self.guider, model.predict, x, sigma, direction=x.clone())
 
     def _sample(self, sampler, steps):
         callback = latent_preview.prepare_callback(self.guider.model_patcher, steps)

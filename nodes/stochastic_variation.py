@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy_api.latest import io
 
-from ..dg_core.schedule import coordinates_of
+from ..dg_core.schedule import Schedule
 from ..dg_core.units import require_whole
 from ..dg_core.variation import (
     CORRECTIONS,
@@ -18,15 +19,9 @@ from ..dg_core.variation import (
     require_correction,
     require_strength,
 )
-from .host.steering import (
-    GuidanceSettings,
-    range_of_percents,
-    repeated,
-    require_batch,
-    require_one_part,
-    require_window,
-    solver_sampler,
-)
+from .host.masks import amount_of
+from .host.model_access import require_one_part
+from .host.steering import GuidanceSettings, repeated, require_batch, require_window, solver_sampler, steps_of_percents
 from .host.inputs import (
     CATEGORY,
     Floats,
@@ -41,12 +36,11 @@ from .host.inputs import (
 )
 
 CUSTOM = "custom"
-# Shares of the sampling, by the slope of alpha: variance exploding (0) and flow matching (1), whose shares mean other
-# log-SNRs. Chosen so that the changes lie in high and in low spatial frequencies (docs/variation.md).
+# Shares of the sampling, by the kind of the noise path, whose shares mean other log-SNRs. Chosen so that the changes lie in high and in low spatial frequencies (docs/variation.md).
 WINDOWS = {
-    "fine details": {0.0: (0.65, 1.0), 1.0: (0.75, 1.0)},
-    "structure": {0.0: (0.0, 0.3), 1.0: (0.0, 0.3)},
-    "everything": {0.0: (0.0, 1.0), 1.0: (0.0, 1.0)},
+    "fine details": {"VE": (0.65, 1.0), "flow": (0.75, 1.0)},
+    "structure": {"VE": (0.0, 0.3), "flow": (0.0, 0.3)},
+    "everything": {"VE": (0.0, 1.0), "flow": (0.0, 1.0)},
 }
 VARY = [*WINDOWS, CUSTOM]
 MAX_SEED = 2**64 - 1
@@ -78,31 +72,36 @@ class VariationSettings:
         for i, value in enumerate(self.variation_index or ()):
             require_whole(f"variation_index, for image {i},", value, 0, MAX_INDEX)
 
-    def of_run(self, guider, sigmas, start):
+    def of_run(
+        self, guider: Any, schedule: Schedule, latent: torch.Tensor, start: torch.Tensor, mask: torch.Tensor | None,
+        denoise_mask: torch.Tensor | None,
+    ) -> Variation | None:
         """The `Variation` of a run, None where no step gets noise.
 
-        sigmas: list of floats. start: (B, ...), what tells images apart: their starting noise, or the state of a run that
-        goes on without any.
+        latent: (B, ...), of the run's device. start: (B, ...), what tells images apart: their starting noise, or the state of a
+        run that goes on without any. mask: where to vary, (N, height, width); denoise_mask: of an inpainting run.
         """
         batch = len(start)
         require_batch("variation_index", self.variation_index, batch)
         if self.strength == 0:
             return None
-        model_sampling = guider.inner_model.model_sampling
-        coordinates = coordinates_of(model_sampling)
         custom = self.start_percent, self.end_percent
-        percents = custom if self.vary == CUSTOM else WINDOWS[self.vary][coordinates.slope]
-        steps = range_of_percents(model_sampling, sigmas, coordinates, *percents)
+        percents = custom if self.vary == CUSTOM else WINDOWS[self.vary][schedule.path.kind]
+        steps = steps_of_percents(guider.inner_model.model_sampling, schedule, *percents)
         indices = repeated(self.variation_index, batch) if self.variation_index else indices_of(start)
-        variation = Variation(
-            steps, self.strength, ImageNoise(self.variation_seed, indices), self.correction, self.probes)
-        if not any(variation.levels(sigmas, i, coordinates) for i in range(len(sigmas) - 1)):
+        amount = amount_of(mask, latent, denoise_mask)
+        variation = None if steps is None else Variation(
+            steps, self.strength, ImageNoise(self.variation_seed, indices), self.correction, self.probes, amount)
+        if variation is None or not any(variation.raised_levels(schedule, i) for i in range(schedule.steps)):
             logging.warning(
                 "Stochastic detail variation: no step of this run of %d lies between %g and %g of the sampling (vary: %s), the "
                 "first step and the last one to zero noise not counted; nothing is varied.",
-                max(len(sigmas) - 1, 0), *percents, self.vary)
+                schedule.steps, *percents, self.vary)
             return None
         require_one_part(guider)
+        if amount is not None and not amount.any():
+            logging.warning("Stochastic detail variation: no element of the latent lies in the mask; nothing is varied.")
+            return None
         return variation
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
-from ..dg_core import control, solver
-from ..dg_core.schedule import coordinates_of
+from ..dg_core import solver
+from ..dg_core.control import guided_steps
+from ..dg_core.schedule import Schedule
+from ..nodes.host.model_access import path_of
 from ..dg_core.variation import inner
 from ..nodes.stochastic_variation import WINDOWS
 
@@ -36,23 +38,23 @@ def fine_details_change(model, sigmas, strength, calls, variations):
     long in log-SNR between the sigmas of the schedule, as are left of `calls` model calls. model: the exact-density one.
     """
     density, sampling = model.model.density, model.get_model_object("model_sampling")
-    coordinates = coordinates_of(sampling)
-    high, low = (sampling.percent_to_sigma(p) for p in WINDOWS["fine details"][coordinates.slope])
-    first = control.guided_range(sigmas, coordinates, high, low).first
+    path = path_of(sampling)
+    high, low = (sampling.percent_to_sigma(p) for p in WINDOWS["fine details"][path.kind])
+    first = guided_steps(Schedule(path, sigmas), high, low).first
     noise = torch.randn(1, 3, density.size, density.size, dtype=torch.float64,
                         generator=torch.Generator().manual_seed(5))
 
     def predict(x, sigma):
-        alpha = max(coordinates.alpha(sigma), 1e-8)
+        alpha = max(path.alpha(sigma), 1e-8)
         return density.denoised(x / alpha, sigma / alpha)
 
     def solve(x, sigmas):
-        return solver.solve(predict, x, sigmas, coordinates, control.guided_range(sigmas, coordinates))
+        return solver.solve(predict, x, Schedule(path, sigmas))
 
-    s = [coordinates.s(v) for v in sigmas[first:]]
+    s = [path.s(v) for v in sigmas[first:]]
     places = np.linspace(0, len(s) - 1, calls - first + 1)
     levels = np.exp(np.interp(places, range(len(s)), np.log(s))).tolist()
-    y = solve(noise * sigmas[0], sigmas[:first + 1]) / coordinates.alpha(sigmas[first])
+    y = solve(noise * sigmas[0], sigmas[:first + 1]) / path.alpha(sigmas[first])
     y = euler_maruyama(density, y.expand(variations, -1, -1, -1), levels, strength, torch.Generator().manual_seed(3))
-    plain = solve(noise * sigmas[0], sigmas) / coordinates.alpha(sigmas[-1])
+    plain = solve(noise * sigmas[0], sigmas) / path.alpha(sigmas[-1])
     return (density.log_prob(y, s[-1]) - density.log_prob(plain, s[-1])) / density.dim

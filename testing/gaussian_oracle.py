@@ -66,12 +66,12 @@ class GaussianOracle:
                              method="DOP853", rtol=1e-10, atol=1e-12)
         return torch.from_numpy(solution.y[:, -1]).view_as(centred)
 
-    def converged(self, noise, schedule, coordinates, z):
+    def converged(self, noise, schedule, path, z):
         """Centred coefficients at the last non-zero sigma of `schedule`, guided as the pack guides.
 
         noise: unit noise (B, 3, N, N), or the host's initial x divided by its sigma.
         """
-        s = [coordinates.s(v) for v in schedule if v > 0]
+        s = [path.s(v) for v in schedule if v > 0]
         unit = dct(noise.double()).flatten(1) @ self.basis
         if math.isinf(s[0]):
             return self.guided(self.unguided(unit, s[0], s[1]), s[1], s[-1], z)

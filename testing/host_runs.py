@@ -19,7 +19,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.nodes import DensityGuidanceModel, DensityGuidanceSampler, LoadExactDensityModel
-from density_guidance.nodes.host.steering import outermost
+from density_guidance.nodes.host.wrappers import outermost
 
 PREDICTIONS = ["eps", "v", "flow"]
 SIZE = 32

@@ -46,10 +46,10 @@ class Mixture:
         joint, scores = self._parts(y, s)
         return (joint.softmax(-1)[..., None] * scores).sum(1)
 
-    def denoised(self, x, sigma, coordinates):
+    def denoised(self, x, sigma, path):
         """E[x0 | x], (B, D), for x in the host's units: where a flow has alpha = 0, the mean of the density."""
-        alpha = coordinates.alpha(sigma)
+        alpha = path.alpha(sigma)
         if alpha == 0:
             return (self.log_weights.exp()[..., None] * self.means).sum(1).expand_as(x)
-        s = coordinates.s(sigma)
+        s = path.s(sigma)
         return x / alpha + s**2 * self.score(x / alpha, s)

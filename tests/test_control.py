@@ -1,4 +1,4 @@
-"""Formulas of dg_core: units, coordinates, guided range, eta."""
+"""Formulas of dg_core: units, path, guided range, eta."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 from density_guidance.dg_core import control, units
-from density_guidance.dg_core.schedule import FLOW, VE, eps_from_denoised, log_snr, score_from_eps
+from density_guidance.dg_core.schedule import FLOW, VE, NoisePath, Schedule, log_snr
 from density_guidance.dg_core.statistics import dimension, squared_norm
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,16 +45,41 @@ def test_flow_and_ve_agree_on_eps_and_score(sigma, scale):
     x = scale * torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     denoised = torch.roll(x, 1, 0)
     alpha, s = FLOW.alpha(sigma), FLOW.s(sigma)
-    flow = eps_from_denoised(x, denoised, sigma, alpha)
-    ve = eps_from_denoised(x / alpha, denoised, s, VE.alpha(s))
+    flow, ve = FLOW.at(sigma).eps(x, denoised), VE.at(s).eps(x / alpha, denoised)
     assert torch.allclose(flow, ve, rtol=1e-10, atol=1e-9)
-    assert torch.allclose(denoised, x / alpha + s**2 * score_from_eps(ve, s), rtol=1e-8, atol=1e-8)
+    assert torch.allclose(denoised, x / alpha - s * ve, rtol=1e-8, atol=1e-8)  # Tweedie, with the score -eps / s
 
 
-def test_log_snr_of_a_float_and_a_tensor():
+def test_a_noise_scale_is_part_of_the_noise():
+    """x = (1 - sigma) x0 + 8 sigma n has the eps of the same state with s eight times as large."""
+    x, denoised = torch.randn(2, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
+    scaled = NoisePath("flow", 8.0)
+    level = scaled.at(0.25)
+    assert level.s == pytest.approx(8 / 3) and scaled.sigma(level.s) == pytest.approx(0.25)
+    assert NoisePath("VE", 8.0).sigma(NoisePath("VE", 8.0).s(2.0)) == 2.0
+    assert torch.allclose(level.eps(x, denoised), VE.at(level.s).eps(x / 0.75, denoised), rtol=1e-12)
+    steps = control.guided_steps(Schedule(scaled, [0.5, 0.25, 0.1]))
+    found = control.guided_prediction(control.Control(steps, 30.0), scaled, x, denoised, torch.tensor([0.25]).double())
+    eps = level.eps(x, denoised)
+    eta = 30.0 / eps.square().flatten(1).sum(1).view(-1, 1, 1)
+    assert torch.allclose(found, denoised - eta * level.s * eps, rtol=1e-12)
+
+
+def test_log_snr():
     assert log_snr(0.5) == pytest.approx(2 * math.log(2))
-    assert float(log_snr(torch.tensor(0.5))) == pytest.approx(2 * math.log(2))
     assert FLOW.s(1.0) == math.inf
+
+
+def guided_steps(sigmas, path, *window):
+    return control.guided_steps(Schedule(path, sigmas), *window)
+
+
+def guided(x, denoised, sigma, sigmas=SCHEDULE, path=VE, z=-20.0, weights=None, low=0.0, high=math.inf):
+    """`guided_prediction` with the z of one image or of each."""
+    steps = guided_steps(sigmas, path, high, low)
+    gain = (2 * x[0].numel()) ** 0.5 * (z.to(x.dtype) if torch.is_tensor(z) else z)
+    sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1)
+    return control.guided_prediction(control.Control(steps, gain, weights), path, x, denoised, sigma)
 
 
 @pytest.mark.parametrize("high, low, first, last", [
@@ -64,44 +89,44 @@ def test_log_snr_of_a_float_and_a_tensor():
     (0.4, 0.0, 0, 0),
 ])
 def test_guided_range_in_ve(high, low, first, last):
-    r = control.guided_range(SCHEDULE, VE, high, low)
-    assert (r.first, r.last) == (first, last)
+    r = guided_steps(SCHEDULE, VE, high, low)
     if last:
+        assert (r.first, r.last) == (first, last)
         assert (r.s_start, r.s_end) == (SCHEDULE[first], SCHEDULE[last])
         assert r.log_range == pytest.approx(math.log(SCHEDULE[first] / SCHEDULE[last]))
     else:
-        assert r.log_range == 0
+        assert r is None
 
 
 def test_guided_range_of_a_flow_starts_below_pure_noise():
-    r = control.guided_range([1.0, 0.8, 0.5, 0.0], FLOW)
+    r = guided_steps([1.0, 0.8, 0.5, 0.0], FLOW)
     assert (r.first, r.last, r.s_start, r.s_end) == (1, 2, pytest.approx(4), pytest.approx(1))
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 2.0], [math.nan, 0.0], [math.inf, 1.0], [1.0, -1.0]])
 def test_bad_schedule_is_named(sigmas):
     with pytest.raises(ValueError, match="sigmas are"):
-        control.guided_range(sigmas, VE)
+        Schedule(VE, sigmas)
 
 
-@given(st.floats(-2, 2), st.integers(10, 10**6), st.floats(0.5, 9))
+@given(st.floats(-0.6, 2), st.integers(10, 10**6), st.floats(0.5, 9))
 def test_detail_shift_is_what_is_predicted(shift, dim, log_range):
-    """z of a wanted shift, put back into the predicted shift, is the wanted one in bits per dimension."""
+    """The gain of a wanted shift, put back into the predicted shift, is the wanted one in bits per dimension."""
     if abs(shift) > log_range / math.log(2):
         with pytest.raises(ValueError, match=f"detail_shift is {shift}"):
-            control.z_value(0.5, shift, dim, log_range)
+            control.gain_of(0.5, shift, dim, log_range)
         return
-    z = control.z_value(0.5, shift, dim, log_range)
-    predicted = control.predicted_shift(z, dim, log_range)
-    assert units.nats_to_bits_per_dim(predicted, dim) == pytest.approx(shift, abs=1e-9)
+    gain, cut = control.gain_of(0.5, shift, dim, log_range)
+    assert units.nats_to_bits_per_dim(control.predicted_shift(gain, log_range), dim) == pytest.approx(shift, abs=1e-9)
+    assert not cut
 
 
 def test_statistics_per_image_and_masked():
     x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(3, 1, 5, 6)
     mask[..., :2] = 1
-    assert dimension(x) == 120
-    assert dimension(x, mask).tolist() == [40, 40, 40]
+    assert dimension(x) == [120, 120, 120]
+    assert dimension(x, mask) == [40, 40, 40]
     assert squared_norm(x).tolist() == pytest.approx([float((i * i).sum()) for i in x])
     assert squared_norm(x, mask).tolist() == pytest.approx([float((i[..., :2] ** 2).sum()) for i in x], rel=1e-6)
 
@@ -112,96 +137,75 @@ def test_norm_of_a_narrow_latent_does_not_overflow_or_round(dtype):
     assert squared_norm(x).item() == pytest.approx(900 * x.numel(), rel=1e-6)
 
 
-@pytest.mark.parametrize("coordinates, sigma", [(VE, 3.0), (FLOW, 0.75)])
-def test_guided_prediction_moves_euler_along_eta_eps(coordinates, sigma):
-    """An Euler step in the host's coordinates with the guided prediction is y + (s' - s) eta eps."""
+@pytest.mark.parametrize("path, sigma", [(VE, 3.0), (FLOW, 0.75)])
+def test_guided_prediction_moves_euler_along_eta_eps(path, sigma):
+    """An Euler step in the host's units with the guided prediction is y + (s' - s) eta eps."""
     g = torch.Generator().manual_seed(4)
     x, denoised = (torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=g) for _ in range(2))
-    schedule = [sigma, 0.5 * sigma, 0.25 * sigma]
-    z, dim, next_sigma = -1.3, x[0].numel(), schedule[1]
-    guide = control.PredictionGuide(coordinates, z, dim, control.guided_range(schedule, coordinates))
-    guided = guide(x, denoised, torch.full((2,), sigma, dtype=torch.float64))
-    stepped = x + (x - guided) / sigma * (next_sigma - sigma)
-    alpha, s = 1 - coordinates.slope * sigma, sigma / (1 - coordinates.slope * sigma)
-    y, s_next = x / alpha, next_sigma / (1 - coordinates.slope * next_sigma)
+    schedule, z, dim, next_sigma = [sigma, 0.5 * sigma, 0.25 * sigma], -1.3, x[0].numel(), 0.5 * sigma
+    result = guided(x, denoised, [sigma, sigma], schedule, path, z)
+    stepped = x + (x - result) / sigma * (next_sigma - sigma)
+    alpha, s = path.alpha(sigma), path.s(sigma)
+    y, s_next = x / alpha, path.s(next_sigma)
     eps = (y - denoised) / s
     eta = 1 + math.sqrt(2 * dim) * z / eps.square().flatten(1).sum(1).view(-1, 1, 1, 1)
-    expected = (y + (s_next - s) * eta * eps) * (1 - coordinates.slope * next_sigma)
+    expected = (y + (s_next - s) * eta * eps) * path.alpha(next_sigma)
     assert torch.allclose(stepped, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("coordinates, changed", [
+@pytest.mark.parametrize("path, changed", [
     (VE, {8.0: True, 4.0: True, 1.0: False}), (FLOW, {1.0: False, 0.75: True, 0.1: False})])
-@pytest.mark.parametrize("z", [-1.3, torch.tensor([-1.3, 0.5, 2.0], dtype=torch.float64)], ids=["one z", "z of each"])
-def test_on_a_cpu_and_elsewhere_the_guided_prediction_is_the_same(coordinates, changed, z):
-    """On a CPU images are guided one by one, with floats; on a device, and with weights, all at once, with tensors."""
+@pytest.mark.parametrize("z", [-1.3, torch.tensor([-1.3, 0.5, 2.0])], ids=["one z", "z of each"])
+def test_weights_of_one_change_nothing_and_an_image_without_noise_is_not_guided(path, changed, z):
     x, denoised = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(10)).unbind()
     *_, low = changed
-    guided = control.guided_range([*changed, 0.05], coordinates, sigma_low=low)
     for sigma, expected in changed.items():
-        denoised[1] = x[1] / max(1 - coordinates.slope * sigma, 0.01)  # eps = 0
-        one_by_one, at_once = (
-            control.PredictionGuide(coordinates, z, 256, guided, weights)(x, denoised, torch.full((3,), sigma))
-            for weights in (None, torch.ones(1, 1, 1, 1)))
-        assert torch.allclose(one_by_one, at_once, rtol=1e-6, atol=1e-6)
-        assert torch.allclose(one_by_one[1], denoised[1])
-        assert torch.equal(one_by_one, denoised) != expected
+        denoised[1] = x[1] / max(path.alpha(sigma), 0.01)  # eps = 0
+        without, ones = (guided(x, denoised, [sigma] * 3, [*changed, 0.05], path, z, weights, low)
+                         for weights in (None, torch.ones(1, 1, 1, 1)))
+        assert torch.allclose(without, ones, rtol=1e-6, atol=1e-6)
+        assert torch.allclose(without[1], denoised[1])
+        assert torch.equal(without, denoised) != expected
 
 
-@pytest.mark.parametrize("weights", [None, torch.ones(1, 1, 1, 1)], ids=["one by one", "at once"])
+@pytest.mark.parametrize("weights", [None, torch.ones(1, 1, 1, 1)], ids=["all", "weighted"])
 def test_next_to_no_noise_is_guided_to_a_finite_prediction(weights):
     x, denoised = torch.full((2, 4, 8, 8), 1e-22), torch.zeros(2, 4, 8, 8)
-    guide = control.PredictionGuide(VE, -20.0, 256, control.guided_range(SCHEDULE, VE), weights)
-    assert guide(x, denoised, torch.full((2,), 2.0)).isfinite().all()
+    assert guided(x, denoised, [2.0, 2.0], weights=weights).isfinite().all()
 
 
-@pytest.mark.parametrize("z, alone", [(-20.0, True), (torch.tensor([-20.0, 1.0], dtype=torch.float64), False)])
-def test_a_batch_of_another_size_is_guided_right_or_refused(z, alone):
+def test_a_batch_of_another_size_is_guided_right_or_refused():
     x, denoised = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(12)).unbind()
-    guide = control.PredictionGuide(VE, z, 256, control.guided_range(SCHEDULE, VE))
-    both = guide(x, denoised, torch.full((2,), 2.0))
-    if alone:
-        assert torch.equal(guide(x[1:], denoised[1:], torch.full((1,), 2.0)), both[1:])
-        guide = control.PredictionGuide(VE, z, 256, control.guided_range(SCHEDULE, VE))
-        assert torch.equal(guide(x[:1], denoised[:1], torch.full((1,), 2.0)), both[:1])
-        assert torch.equal(guide(x, denoised, torch.full((1,), 2.0)), both)
-    else:
-        for guide in (guide, control.PredictionGuide(VE, z, 256, control.guided_range(SCHEDULE, VE))):
-            with pytest.raises(ValueError, match="2 numbers for a batch of 1"):
-                guide(x[1:], denoised[1:], torch.full((1,), 2.0))
+    both = guided(x, denoised, [2.0, 2.0])
+    assert torch.equal(guided(x[1:], denoised[1:], [2.0]), both[1:])
+    assert torch.equal(guided(x, denoised, [2.0]), both)
+    with pytest.raises(ValueError, match="2 numbers for a batch of 1"):
+        guided(x[1:], denoised[1:], [2.0], z=torch.tensor([-20.0, 1.0]))
 
 
 @pytest.mark.parametrize("shape", [(16, 3, 17, 19), (16, 4, 31, 33)])
 def test_an_image_is_guided_alike_wherever_it_lies_in_a_batch(shape):
     """Its memory begins elsewhere there: these sizes are no multiple of what a processor takes at once."""
     x, denoised = torch.randn(2, *shape, generator=torch.Generator().manual_seed(11)).unbind()
-
-    def guided(*images):
-        guide = control.PredictionGuide(VE, -20.0, x[0].numel(), control.guided_range(SCHEDULE, VE))
-        return guide(*images, torch.full((len(images[0]),), 2.0))
-
-    alone = [guided(x[i:i + 1].clone(), denoised[i:i + 1].clone()) for i in range(len(x))]
-    assert torch.equal(torch.cat(alone), guided(x, denoised))
+    alone = [guided(x[i:i + 1].clone(), denoised[i:i + 1].clone(), [2.0]) for i in range(len(x))]
+    assert torch.equal(torch.cat(alone), guided(x, denoised, [2.0]))
 
 
 def test_prediction_outside_the_range_is_unchanged():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
-    r = control.guided_range([8.0, 4.0, 2.0, 1.0, 0.0], VE, sigma_high=4.0)
     for sigma, changed in ((5.0, False), (4.0, True), (1.5, True), (1.0, False)):
-        out = control.PredictionGuide(VE, -1.0, 256, r)(x, denoised, torch.tensor([sigma]))
+        out = guided(x, denoised, sigma, [8.0, 4.0, 2.0, 1.0, 0.0], z=-1.0, high=4.0)
         assert torch.equal(out, denoised) != changed
 
 
 def test_a_range_from_the_first_step_covers_what_a_churning_sampler_asks_above_it():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
-    r = control.guided_range([4.0, 2.0, 1.0, 0.0], VE)
-    assert not torch.equal(control.PredictionGuide(VE, -1.0, 256, r)(x, denoised, torch.tensor([4.2])), denoised)
+    assert not torch.equal(guided(x, denoised, 4.2, [4.0, 2.0, 1.0, 0.0]), denoised)
 
 
 def test_pure_noise_of_a_flow_is_unguided():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(6)).unbind()
-    r = control.guided_range([1.0, 0.8, 0.5, 0.0], FLOW)
-    assert torch.equal(control.PredictionGuide(FLOW, -1.0, 256, r)(x, denoised, torch.tensor([1.0])), denoised)
+    assert torch.equal(guided(x, denoised, 1.0, [1.0, 0.8, 0.5, 0.0], FLOW), denoised)
 
 
 def test_typical_noise_shift_is_the_quantile():
@@ -217,28 +221,26 @@ def test_typical_noise_shift_is_the_quantile():
 def test_range_holds_for_narrow_sigmas(dtype):
     """The host passes sigma in the latent's dtype: rounded, it must still fall into the same steps."""
     schedule = [14.6146, 8.33, 4.7, 2.117, 0.5029, 0.0]
-    r = control.guided_range(schedule, VE)
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(8)).to(dtype).unbind()
-    guide = control.PredictionGuide(VE, -3.0, 256, r)
-    guided = [not torch.equal(guide(x, denoised, torch.tensor([v], dtype=dtype)), denoised)
-              for v in schedule[:-1]]
-    assert guided == [True, True, True, True, False]
+    changed = [not torch.equal(guided(x, denoised, v, schedule, z=-3.0), denoised) for v in schedule[:-1]]
+    assert changed == [True, True, True, True, False]
 
 
 def test_pure_noise_of_a_flow_next_to_a_close_sigma():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(9)).unbind()
-    r = control.guided_range([1.0, 0.99992, 0.5, 0.0], FLOW)
-    assert torch.equal(control.PredictionGuide(FLOW, -1.0, 256, r)(x, denoised, torch.tensor([1.0])), denoised)
+    assert torch.equal(guided(x, denoised, 1.0, [1.0, 0.99992, 0.5, 0.0], FLOW), denoised)
 
 
 def test_smoothing_stops_short_of_the_peak():
     """A typical Gaussian sample is D / 2 nats below the peak."""
     assert -control.SMOOTHEST * math.log(2) < 0.5
     for d in (3072, 12288):
-        z = control.limit_smoothing(50.0, d, 6.0)
-        assert units.nats_to_bits_per_dim(control.predicted_shift(z, d, 6.0), d) == pytest.approx(control.SMOOTHEST)
-        assert control.limit_smoothing(-50.0, d, 6.0) == -50.0
-        assert control.limit_smoothing(0.5, d, 6.0) == 0.5
+        for quantile, shift, expected in ((0.5, -2.0, True), (0.001, 0.0, False), (0.7, 0.0, False)):
+            gain, cut = control.gain_of(quantile, shift, d, 6.0)
+            bits = units.nats_to_bits_per_dim(control.predicted_shift(gain, 6.0), d)
+            assert cut == expected
+            assert bits == pytest.approx(
+                control.SMOOTHEST if cut else -6 * (2 / d) ** 0.5 / math.log(2) * units.quantile_to_z(quantile))
 
 
 def test_a_schedule_that_begins_a_rounding_below_pure_noise():
@@ -246,5 +248,5 @@ def test_a_schedule_that_begins_a_rounding_below_pure_noise():
     below_one = 1 - 2**-24
     sigmas = [below_one, 0.9, 0.5, 0.0]
     assert FLOW.s(below_one) > 1e7
-    assert control.guided_range(sigmas, FLOW) == control.guided_range([1.0, *sigmas[1:]], FLOW)
-    assert control.guided_range(sigmas, FLOW).first == 1
+    assert guided_steps(sigmas, FLOW) == guided_steps([1.0, *sigmas[1:]], FLOW)
+    assert guided_steps(sigmas, FLOW).first == 1

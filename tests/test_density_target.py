@@ -9,7 +9,7 @@ import pytest
 import torch
 from density_guidance.dg_core import log_density as ld
 from density_guidance.dg_core import target
-from density_guidance.dg_core.schedule import coordinates_of
+from density_guidance.nodes.host.model_access import path_of
 from density_guidance.nodes import DensityTargetSampler, DensityTrace, LogDensity
 from density_guidance.nodes import density_target as dt
 from density_guidance.testing import host_runs as h
@@ -25,7 +25,7 @@ def cut_schedule(model, steps=STEPS):
 
 def exact_bits(model, samples, sigmas):
     base = model.model
-    s = coordinates_of(base.model_sampling).s(float(sigmas[-1]))
+    s = path_of(base.model_sampling).s(float(sigmas[-1]))
     return base.density.bits_per_dim(base.process_latent_in(samples.double()), s)
 
 
@@ -35,20 +35,20 @@ def target_sampler(target=dt.SHIFT, value=0.0, reference_image=-1, tolerance=0.0
 
 def exact_divergence(sampler, model):
     """The same sampler with the exact trace in place of probes."""
-    density, coordinates = model.model.density, coordinates_of(model.model.model_sampling)
+    density, path = model.model.density, path_of(model.model.model_sampling)
     mean = (density.log_weights.exp() / density.log_weights.exp().sum())[None] @ density.means
     pure = density._picture(mean, mean.float()).float()
 
-    def look(x, sigma, call):
-        alpha, s = coordinates.alpha(sigma), coordinates.s(sigma)
+    def evaluate(x, sigma, call):
+        alpha, s = path.alpha(sigma), path.s(sigma)
         if alpha <= 0:
             zero = torch.zeros(len(x), dtype=torch.float64)
-            return ld.Sight(pure.expand_as(x), zero, zero)
+            return ld.Evaluation(pure.expand_as(x), zero, zero)
         y = x.double() / alpha
         trace = density.dim + s**2 * density.laplacian(y, s)
-        return ld.Sight(density.denoised(y, s).float(), trace, torch.zeros_like(trace))
+        return ld.Evaluation(density.denoised(y, s).float(), trace, torch.zeros_like(trace))
 
-    return comfy.samplers.KSAMPLER(sampler.sampler_function, {**sampler.extra_options, "look": lambda: look})
+    return comfy.samplers.KSAMPLER(sampler.sampler_function, {**sampler.extra_options, "new_evaluate": lambda: evaluate})
 
 
 def run(model, sampler, batch, seed=h.SEED):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from density_guidance.dg_core import divergence
 from density_guidance.dg_core import trace as run_trace
-from density_guidance.dg_core.schedule import VE, coordinates_of
+from density_guidance.dg_core.schedule import VE
+from density_guidance.nodes.host.model_access import path_of
 from density_guidance.nodes import DensityTargetSampler, DensityTrace
 from density_guidance.nodes import density_target as dt
 from density_guidance.testing import host_runs as h
@@ -28,7 +29,7 @@ def traced(model, sampler, sigmas, batch=4, exact=False):
 def exact_at_last_row(model, sampler, sigmas, batch=4):
     """Exact bits per dimension of the state in which the last model call was made; for samplers that look at no schedule."""
     state = h.picture(model, sampler, sigmas[:-1], h.empty_latent(batch))
-    s = coordinates_of(model.model.model_sampling).s(float(sigmas[-2]))
+    s = path_of(model.model.model_sampling).s(float(sigmas[-2]))
     return model.model.density.bits_per_dim(model.model.process_latent_in(state.double()), s)
 
 
@@ -54,7 +55,7 @@ def test_shift_so_far_is_what_guidance_predicts(prediction, scheduler):
     _, plain, _, _ = traced(model, h.guided_sampler(), sigmas)
     first = 1 if prediction == "flow" else 0
     part = math.log(guided[first]["s"] / guided[-1]["s"]) / math.log(
-        guided[first]["s"] / coordinates_of(model.model.model_sampling).s(float(sigmas[-1])))
+        guided[first]["s"] / path_of(model.model.model_sampling).s(float(sigmas[-1])))
     found = torch.tensor(guided[-1]["shift"]) - torch.tensor(plain[-1]["shift"])
     assert found.tolist() == pytest.approx([0.2 * part] * 4, rel=0.05)
     assert all(abs(v) < 0.02 for v in plain[-1]["shift"])
@@ -98,7 +99,7 @@ def test_a_target_sampler_leaves_its_achieved_values():
     sigmas = h.schedule(model, 17)[:-1]
     sampler = h.outputs(DensityTargetSampler, dt.SHIFT, 0.2, -1, 0.002, 2, 1)[0]
     samples, rows, record, _ = traced(model, sampler, sigmas, 2)
-    s = coordinates_of(model.model.model_sampling).s(float(sigmas[-1]))
+    s = path_of(model.model.model_sampling).s(float(sigmas[-1]))
     exact = model.model.density.bits_per_dim(model.model.process_latent_in(samples.double()), s)
     told = record["target"]
     assert told["s"] == pytest.approx(s) and 1 <= told["passes"] <= 2

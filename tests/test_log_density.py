@@ -6,7 +6,8 @@ import comfy.model_management
 import pytest
 import torch
 from density_guidance.dg_core import log_density as ld
-from density_guidance.dg_core.schedule import VE, coordinates_of
+from density_guidance.dg_core.schedule import VE
+from density_guidance.nodes.host.model_access import path_of
 from density_guidance.nodes import LogDensity
 from density_guidance.nodes.host import model_access
 from density_guidance.nodes import log_density as node
@@ -27,17 +28,17 @@ def pictures(prediction, count, size=h.SIZE, seed=5):
     return {"samples": base.process_latent_out(y)}, base.density.log_prob(y.double(), FLOOR[prediction])
 
 
-def exact_look(model, density):
+def exact_evaluate(model, density):
     """What a `ProbedModel` sees, with the exact trace: tr Dhat = D + s^2 Laplacian."""
-    def look(x, sigma, call):
+    def evaluate(x, sigma, call):
         denoised = model.predict(x, sigma)
-        alpha = model.coordinates.alpha(sigma)
+        alpha = model.path.alpha(sigma)
         trace = torch.zeros(len(x), dtype=torch.float64)
         if alpha > 0:
             s = sigma / alpha
             trace = density.dim + s**2 * density.laplacian(x.double() / alpha, s)
-        return ld.Sight(denoised, trace, torch.zeros_like(trace))
-    return look
+        return ld.Evaluation(denoised, trace, torch.zeros_like(trace))
+    return evaluate
 
 
 def exact_readout(prediction, latent, steps, size=h.SIZE):
@@ -48,12 +49,12 @@ def exact_readout(prediction, latent, steps, size=h.SIZE):
     with torch.inference_mode():
         return model_access.run_in_guider(
             guider, latent["samples"],
-            lambda m: ld.read_log_density(exact_look(m, model.model.density), m.predict, m.x, levels, m.coordinates),
+            lambda m: ld.read_log_density(exact_evaluate(m, model.model.density), m.predict, m.x, levels, m.path),
             steps, [m_sigma(prediction, s) for s in reversed(levels)])
 
 
 def m_sigma(prediction, s):
-    return coordinates_of(h.exact_model(prediction).model.model_sampling).sigma(s)
+    return path_of(h.exact_model(prediction).model.model_sampling).sigma(s)
 
 
 def rms(error):
@@ -126,7 +127,7 @@ def test_a_readout_does_not_depend_on_the_batch():
     assert h.outputs(LogDensity, guider, latent, 8, 1, 4, 0.05)[0] != together
 
 
-def test_the_first_look_is_at_noise_levels_of_the_schedule():
+def test_the_first_evaluation_is_at_noise_levels_of_the_schedule():
     """Patches like context windows find out their step from the noise level, and stop at one that they don't know."""
     model, seen = h.recording(h.exact_model("eps"))
     latent, _ = pictures("eps", 1)
@@ -137,11 +138,11 @@ def test_the_first_look_is_at_noise_levels_of_the_schedule():
 
 @pytest.mark.parametrize("indices", [[0, 2, 1], [0, 1, 1], [2, 1, 1], [0, 1, 2, 1]], ids=str)
 def test_a_track_refuses_to_turn_back(indices):
-    track, x = ld.LogDensityTrack(4), torch.ones(1, 4)
-    sight = ld.Sight(x, torch.ones(1), torch.ones(1))
+    track, x = ld.LogDensityTrack(VE, 4), torch.ones(1, 4)
+    evaluation = ld.Evaluation(x, torch.ones(1), torch.ones(1))
     with pytest.raises(ValueError, match="only ascend or only descend"):
         for i in indices:
-            track.add(x, [1.0, 2.0, 4.0][i], 1.0, sight)
+            track.add(x, [1.0, 2.0, 4.0][i], evaluation)
 
 
 def test_error_bars_survive_a_trace_near_zero():
@@ -151,10 +152,10 @@ def test_error_bars_survive_a_trace_near_zero():
     mixing = 0.3 * torch.randn(dim, dim, generator=generator)
     mixing = (mixing + mixing.T) / 2
     mixing.fill_diagonal_(1.0)
-    look = ld.ProbedModel(lambda x, sigma: x * balanced if sigma > 1 else x @ mixing, VE, "forward")
+    evaluate = ld.ProbedModel(lambda x, sigma: x * balanced if sigma > 1 else x @ mixing, VE, "forward")
     x = torch.zeros(32, dim)
-    look(x, 2.0, 0)
-    variance = look(x, 0.5, 1).variance
+    evaluate(x, 2.0, 0)
+    variance = evaluate(x, 0.5, 1).variance
     exact = 2 * float((mixing - torch.eye(dim)).square().sum())
     assert float(variance.mean()) == pytest.approx(exact, rel=0.15) and float(variance.min()) > 0.4 * exact
 
@@ -188,7 +189,7 @@ def test_narrow_networks_read_nearly_the_same(unet_readout, dtype, bound):
 def test_methods_read_the_same(monkeypatch, unet_readout):
     forward, how = unet_readout(torch.float32)
     assert "forward-mode" in how[0]
-    monkeypatch.setattr(model_access.jacobian, "method_of", lambda *_: ("differences", "two-sided differences: as asked"))
+    monkeypatch.setattr(model_access.divergence, "method_of", lambda *_: ("differences", "two-sided differences: as asked"))
     differences, how = unet_readout(torch.float32)
     assert "differences" in how[0]
     traces = torch.stack(forward.traces)
@@ -198,7 +199,7 @@ def test_methods_read_the_same(monkeypatch, unet_readout):
 
 def test_the_method_is_found_out_once(monkeypatch):
     tries = []
-    monkeypatch.setattr(model_access.jacobian, "method_of", lambda *_: tries.append(1) or ("forward", "said"))
+    monkeypatch.setattr(model_access.divergence, "method_of", lambda *_: tries.append(1) or ("forward", "said"))
     guider = guider_of(networks.unet(), networks.unet_conditioning())
     latent = {"samples": torch.ones(1, 4, 16, 16)}
     reports = [h.outputs(LogDensity, guider, latent, 2, 1, 0, 0.05)[1] for _ in range(2)]

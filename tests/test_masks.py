@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from density_guidance.dg_core import control
-from density_guidance.dg_core.schedule import coordinates_of
+from density_guidance.dg_core.control import guided_steps
+from density_guidance.dg_core.schedule import Schedule
+from density_guidance.nodes.host.model_access import path_of
 from density_guidance.dg_core.units import quantile_to_z
 from density_guidance.nodes.builtin import exact
 from density_guidance.testing import host_runs as h
@@ -162,8 +163,8 @@ def shift_over_predicted(prediction, quantile, sampler, steps=40, **more):
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, steps)[:-1]
     latent, positive = h.empty_latent(4), h.conditioning(prediction, 5)
-    log_range = control.guided_range(sigmas.tolist(),
-                                      coordinates_of(model.get_model_object("model_sampling"))).log_range
+    path = path_of(model.get_model_object("model_sampling"))
+    log_range = guided_steps(Schedule(path, sigmas.tolist())).log_range
     mask = more.get("mask")
     samples = latent["samples"]
     dim = samples[0].numel() if mask is None else float(resized(mask, samples.shape)[0].double().sum())
@@ -174,7 +175,7 @@ def shift_over_predicted(prediction, quantile, sampler, steps=40, **more):
         bits = torch.tensor(exact.read(model, picture, sigmas, weights))
         return -bits * math.log(2) * latent["samples"][0].numel()
 
-    predicted = control.predicted_shift(quantile_to_z(quantile), dim, log_range)
+    predicted = (2 * dim) ** 0.5 * quantile_to_z(quantile) * log_range
     return float((nats(quantile) - nats(0.5)).mean()) / predicted
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from density_guidance.testing.gaussian_oracle import GaussianOracle
 from density_guidance.dg_core import control
-from density_guidance.dg_core.schedule import coordinates_of
+from density_guidance.dg_core.schedule import Schedule
+from density_guidance.nodes.host.model_access import path_of
 from density_guidance.dg_core.units import quantile_to_z
 from density_guidance.nodes import DensityGuidanceSampler, LoadExactDensityModel
 from density_guidance.nodes.builtin import exact
@@ -33,10 +34,10 @@ def test_oracle_diagonalises_the_covariance(oracle):
 
 @pytest.fixture(scope="module", params=["eps", "v", "flow"])
 def run(request):
-    """run(sampler, scheduler, steps) -> schedule, coordinates, and the state y at its last non-zero sigma."""
+    """run(sampler, scheduler, steps) -> schedule, path, and the state y at its last non-zero sigma."""
     model, _, conditioning, latent = LoadExactDensityModel.execute(request.param, "32", COMPONENT, 2).args
     sampling = model.get_model_object("model_sampling")
-    coordinates = coordinates_of(sampling)
+    path = path_of(sampling)
 
     def sample(sampler, scheduler, steps):
         sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
@@ -47,7 +48,7 @@ def run(request):
                       callback=lambda i, denoised, x, total: states.__setitem__(i, x))
         assert len(states) == steps
         last = float(sigmas[-2])
-        return sigmas.tolist(), coordinates, states[steps - 1].double() / coordinates.alpha(last)
+        return sigmas.tolist(), path, states[steps - 1].double() / path.alpha(last)
 
     return sample
 
@@ -64,20 +65,20 @@ def guided_euler(quantile):
     return DensityGuidanceSampler.execute(quantile, 0.0, 0.0, 1.0, comfy.samplers.sampler_object("euler"))[0]
 
 
-def start_noise(schedule, coordinates):
+def start_noise(schedule, path):
     """What the host starts from, divided by the first sigma: EPS models take sqrt(1 + sigma^2) there."""
     unit = noise({"samples": torch.empty(2, 3, 32, 32)})
-    return unit if math.isinf(coordinates.s(schedule[0])) else unit * math.hypot(1, schedule[0]) / schedule[0]
+    return unit if math.isinf(path.s(schedule[0])) else unit * math.hypot(1, schedule[0]) / schedule[0]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_converged_result_at_32_steps_and_twentieth_of_euler(run, oracle, scheduler):
     worst, worst_euler = 0.0, 0.0
     for quantile in (QUANTILES[0], QUANTILES[-1]):
-        schedule, coordinates, y = run(own_solver(quantile), scheduler, 32)
+        schedule, path, y = run(own_solver(quantile), scheduler, 32)
         _, _, y_euler = run(guided_euler(quantile), scheduler, 32)
-        s = coordinates.s(schedule[-2])
-        true = oracle.converged(start_noise(schedule, coordinates), schedule, coordinates, quantile_to_z(quantile))
+        s = path.s(schedule[-2])
+        true = oracle.converged(start_noise(schedule, path), schedule, path, quantile_to_z(quantile))
         error = lambda y: float(
             (oracle.log_prob(oracle.coefficients(y), s) - oracle.log_prob(true, s)).abs().max() / oracle.dim)
         worst, worst_euler = max(worst, error(y)), max(worst_euler, error(y_euler))
@@ -89,12 +90,12 @@ def test_converged_result_at_32_steps_and_twentieth_of_euler(run, oracle, schedu
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("quantile", QUANTILES)
 def test_shift_is_the_predicted_one_at_20_steps(run, oracle, scheduler, quantile):
-    schedule, coordinates, y = run(own_solver(quantile), scheduler, 20)
+    schedule, path, y = run(own_solver(quantile), scheduler, 20)
     _, _, y_neutral = run(own_solver(0.5), scheduler, 20)
-    s = coordinates.s(schedule[-2])
+    s = path.s(schedule[-2])
     measured = oracle.log_prob(oracle.coefficients(y), s) - oracle.log_prob(oracle.coefficients(y_neutral), s)
-    log_range = control.guided_range(schedule, coordinates).log_range
-    predicted = control.predicted_shift(quantile_to_z(quantile), oracle.dim, log_range)
+    log_range = control.guided_steps(Schedule(path, schedule)).log_range
+    predicted = (2 * oracle.dim) ** 0.5 * quantile_to_z(quantile) * log_range
     assert measured == pytest.approx(predicted, rel=0.02)
 
 

@@ -5,50 +5,49 @@ import math
 import pytest
 import torch
 from density_guidance.dg_core import alignment, divergence
-from density_guidance.dg_core.schedule import FLOW, VE
-from density_guidance.dg_core.control import GuidedRange
 from density_guidance.dg_core.levels import noise_levels
+from density_guidance.dg_core.schedule import FLOW, VE, Schedule
 from density_guidance.dg_core.solver import solve
 from density_guidance.testing.mixtures import Mixture
 
 S_START, S_END = 40.0, 0.05
-COORDINATES = pytest.mark.parametrize("coordinates", [VE, FLOW], ids=lambda c: c.name)
+PATHS = pytest.mark.parametrize("path", [VE, FLOW], ids=lambda c: c.kind)
 
 
-def nodes(count, coordinates, dim=4):
+def nodes(count, path, dim=4):
     """`count` sigmas, placed as the node does; a flow begins at infinite s."""
-    levels = noise_levels(S_END, S_START if coordinates is VE else math.inf, count, dim)
-    return [coordinates.sigma(s) for s in reversed(levels)]
+    levels = noise_levels(S_END, S_START if path is VE else math.inf, count, dim)
+    return [path.sigma(s) for s in reversed(levels)]
 
 
-def start(count, dim, coordinates, generator):
+def start(count, dim, path, generator):
     """(noise, x) as the host would start."""
     noise = torch.randn(count, dim, dtype=torch.float64, generator=generator)
-    return noise, noise * (math.hypot(1, S_START) if coordinates is VE else 1)
+    return noise, noise * (math.hypot(1, S_START) if path is VE else 1)
 
 
-def check(mixture, x, sigmas, coordinates, probes=None, method=divergence.FORWARD):
+def check(mixture, x, sigmas, path, probes=None, method=divergence.FORWARD):
     """The `Profile` of a whole schedule. probes(shape) -> list of probes, for the way without the score."""
     def differentiate(x, sigma, tangent):
-        predict = lambda x: mixture.denoised(x, sigma, coordinates)
+        predict = lambda x: mixture.denoised(x, sigma, path)
         if probes is None:
             return *divergence.directional_derivative(predict, x, tangent, method), None
         return divergence.trace_derivative(predict, x, tangent, lambda _: probes(x), method)
 
-    return alignment.trace_alignment(differentiate, None, x, -x, sigmas, coordinates, len(sigmas) - 1)[1]
+    return alignment.trace_alignment(differentiate, None, x, -x, Schedule(path, sigmas), len(sigmas) - 1)[1]
 
 
-def end_of_run(mixture, x, sigmas, coordinates):
+def end_of_run(mixture, x, sigmas, path):
     """y at the last sigma."""
-    y = solve(lambda x, sigma: mixture.denoised(x, sigma, coordinates), x, [*sigmas, sigmas[-1]], coordinates,
-              GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=alignment.order_of([coordinates.s(v) for v in sigmas]), cautious=False)
-    return y / coordinates.alpha(sigmas[-1])
+    y = solve(lambda x, sigma: mixture.denoised(x, sigma, path), x, Schedule(path, [*sigmas, sigmas[-1]]),
+              order=alignment.order_of([path.s(v) for v in sigmas]), limit_order=False)
+    return y / path.alpha(sigmas[-1])
 
 
-def measured(mixture, x, coordinates, count, step=1e-4):
+def measured(mixture, x, path, count, step=1e-4):
     """A from exact log-densities of runs with scaled noise, by differences of fourth order."""
-    sigmas = nodes(count, coordinates)
-    log_p = lambda r: mixture.log_prob(end_of_run(mixture, r * x, sigmas, coordinates), S_END)
+    sigmas = nodes(count, path)
+    log_p = lambda r: mixture.log_prob(end_of_run(mixture, r * x, sigmas, path), S_END)
     near, far = (log_p(1 - h) - log_p(1 + h) for h in (step, 2 * step))
     return (8 * near - far) / (12 * step)
 
@@ -58,17 +57,17 @@ def basis(x):
     return [math.sqrt(x.shape[1]) * e.expand_as(x) for e in torch.eye(x.shape[1], dtype=x.dtype)]
 
 
-@COORDINATES
-def test_gaussian_closed_form(coordinates):
+@PATHS
+def test_gaussian_closed_form(path):
     generator = torch.Generator().manual_seed(0)
     gaussian = Mixture.random(64, 1, 6, generator)
-    _, x = start(64, 6, coordinates, generator)
-    sigmas = nodes(32, coordinates, 6)
-    profile = check(gaussian, x, sigmas, coordinates)
+    _, x = start(64, 6, path, generator)
+    sigmas = nodes(32, path, 6)
+    profile = check(gaussian, x, sigmas, path)
     # In the eigenbasis y - m shrinks by the ratio of standard deviations; y itself is what is scaled.
     rotate = lambda v: (v[:, None] @ gaussian.bases[:, 0])[:, 0]
     variance = gaussian.variances[:, 0]
-    if coordinates is VE:
+    if path is VE:
         shrink = ((variance + S_END**2) / (variance + S_START**2)).sqrt()
         centred, moved = rotate(x - gaussian.means[:, 0]) * shrink, rotate(x) * shrink
     else:
@@ -87,56 +86,56 @@ def test_alignment_of_a_gaussian_is_constant_along_the_run():
     assert profile.alignment_without_score[-1].tolist() == pytest.approx(noise.square().sum(1).tolist(), rel=1e-9)
 
 
-@COORDINATES
+@PATHS
 @pytest.mark.parametrize("components, dim", [(2, 2), (3, 3)])
-def test_verdict_on_random_mixtures(coordinates, components, dim):
+def test_verdict_on_random_mixtures(path, components, dim):
     """200 mixtures in all; the truth comes from finite scaling, and its error from another grid and step."""
-    generator = torch.Generator().manual_seed(10 * components + dim + 100 * (coordinates is FLOW))
+    generator = torch.Generator().manual_seed(10 * components + dim + 100 * (path is FLOW))
     mixtures = Mixture.random(50, components, dim, generator)
-    _, x = start(50, dim, coordinates, generator)
-    truth = measured(mixtures, x, coordinates, 800)
-    uncertain = (truth - measured(mixtures, x, coordinates, 600, 2e-4)).abs() >= truth.abs()
-    profile = check(mixtures, x, nodes(64, coordinates), coordinates)
+    _, x = start(50, dim, path, generator)
+    truth = measured(mixtures, x, path, 800)
+    uncertain = (truth - measured(mixtures, x, path, 600, 2e-4)).abs() >= truth.abs()
+    profile = check(mixtures, x, nodes(64, path), path)
     wrong = (profile.alignment[-1] > 0) != (truth > 0)
-    print(f"{coordinates.name}: {int(uncertain.sum())} skipped, {int((truth < 0).sum())} of 50 not aligned")
+    print(f"{path.kind}: {int(uncertain.sum())} skipped, {int((truth < 0).sum())} of 50 not aligned")
     assert 3 <= int((truth < 0).sum()) <= 25 and int(uncertain.sum()) <= 2
     assert not (wrong & ~uncertain).any()
     error = ((profile.alignment[-1] - truth).abs() / (1 + truth.abs()))[~uncertain]
     assert error.median() < 1e-4 and error.quantile(0.9) < 1e-3
 
 
-@COORDINATES
-def test_narrow_beside_broad(coordinates):
+@PATHS
+def test_narrow_beside_broad(path):
     """Noise that points to the narrow component: more of it comes closer, to a higher density. Away: aligned."""
     mixture = Mixture([[0.5, 0.5]], [[[0.0, 0.0], [3.0, 0.0]]], torch.diag_embed(
         torch.tensor([[[1.0, 1.0], [0.01, 0.01]]], dtype=torch.float64)))
     towards = torch.tensor([[0.45, 0.1], [-1.5, 0.1]], dtype=torch.float64)
-    x = towards * (math.hypot(1, S_START) if coordinates is VE else 1)
-    profile = check(mixture, x, nodes(64, coordinates), coordinates)
-    truth = measured(mixture, x, coordinates, 800)
+    x = towards * (math.hypot(1, S_START) if path is VE else 1)
+    profile = check(mixture, x, nodes(64, path), path)
+    truth = measured(mixture, x, path, 800)
     assert (profile.alignment[-1] > 0).tolist() == (truth > 0).tolist() == [False, True]
 
 
-@COORDINATES
-def test_with_and_without_the_score_agree(coordinates):
+@PATHS
+def test_with_and_without_the_score_agree(path):
     generator = torch.Generator().manual_seed(4)
     mixtures = Mixture.random(64, 3, 4, generator)
-    _, x = start(64, 4, coordinates, generator)
-    profile = check(mixtures, x, nodes(128, coordinates), coordinates, basis)
+    _, x = start(64, 4, path, generator)
+    profile = check(mixtures, x, nodes(128, path), path, basis)
     with_score, without = profile.alignment[-1], profile.alignment_without_score[-1]
     assert ((with_score - without).abs() / (1 + with_score.abs())).max() < 3e-4
 
 
-@COORDINATES
-def test_finite_scaling_agrees_to_second_order(coordinates):
+@PATHS
+def test_finite_scaling_agrees_to_second_order(path):
     generator = torch.Generator().manual_seed(5)
     mixtures = Mixture.random(32, 2, 3, generator)
-    _, x = start(32, 3, coordinates, generator)
-    sigmas = nodes(128, coordinates)
-    profile = check(mixtures, x, sigmas, coordinates)
+    _, x = start(32, 3, path, generator)
+    sigmas = nodes(128, path)
+    profile = check(mixtures, x, sigmas, path)
     errors = []
     for h in (0.02, 0.01, 0.005):
-        less, more = (end_of_run(mixtures, x * r, sigmas, coordinates) for r in (1 - h, 1 + h))
+        less, more = (end_of_run(mixtures, x * r, sigmas, path) for r in (1 - h, 1 + h))
         found, cosine = alignment.finite_alignment(less, more, mixtures.score((less + more) / 2, S_END), h)
         errors.append((found - profile.alignment[-1]).abs())
     slope = (errors[0] / errors[2]).log2() / 2
@@ -145,16 +144,16 @@ def test_finite_scaling_agrees_to_second_order(coordinates):
     assert (cosine - profile.cosine[-1]).abs().median() < 1e-4
 
 
-@COORDINATES
-def test_response_and_scale(coordinates):
+@PATHS
+def test_response_and_scale(path):
     """The predicted change for 1% more noise, and the scale for a wanted change, against exact log-densities."""
     dim = 6
     generator = torch.Generator().manual_seed(6)
     mixtures = Mixture.random(64, 2, dim, generator)
-    _, x = start(64, dim, coordinates, generator)
-    sigmas = nodes(64, coordinates)
-    a = check(mixtures, x, sigmas, coordinates).alignment[-1]
-    bits = lambda r: mixtures.log_prob(end_of_run(mixtures, x * r, nodes(400, coordinates), coordinates), S_END) / (
+    _, x = start(64, dim, path, generator)
+    sigmas = nodes(64, path)
+    a = check(mixtures, x, sigmas, path).alignment[-1]
+    bits = lambda r: mixtures.log_prob(end_of_run(mixtures, x * r, nodes(400, path), path), S_END) / (
         -dim * math.log(2))
     change = bits(1.005) - bits(0.995)
     assert ((alignment.percent_response(a, dim) - change).abs() < 0.05 * change.abs()).double().mean() >= 0.9
@@ -198,7 +197,7 @@ def test_where_alignment_is_lost():
                          ids=str)
 def test_bad_schedules(sigmas, stop):
     with pytest.raises(ValueError, match=f"stop is {stop}"):
-        alignment.trace_alignment(None, None, torch.ones(1, 2), torch.ones(1, 2), sigmas, VE, stop)
+        alignment.trace_alignment(None, None, torch.ones(1, 2), torch.ones(1, 2), Schedule(VE, sigmas), stop)
 
 
 def test_samples_do_not_depend_on_the_stop():
@@ -214,12 +213,12 @@ def test_samples_do_not_depend_on_the_stop():
 
     differentiate = lambda x, sigma, w: (*divergence.directional_derivative(
         lambda x: mixture.denoised(x, sigma, FLOW), x, w, divergence.FORWARD), None)
-    ends = [alignment.trace_alignment(differentiate, predict, x, -x, sigmas, FLOW, stop)[0] for stop in (4, 11)]
+    ends = [alignment.trace_alignment(differentiate, predict, x, -x, Schedule(FLOW, sigmas), stop)[0] for stop in (4, 11)]
     assert calls == sigmas[5:12]
     assert torch.equal(*ends)
     order = alignment.order_of([FLOW.s(v) for v in sigmas[:-1]])
-    assert torch.equal(ends[0], solve(lambda x, sigma: mixture.denoised(x, sigma, FLOW), x, sigmas, FLOW,
-                                      GuidedRange(0, 0, 0.0, 0.0, 1.0, 1.0), order=order, cautious=False))
+    assert torch.equal(ends[0], solve(lambda x, sigma: mixture.denoised(x, sigma, FLOW), x, Schedule(FLOW, sigmas), order=order,
+                                      limit_order=False))
 
 
 # --- the derivative of the trace ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.testing.gaussian_oracle import GaussianOracle
-from density_guidance.dg_core.schedule import coordinates_of
+from density_guidance.nodes.host.model_access import path_of
 from density_guidance.nodes.builtin import exact
 from density_guidance.nodes.host import model_access, plots
 from density_guidance.nodes import (
@@ -72,9 +72,9 @@ def oracle():
 @pytest.mark.parametrize("prediction, forward", [("eps", True), ("v", True), ("flow", True), ("flow", False)])
 def test_gaussian_closed_form(prediction, forward, oracle):
     model = h.exact_model(prediction)
-    coordinates = coordinates_of(model.get_model_object("model_sampling"))
+    path = path_of(model.get_model_object("model_sampling"))
     sigmas = h.schedule(model, 32)
-    s = [coordinates.s(float(v)) for v in read_level(model, sigmas)]
+    s = [path.s(float(v)) for v in read_level(model, sigmas)]
     unit = h.random_noise().generate_noise(h.empty_latent()).double()
     moved = oracle.coefficients(unit) + oracle.mean
     if math.isinf(s[0]):
@@ -320,7 +320,7 @@ def test_without_score_agrees_with_the_density_of_the_flow_on_real_networks(name
     model, step = make(torch.float32), 0.02
     latent = {"samples": torch.zeros(2, channels, 8, 8)}
     cut = read_level(model, h.schedule(model, 40))
-    level = coordinates_of(model.get_model_object("model_sampling")).s(float(cut[-1]))
+    level = path_of(model.get_model_object("model_sampling")).s(float(cut[-1]))
 
     def bits(scale):
         noise = h.outputs(PriorGuidanceScale, h.random_noise(), 0.5, scale, False)[0]

@@ -5,19 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from density_guidance.dg_core import control, solver
-from density_guidance.dg_core.schedule import FLOW, VE
-from density_guidance.testing.gaussians import gaussian, geometric
+from density_guidance.dg_core import solver
+from density_guidance.dg_core.control import guided_steps
+from density_guidance.dg_core.schedule import FLOW, VE, Schedule
+from density_guidance.testing.gaussians import control_of_z, gaussian, geometric
 from scipy.integrate import solve_ivp
 
 DIM = 64
 POINT7 = torch.tensor(0.7, dtype=torch.float64)
 
 
-def run(variance, coordinates, sigmas, z, noise):
-    model, calls = gaussian(variance, coordinates)
-    guided = control.guided_range(sigmas, coordinates)
-    x = solver.solve(model, noise * sigmas[0], sigmas, coordinates, guided, z, noise[0].numel())
+def run(variance, path, sigmas, z, noise):
+    model, calls = gaussian(variance, path)
+    schedule = Schedule(path, sigmas)
+    x = solver.solve(model, noise * sigmas[0], schedule, control_of_z(schedule, z, noise[0].numel()))
     assert calls == list(dict.fromkeys(sigmas[:-1]))
     return x
 
@@ -40,12 +41,11 @@ def test_isotropic_gaussian_meets_the_closed_solution(noise, z):
     assert w1.numpy() == pytest.approx(expected.numpy(), rel=1e-3)
 
 
-@pytest.mark.parametrize("coordinates, start, stop", [(VE, 10.0, 0.1), (FLOW, 0.9, 0.1)])
-@pytest.mark.parametrize("z", [-0.2, 0.1])
-def test_order(noise, coordinates, start, stop, z):
+@pytest.mark.parametrize("path, start, stop, z", [(VE, 10.0, 0.1, -0.2), (FLOW, 0.9, 0.1, 0.1)])
+def test_order(noise, path, start, stop, z):
     """The slope of error against step size, between the coarse steps and the rounding floor."""
     variance = torch.logspace(-1, 1, DIM, dtype=torch.float64).view(1, 4, 4, 4)
-    s_start, s_stop = coordinates.s(start), coordinates.s(stop)
+    s_start, s_stop = path.s(start), path.s(stop)
     k = math.sqrt(2 * DIM) * z
 
     def rate(log_s, flat):
@@ -54,14 +54,14 @@ def test_order(noise, coordinates, start, stop, z):
         eps = s * y / (variance + s**2)
         return (s * (eps + k * eps / eps.square().flatten(1).sum(1).view(-1, 1, 1, 1))).flatten().numpy()
 
-    y0 = noise * start / coordinates.alpha(start)
+    y0 = noise * start / path.alpha(start)
     exact = solve_ivp(rate, (math.log(s_start), math.log(s_stop)), y0.flatten().numpy(), method="DOP853",
                       rtol=1e-12, atol=1e-14).y[:, -1]
     errors, steps = [], [500, 1000, 2000]
     for n in steps:
         s = np.geomspace(s_start, s_stop, n + 1)
-        sigmas = (s if coordinates is VE else s / (1 + s)).tolist()
-        y = run(variance, coordinates, sigmas, z, noise) / coordinates.alpha(sigmas[-1])
+        sigmas = (s if path is VE else s / (1 + s)).tolist()
+        y = run(variance, path, sigmas, z, noise) / path.alpha(sigmas[-1])
         errors.append(np.abs(y.flatten().numpy() - exact).max())
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     print(f"order {slope:.2f}, errors {errors}")
@@ -95,9 +95,9 @@ def test_flow_from_pure_noise(noise):
 
 def test_last_step_to_zero_is_the_denoised_prediction(noise):
     model, _ = gaussian(torch.tensor(0.5, dtype=torch.float64), VE)
-    guided = control.guided_range([2.0, 0.0], VE)
-    assert guided.log_range == 0
-    assert torch.equal(solver.solve(model, noise, [2.0, 0.0], VE, guided, -1.0, DIM), model(noise, 2.0))
+    schedule = Schedule(VE, [2.0, 0.0])
+    assert guided_steps(schedule) is None
+    assert torch.equal(solver.solve(model, noise, schedule), model(noise, 2.0))
 
 
 def test_repeated_sigma_changes_nothing(noise):
@@ -120,8 +120,9 @@ def test_mask_guides_the_region_only(noise):
     mask = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
     mask[..., :2] = 1
     model, _ = gaussian(POINT7, VE)
-    guided = control.guided_range(s, VE)
-    x = solver.solve(model, noise * s[0], s, VE, guided, -1.0, torch.full((2,), DIM / 2, dtype=torch.float64), mask)
+    schedule = Schedule(VE, s)
+    control = control_of_z(schedule, -1.0, DIM / 2, mask)
+    x = solver.solve(model, noise * s[0], schedule, control, mask=mask)
     plain = run(POINT7, VE, s, 0.0, noise)
     half = run(POINT7, VE, s, -1.0, noise[..., :2].contiguous())
     assert x[..., 2:].numpy() == pytest.approx(plain[..., 2:].numpy(), rel=1e-12)

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from density_guidance.dg_core import control, solver
-from density_guidance.dg_core.schedule import FLOW, VE
+from density_guidance.dg_core import solver
+from density_guidance.dg_core.control import guided_steps
+from density_guidance.dg_core.schedule import FLOW, VE, Schedule
 from density_guidance.dg_core.variation import (
     CORRECTIONS,
     ImageNoise,
@@ -16,7 +17,7 @@ from density_guidance.dg_core.variation import (
     inner,
     level_set_step,
 )
-from density_guidance.testing.gaussians import gaussian, geometric
+from density_guidance.testing.gaussians import control_of_z, gaussian, geometric
 
 EVERY_CORRECTION = pytest.mark.parametrize("correction", CORRECTIONS)
 SHAPE = (4, 4, 4)
@@ -31,33 +32,33 @@ def start(seed=0):
     return noise.expand(IMAGES, -1, -1, -1)
 
 
-def run(sigmas, variance, strength=1.0, correction="expected", coordinates=VE, z=0.0, mask=None, probes=1,
+def run(sigmas, variance, strength=1.0, correction="expected", path=VE, z=0.0, mask=None, probes=1,
         window=(1e9, 0)):
     """(state at the last sigma, calls)."""
-    model, calls = gaussian(variance, coordinates)
-    steps = control.guided_range(sigmas, coordinates, *window)
-    variation = strength and Variation(steps, strength, ImageNoise(3, range(IMAGES)), correction, probes)
-    dim = DIM if mask is None else float(mask.sum())
-    x = solver.solve(model, start() * sigmas[0], sigmas, coordinates, control.guided_range(sigmas, coordinates), z,
-                     dim, mask, variation=variation or None)
+    model, calls = gaussian(variance, path)
+    schedule = Schedule(path, sigmas)
+    variation = strength and Variation(
+        guided_steps(schedule, *window), strength, ImageNoise(3, range(IMAGES)), correction, probes, mask)
+    control = control_of_z(schedule, z, DIM) if mask is None else control_of_z(schedule, z, float(mask.sum()), mask)
+    x = solver.solve(model, start() * sigmas[0], schedule, control, variation or None, mask=mask)
     return x, calls
 
 
 @EVERY_CORRECTION
-@pytest.mark.parametrize("coordinates", [VE, FLOW], ids=["VE", "flow"])
+@pytest.mark.parametrize("path", [VE, FLOW], ids=["VE", "flow"])
 @pytest.mark.parametrize("z", [0.0, -0.5])
-def test_isotropic_gaussian_keeps_its_norm(correction, coordinates, z):
+def test_isotropic_gaussian_keeps_its_norm(correction, path, z):
     """log p is a function of w = ||y||^2 / (c^2 + s^2); noise along its surfaces turns y and keeps w.
 
     A scheme that corrects with the Laplacian of the whole space instead of that of the surface loses
     ln((c^2 + s_0^2) / (c^2 + s_1^2)) of w at strength 1, and one that does not correct loses D times that.
     """
     s = geometric(5.0, 0.1, 64)
-    sigmas = [coordinates.sigma(v) for v in s]
+    sigmas = [path.sigma(v) for v in s]
     w = {}
     for strength in (0.0, 1.0):
-        x, _ = run(sigmas, torch.tensor(C2, dtype=torch.float64), strength, correction, coordinates, z)
-        y = x / coordinates.alpha(sigmas[-1])
+        x, _ = run(sigmas, torch.tensor(C2, dtype=torch.float64), strength, correction, path, z)
+        y = x / path.alpha(sigmas[-1])
         w[strength] = y.square().flatten(1).sum(1) / (C2 + s[-1] ** 2)
         turned = torch.nn.functional.cosine_similarity(y.flatten(1), start().flatten(1))
         assert abs(float(turned.mean())) < 0.5 if strength else float(turned.min()) > 1 - 1e-9
@@ -159,11 +160,10 @@ def test_mask_keeps_the_noise_inside(correction):
 def test_nothing_to_add_is_the_plain_solver(strength, window, correction):
     s = [*geometric(5.0, 0.1, 12), 0.0]
     variance = torch.logspace(-1, 1, DIM, dtype=torch.float64).view(1, *SHAPE)
-    steps = control.guided_range(s, VE, *window)
-    model, calls = gaussian(variance, VE)
-    guided = control.guided_range(s, VE)
-    variation = Variation(steps, strength, ImageNoise(3, range(IMAGES)), correction)
-    x = solver.solve(model, start() * s[0], s, VE, guided, -0.3, DIM, variation=variation)
+    schedule, (model, calls) = Schedule(VE, s), gaussian(variance, VE)
+    steps = guided_steps(schedule, *window)
+    variation = steps and Variation(steps, strength, ImageNoise(3, range(IMAGES)), correction)
+    x = solver.solve(model, start() * s[0], schedule, control_of_z(schedule, -0.3, DIM), variation)
     plain, plain_calls = run(s, variance, 0.0, z=-0.3)
     assert torch.equal(x, plain) and calls == plain_calls == s[:-1]
 
@@ -184,11 +184,11 @@ def test_model_calls(correction, probes, extra):
 
 
 def test_levels():
-    sigmas = [8.0, 4.0, 2.0, 1.0, 0.5, 0.0]
-    steps = control.guided_range(sigmas, VE)
+    schedule = Schedule(VE, [8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
+    steps = guided_steps(schedule)
 
     def levels(step, *args):
-        return Variation(steps, *args).levels(sigmas, step, VE)
+        return Variation(steps, *args).raised_levels(schedule, step)
 
     assert levels(0, 1.0, None, "exact", 1) == []  # already the highest level
     assert levels(4, 1.0, None, "exact", 1) == []  # the last step to zero

@@ -11,11 +11,11 @@ import comfy.supported_models_base
 import torch
 from safetensors import safe_open
 
-from ...dg_core.schedule import coordinates_of
 from ...dg_core.exact_density import CHANNELS, ExactDensity
-from ...dg_core.divergence import sum_dtype
+from ...dg_core.statistics import sum_dtype
 from .pixels import PixelLatent, pixel_vae
 from ..host.inputs import require
+from ..host.model_access import path_of
 
 WEIGHTS = Path(__file__).resolve().parent.parent.parent / "models" / "exact_density.safetensors"
 
@@ -151,7 +151,7 @@ def read(model, samples, sigmas, weights=None):
         raise ValueError(
             f"sigmas end at {sigma}; the log-density is read at a noise level above 0: "
             "cut the last step off with SplitSigmas and sample with high_sigmas")
-    s = coordinates_of(model.get_model_object("model_sampling")).s(sigma)
+    s = path_of(model.get_model_object("model_sampling")).s(sigma)
     if not math.isfinite(s):
         raise ValueError(f"sigmas end at {sigma}, pure noise of a flow model, which has no log-density; sample further "
                          "down")

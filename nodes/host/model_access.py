@@ -4,11 +4,13 @@ There the host has loaded the model, encoded the conditioning and armed patches,
 model call means what it means while sampling.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.samplers
 import comfy.utils
 import latent_preview
@@ -18,10 +20,58 @@ from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 
 from ...dg_core import divergence
-from ...dg_core.schedule import Coordinates, coordinates_of
+from ...dg_core.log_density import ProbedModel
+from ...dg_core.schedule import FLOW, VE, Level, NoisePath, Schedule
+from ...dg_core.solver import Denoiser
 from ...dg_core.statistics import compute_dtype
-from .steering import without_guidance
 from .inputs import require
+from .wrappers import without_guidance
+
+
+# Class names of the host's model samplings. The first one in the order of inheritance decides.
+MODEL_SAMPLINGS = {
+    "EPS": VE,
+    "V_PREDICTION": VE,
+    "EDM": VE,
+    "X0": VE,
+    "COSMOS_RFLOW": VE,
+    "CONST": FLOW,
+    "IMG_TO_IMG": None,
+    "IMG_TO_IMG_FLOW": None,
+}
+
+
+def path_of(model_sampling: Any) -> NoisePath:
+    """The `NoisePath` of one of the host's model samplings.
+
+    Raises ValueError for a sampling without a Gaussian noise path (image-to-image bridges) and for an unknown one.
+    """
+    names = [c.__name__ for c in type(model_sampling).__mro__]
+    known = next((n for n in names if n in MODEL_SAMPLINGS), None)
+    path = MODEL_SAMPLINGS.get(known or "")
+    if path is not None:
+        return path
+    gaussian = ", ".join(n for n, p in MODEL_SAMPLINGS.items() if p is not None)
+    reason = "has no Gaussian noise path" if known else "is not known here"
+    raise ValueError(
+        f"the model's sampling type {known or ' / '.join(names[:-1])} {reason}, so its log-density is undefined; "
+        f"density guidance works with models of type {gaussian}")
+
+
+def training_table(sampling: Any) -> list[float] | None:
+    """The noise levels, floats, to which a model sampling of the host rounds every other; None where it takes any."""
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or isinstance(
+            sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
+        return None
+    return sampling.sigmas.tolist()
+
+
+def require_one_part(guider: Any) -> None:
+    """Raise ValueError where the latent of a run is several, packed."""
+    if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
+        raise ValueError(
+            "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
+            "without it, or with neutral settings")
 
 
 @dataclass(frozen=True)
@@ -34,14 +84,16 @@ class GuiderModel:
 
     x: torch.Tensor
     noise: torch.Tensor
-    coordinates: Coordinates
-    model_sampling: object  # of the host, with its patches
-    dtype: torch.dtype  # in which the network computes
-    predict: object  # (x, sigma) -> denoised, both (n B, ...); sigma a float
-    expect: object  # (calls): tell how many there are to be in all, where that is known only now
+    path: NoisePath
+    model_sampling: Any  # of the host, with its patches
+    predict: Denoiser  # for (n B, ...)
+    expect: Callable[[int], None]  # (calls): tell how many there are to be in all, where that is known only now
 
 
-def run_in_guider(guider, samples, function, calls, sigmas, seed=0, noise=None):
+def run_in_guider(
+    guider: Any, samples: torch.Tensor, function: Callable[[GuiderModel], Any], calls: int, sigmas: Sequence[float], seed: int = 0,
+    noise: torch.Tensor | None = None,
+) -> Any:
     """function(GuiderModel) as it returns, with the model of a GUIDER of the host; `samples`: a LATENT's tensor.
 
     The prediction is what samplers get: after CFG and every patch of it, except this pack's density guidance, which would
@@ -57,17 +109,15 @@ def run_in_guider(guider, samples, function, calls, sigmas, seed=0, noise=None):
     require("guider", guider, "sample", "a GUIDER, for instance of CFGGuider or BasicGuider")
     patcher = require("guider", guider, "model_patcher", "a GUIDER, for instance of CFGGuider or BasicGuider").model_patcher
     check_latent(patcher, samples, empty_allowed=noise is not None)
-    coordinates_of(patcher.get_model_object("model_sampling"))
-    sampler = _Work(function, calls, sigmas)
-    # Without a step between two noise levels above zero no guidance of this pack is armed.
-    schedule = torch.tensor([sigmas[0], 0.0])
+    path_of(patcher.get_model_object("model_sampling"))
+    sampler = _Work(function, calls)
     guider.sample(
-        torch.zeros_like(samples) if noise is None else noise, samples, sampler, schedule,
+        torch.zeros_like(samples) if noise is None else noise, samples, sampler, torch.tensor(sigmas),
         callback=latent_preview.prepare_callback(patcher, calls), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
     return sampler.result
 
 
-def check_latent(patcher, samples, empty_allowed=False):
+def check_latent(patcher: Any, samples: torch.Tensor, empty_allowed: bool = False) -> None:
     """Raise ValueError unless `samples` are finite, of the model's channels and dimensions, and hold images (or zeros,
     where those are allowed)."""
     if getattr(samples, "is_nested", False):
@@ -90,9 +140,9 @@ def check_latent(patcher, samples, empty_allowed=False):
 class _Work(comfy.samplers.Sampler):
     """Stands where the host expects a sampler, and runs `function` instead; its `result` is there afterwards."""
 
-    def __init__(self, function, calls, sigmas):
-        self._function, self._calls, self._sigmas = function, calls, sigmas
-        self.result = None
+    def __init__(self, function: Callable[[GuiderModel], Any], calls: int):
+        self._function, self._calls = function, calls
+        self.result: Any = None
 
     def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         # Derivatives do not exist in inference mode, in which the host runs nodes.
@@ -102,10 +152,9 @@ class _Work(comfy.samplers.Sampler):
                 def expect(calls):
                     self._calls = bar.total = calls
 
-                predict = Predict(guider, extra_args, len(x), self._shown(callback, bar), self._sigmas)
-                self.result = self._function(GuiderModel(
-                    x, noise, coordinates_of(guider.inner_model.model_sampling), guider.inner_model.model_sampling,
-                    network_dtype(guider.inner_model), predict, expect))
+                predict = Predict(guider, extra_args, len(x), self._shown(callback, bar))
+                sampling = guider.inner_model.model_sampling
+                self.result = self._function(GuiderModel(x, noise, path_of(sampling), sampling, predict, expect))
         return x
 
     def _shown(self, callback, bar):
@@ -121,17 +170,24 @@ class _Work(comfy.samplers.Sampler):
 _SCORES = 4
 
 CACHE = "easycache"  # where the host's EasyCache and LazyCache are in a model's options
-
-# ModelPatcher -> {kind of run: (method, reason)}. A patch more makes another ModelPatcher.
-_methods = WeakKeyDictionary()
+METHODS_KEY = "density_guidance_derivatives"
 
 
-def known_method(guider):
-    """What `derivative_method` found for this guider's model; None before."""
-    return _methods.get(guider.model_patcher, {}).get(_kind(guider))
+class DerivativeMethods(dict[Any, tuple[str, str]]):
+    """{kind of run: (method, reason)}, attached to a model of the host; a clone of the model, which may carry another patch,
+    begins anew."""
+
+    def on_model_patcher_clone(self) -> "DerivativeMethods":
+        """What the host attaches to a clone."""
+        return DerivativeMethods()
 
 
-def _kind(guider):
+def known_method(guider: Any) -> tuple[str, str] | None:
+    """(method, reason) of `open_probe` where it was found for this guider's model; None before."""
+    return (guider.model_patcher.get_attachment(METHODS_KEY) or {}).get(_kind(guider))
+
+
+def _kind(guider: Any) -> Any:
     """What of a run besides its model decides how derivatives can be taken: the guider, and what conditionings carry with
     them, for instance a ControlNet. Another prompt does not."""
     carried = {(key, type(value)) for conds in getattr(guider, "original_conds", {}).values() for cond in conds
@@ -139,15 +195,48 @@ def _kind(guider):
     return type(guider), frozenset(carried)
 
 
-def derivative_method(guider, predict, x, v, sigma, dtype):
-    """`divergence.method_of` at a state x with the noise sigma, along v; asked once for each model, at `divergence.TRIAL_CALLS`."""
-    if known_method(guider) is None:
-        _methods.setdefault(guider.model_patcher, {})[_kind(guider)] = divergence.method_of(
-            lambda x: predict(x, sigma), x, v, dtype, sigma)
-    return known_method(guider)
+@dataclass(frozen=True)
+class Probe:
+    """A model that can be differentiated: how, and with which signs. reason: one sentence for a report."""
+
+    predict: Denoiser
+    path: NoisePath
+    method: str
+    reason: str
+    dtype: torch.dtype
+    seed: int
+
+    def model(self, probes: int = 1, indices: Sequence[int] | None = None) -> ProbedModel:
+        """An `Evaluate` with `probes` probes per evaluation; indices: see `divergence.rademacher`."""
+        return ProbedModel(self.predict, self.path, self.method, self.dtype, self.seed, probes, indices)
 
 
-def network_dtype(model):
+def open_probe(
+    guider: Any, predict: Denoiser, x: torch.Tensor, sigma: float, seed: int = 0, direction: torch.Tensor | None = None
+) -> Probe:
+    """The `Probe` of a guider's model, by the derivative that works on its network.
+
+    That is asked once for each model, at x (B, ...) with the noise level sigma, along direction (None: a random one), and costs
+    `divergence.TRIAL_CALLS`.
+    """
+    model, patcher = guider.inner_model, guider.model_patcher
+    dtype, known = network_dtype(model), known_method(guider)
+    if known is None:
+        direction = divergence.rademacher(x, seed, -1) if direction is None else direction
+        known = divergence.method_of(lambda x: predict(x, sigma), x, direction, dtype, sigma)
+        methods = patcher.get_attachment(METHODS_KEY) or DerivativeMethods()
+        methods[_kind(guider)] = known
+        patcher.set_attachments(METHODS_KEY, methods)
+    return Probe(predict, path_of(model.model_sampling), *known, dtype, seed)
+
+
+def middle_level(schedule: Schedule) -> Level | None:
+    """A noise level for `open_probe`: in the middle of a schedule or below, above 0 and not pure noise; None where there is none."""
+    levels = schedule.levels
+    return next((v for v in levels[len(levels) // 2:] + levels[::-1] if v.sigma > 0 and v.alpha > 0), None)
+
+
+def network_dtype(model: Any) -> torch.dtype:
     """The dtype in which a `BaseModel` of the host computes."""
     return model.manual_cast_dtype or model.get_dtype()
 
@@ -156,10 +245,13 @@ class Predict:
     """(x, sigma) -> denoised in batches of at most `batch` images, whose conditioning the host keeps in that order.
 
     The prediction is that of the model: this pack's density guidance of the run around it is left out. show(x, denoised):
-    after every call. sigmas: floats, the noise levels that patches are to see; None: those of the run.
+    after every call.
     """
 
-    def __init__(self, guider, extra_args, batch, show=lambda x, denoised: None, sigmas=None):
+    def __init__(
+        self, guider: Any, extra_args: dict[str, Any], batch: int,
+        show: Callable[[torch.Tensor, torch.Tensor], None] = lambda x, denoised: None,
+    ):
         """Raises ValueError for a model whose patch returns old predictions in the place of new ones."""
         cache = extra_args["model_options"].get("transformer_options", {}).get(CACHE)
         if cache is not None:
@@ -170,18 +262,15 @@ class Predict:
         self._seed = extra_args.get("seed")
         self._options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         transformer = self._options.setdefault("transformer_options", {})
-        if sigmas is not None:
-            transformer["sample_sigmas"] = torch.tensor(
-                sigmas, dtype=torch.float32, device=guider.model_patcher.load_device)
         # Fused attention has no forward-mode derivative, nor has the host's sliced one where memory is short, and plain
         # attention takes memory without end.
         self._dual_options = {**self._options, "transformer_options": {
             "optimized_attention_override": _sliced_attention, **transformer}}
 
-    def __call__(self, x, sigma):
+    def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         return torch.cat([self._call(part, sigma) for part in x.split(self._batch)])
 
-    def _call(self, x, sigma):
+    def _call(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         primal, tangent = forward_ad.unpack_dual(x)
         armed = self._guider.model_options
