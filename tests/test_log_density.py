@@ -79,8 +79,8 @@ def test_any_path_gives_the_same(monkeypatch):
     latent, exact = pictures("flow", 4)
     step = ld.LogDensityTrack.step
 
-    def kicked(self, sigma, alpha):
-        x = step(self, sigma, alpha)
+    def kicked(self, sigma):
+        x = step(self, sigma)
         kick = torch.randn(x.shape, generator=torch.Generator().manual_seed(len(self.s)))
         return x + 0.003 * sigma * kick
 

@@ -207,7 +207,7 @@ def test_a_control_has_its_derivative_tried_anew():
     plain = check(model, steps=4)[2]
     positive = [[c, {**extra, "control_apply_to_uncond": True}] for c, extra in h.conditioning()]
     one, two = guider(model), guider(model, positive)
-    assert model_access.known_method(one) and guider_run.known_method(two) is None
+    assert model_access.known_method(one) and model_access.known_method(two) is None
     assert model_access.known_method(guider(model, h.conditioning("flow", 3))) and "forward-mode" in plain
 
 
