@@ -6,7 +6,6 @@
 """
 
 import gc
-import json
 import logging
 import tempfile
 import time
@@ -19,15 +18,14 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from ..launcher.environment import PACK
 from ..dg_core.variation import CORRECTIONS, MAX_STRENGTH
 from ..nodes import DensityTargetSampler, PriorGuidanceModel, PriorGuidanceScale, StochasticDetailVariation
 from ..nodes.density_target import ABSOLUTE, SAME, SHIFT
 from ..nodes.stochastic_variation import MAX_SEED, VARY
 from ..testing import host_runs as h
 from ..testing import tiny_models
+from .pages import publish
 
-DOCS = PACK / "docs"
 EXAMPLES, PARTS = 5000, 10
 FAMILIES = ["sd2", "sd3", "flux", "wan21", "qwen_image", "cosmos_predict2", "stable_audio", "hunyuan3d",
             "chroma_radiance", "lotus"]
@@ -179,13 +177,6 @@ def explore(count, number):
     return seen
 
 
-def readme_line(results):
-    finite, refused = (results["outcomes"][key] for key in ("finite", "refused with a reason"))
-    return (f"{results['examples']:,} random runs ended in a finite picture ({finite:,}) or, before any model call, with a "
-            f"reason ({refused:,}), and {results['examples'] - finite - refused} do not work without the pack either; "
-            f"{results['minutes']} minutes")
-
-
 def main():
     logging.disable(logging.WARNING)
     folder_paths.set_temp_directory(tempfile.mkdtemp())  # for the plots of curves
@@ -193,5 +184,5 @@ def main():
     for part in range(1, PARTS + 1):
         found += explore(EXAMPLES // PARTS, part)
         print(f"part {part} of {PARTS}: {dict(found)}", flush=True)
-    results = {"examples": sum(found.values()), "outcomes": dict(found), "minutes": round((time.time() - start) / 60)}
-    (DOCS / "robustness.json").write_text(json.dumps(results, indent=1) + "\n")
+    minutes = round((time.time() - start) / 60)
+    publish("robustness", {"examples": sum(found.values()), "outcomes": dict(found), "minutes": minutes})

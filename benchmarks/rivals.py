@@ -13,8 +13,8 @@ from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
 
 from ..nodes import DensityGuidanceSampler
 from ..nodes.builtin import demo
-from ..training.demo_pictures import Pictures
 from ..testing.demo_runs import PICTURES, Demo, band_energy, png_bytes
+from ..training.demo_pictures import Pictures
 
 QUANTILE = 0.2  # of the guided run whose detail the others have to reach
 HELD_OUT_CROPS = 1024
@@ -40,21 +40,21 @@ def ancestral(eta, s_noise=1.0):
 
 
 OWN = "Density Guidance Sampler, own solver"
-# name -> (what its strength is, the range to search, (demo, steps, strength) -> arguments of `Demo.run`)
+# name -> (the range of strengths to search, (demo, steps, strength) -> arguments of `Demo.run`); tables.py names the strengths
 RIVALS = {
-    "Density Guidance Sampler, euler": ("detail_shift", (0.0, 1.0), lambda demo, steps, v: {"sampler": guided(v)}),
-    OWN: ("detail_shift", (-0.2, 1.0), lambda demo, steps, v: {"sampler": guided(v, sampler=None)}),
-    "Epsilon Scaling": ("scaling_factor", (1.0, 1.5), lambda demo, steps, v: {
+    "Density Guidance Sampler, euler": ((0.0, 1.0), lambda demo, steps, v: {"sampler": guided(v)}),
+    OWN: ((-0.2, 1.0), lambda demo, steps, v: {"sampler": guided(v, sampler=None)}),
+    "Epsilon Scaling": ((1.0, 1.5), lambda demo, steps, v: {
         "sampler": euler, "model": EpsilonScaling.execute(demo.model, v)[0]}),
     # it fails on more than one picture at once
-    "TSR": ("tsr_k", (1.0, 0.1), lambda demo, steps, v: {
+    "TSR": ((1.0, 0.1), lambda demo, steps, v: {
         "sampler": euler, "batch": 1, "model": TemporalScoreRescaling.execute(demo.model, v, 1.0)[0]}),
-    "scaled starting noise": ("scale", (1.0, 2.0), lambda demo, steps, v: {
+    "scaled starting noise": ((1.0, 2.0), lambda demo, steps, v: {
         "sampler": euler, "noise": demo.noise(0.5, v)}),
-    "euler_ancestral, eta": ("eta", (0.0, 1.0), lambda demo, steps, v: {"sampler": ancestral(v)}),
-    "euler_ancestral, s_noise": ("s_noise", (0.8, 2.0), lambda demo, steps, v: {"sampler": ancestral(1.0, v)}),
+    "euler_ancestral, eta": ((0.0, 1.0), lambda demo, steps, v: {"sampler": ancestral(v)}),
+    "euler_ancestral, s_noise": ((0.8, 2.0), lambda demo, steps, v: {"sampler": ancestral(1.0, v)}),
     # two model calls a step: half as many steps
-    "raised CFG": ("cfg", (1.01, 10.0), lambda demo, steps, v: {"sampler": euler, "cfg": v, "steps": steps // 2}),
+    "raised CFG": ((1.01, 10.0), lambda demo, steps, v: {"sampler": euler, "cfg": v, "steps": steps // 2}),
 }
 
 
@@ -148,7 +148,7 @@ def compare(seeds, steps):
                 "composition": composition_change(samples, base[1])}
 
     rows = {"unguided, euler": row(None, plain_bytes, plain)}
-    for name, (_, search, arguments) in RIVALS.items():
+    for name, (search, arguments) in RIVALS.items():
         strength, slope = strength_for(lambda v: sizes(few, arguments(few, steps, v))[0].mean(), few_target, *search)
         size, samples = sizes(demo, arguments(demo, steps, strength))
         if slope is not None and abs(size.mean() / target - 1) > TOLERANCE:  # the few seeds of the search are not all
