@@ -41,6 +41,22 @@ def detail_shift_samplers(r):
         [name, *(f"{by[name]:.2f}" for by in ratios.values())] for name in ratios["eps"]])
 
 
+def detail_shift_kinds(r):
+    def kind(title, chosen):
+        ratios = [[by[name] for name in by if chosen(name)] for by in r["measured_over_predicted"].values()]
+        return [title, *(" to ".join(dict.fromkeys((f"{min(v):.2f}", f"{max(v):.2f}"))) for v in ratios)]
+
+    noisy = ("ancestral", "sde", "seeds", "sa_solver", "lcm", "ddpm")
+    adds_noise = lambda name: "cfg_pp" not in name and any(word in name for word in noisy)
+    return markdown(["sampler", *r["measured_over_predicted"]], [
+        kind("not connected: the own solver", lambda name: name == OWN),
+        kind("euler, ddim, deis, uni_pc", lambda name: name in ("euler", "ddim", "deis", "uni_pc")),
+        kind("heun, dpm_2", lambda name: name in ("heun", "dpm_2")),
+        kind("dpmpp_2m, res_multistep", lambda name: name in ("dpmpp_2m", "res_multistep")),
+        kind("all that add noise: ancestral, sde, seeds, sa_solver, lcm, ddpm", adds_noise),
+        kind("all `*_cfg_pp`", lambda name: "cfg_pp" in name)])
+
+
 def detail_shift_schedulers(r):
     errors = r["scheduler_errors"]
     head = ["scheduler", *(f"{p}, {solver}" for p in errors for solver in (OWN, "euler"))]
