@@ -22,6 +22,7 @@ from ..nodes import StochasticDetailVariation
 from ..nodes.builtin import demo
 from ..nodes.contact_sheet import draw_sheet
 from ..nodes.score_alignment import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
+from ..testing import held_out
 from ..testing.demo_runs import Demo, band_energy, high_energy, png_bytes, require_pictures
 from ..testing.figures import figure
 from . import rivals
@@ -43,9 +44,10 @@ RADII = [0.0, 0.06, 0.125, 0.25, 0.5, 1.42]  # of spatial frequency, Nyquist = 1
 SETTINGS = {
     "seeds": SEEDS, "steps": STEPS, "levels": LEVELS, "alignment_steps": ALIGNMENT_STEPS, "strength": STRENGTH,
     "fewer_seeds": FEWER_SEEDS, "both_seeds": BOTH_SEEDS, "starts": STARTS, "per_start": PER_START, "radii": RADII,
-    "held_out_crops": rivals.HELD_OUT_CROPS, "features": rivals.FEATURES, "bands": len(rivals.BANDS) - 1,
-    "low": rivals.LOW, "bootstraps": rivals.BOOTSTRAPS}
-CODE = ["dg_core/*.py", "nodes/**/*.py", "benchmarks/rivals.py"]  # what results depend on, beside this file and the weights
+    "held_out_crops": held_out.HELD_OUT_CROPS, "features": held_out.FEATURES, "bands": len(held_out.BANDS) - 1,
+    "low": held_out.LOW, "bootstraps": held_out.BOOTSTRAPS}
+# what results depend on, beside this file and the weights
+CODE = ["dg_core/*.py", "nodes/**/*.py", "testing/demo_runs.py", "testing/held_out.py", "benchmarks/rivals.py"]
 
 
 def guided(quantile):

@@ -90,10 +90,10 @@ CLAIMS = [  # page, words of its text
                           f"{sum(READOUTS) / len(READOUTS):.2g}"),
     ("paper_experiments", f"{SETTINGS['starts']} images, {SETTINGS['per_start']} variations each"),
     ("paper_experiments", f"at quantile {RIVALS['quantile']:g}: {RIVALS['target']:.0f} bytes"),
-    ("paper_experiments", f"{SETTINGS['held_out_crops']} crops of the {RIVALS['held_out_pictures']} held-out images, in a space "
-                          f"of {SETTINGS['features']} features (log energy in {SETTINGS['bands']} bands"),
-    ("paper_experiments", f"of {SETTINGS['bootstraps']} bootstraps over the seeds. {SETTINGS['seeds']} crops of training images "
-                          f"are {RIVALS['training_frechet']:.2f} ± {RIVALS['training_frechet_error']:.2f} away"),
+    ("paper_experiments", f"{SETTINGS['held_out_crops']} crops of the {RIVALS['held_out_pictures']} held-out images, in a "
+                          f"space of {SETTINGS['features']} features (log energy in {SETTINGS['bands']} bands"),
+    ("paper_experiments", f"of {SETTINGS['bootstraps']} bootstraps over the seeds. {SETTINGS['seeds']} crops of training "
+                          f"images are {RIVALS['training_frechet']:.2f} ± {RIVALS['training_frechet_error']:.2f} away"),
     ("paper_experiments", f"below {SETTINGS['low']:g} of the Nyquist frequency, images in [-1, 1]. Two seeds of a class are "
                           f"{RIVALS['seeds_apart']:.3f} apart"),
     ("paper_experiments", f"## Few steps {SETTINGS['fewer_seeds']} seeds"),
