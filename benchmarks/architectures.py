@@ -2,7 +2,7 @@
 
     python3 run.py bench architectures
 
-Writes docs/architectures.json and from it docs/architectures.md. Three minutes.
+Writes docs/architectures.json. Three minutes.
 """
 
 import json
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from ..dg_core.prior import prior_norm
-from ..launcher.environment import PACK
 from ..nodes import (
     DensityTargetSampler,
     DensityTrace,
@@ -23,8 +22,8 @@ from ..nodes import (
 from ..testing import host_runs as h
 from ..testing import steering, tiny_models
 from ..testing.ways import WAYS, Run
+from .pages import publish
 
-DOCS = PACK / "docs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS, QUANTILE = 4, 0.2
 
@@ -132,57 +131,6 @@ def describe(name):
     }
 
 
-def table(results):
-    """One line for each family."""
-    lines = [
-        "| family | class in ComfyUI, sampling | latent of one image | " + " | ".join(DTYPES) + " | eta at quantile "
-        f"{results['quantile']:g} |", "|---|---|---|" + "---|" * len(DTYPES) + "---|"]
-    for name, family in results["families"].items():
-        shape = " x ".join(map(str, family["latent"]))
-        if "refused" in family:
-            lines.append(f"| {family['title']} | {family['class']} | {shape} |" + " refused |" * len(DTYPES) + " |")
-            continue
-        cells, etas = [], []
-        for dtype in DTYPES:
-            nodes = family["runs"][dtype]
-            works = all(r["neutral"] and r["finite"] and r["calls"] == 0 for r in nodes.values()) and all(
-                r.get("neutral", True) and r["finite"] for r in family["read"][dtype].values())
-            cells.append(f"{max(r['error'] for r in nodes.values()):.0e}" if works else "fails")
-            etas += [eta for r in nodes.values() for eta in r.get("eta", ())]
-        lines.append(f"| {family['title']} | {family['class']} | {shape} | {' | '.join(cells)} | "
-                     f"{min(etas):.4f} to {max(etas):.4f} |")
-    return chr(10).join(lines)
-
-
-def page(results):
-    refused = [f["refused"] for f in results["families"].values() if "refused" in f]
-    return f"""# Every model family
-
-Made by `python3 run.py bench architectures` from [architectures.json](architectures.json), inside ComfyUI: \
-its own model
-classes, made tiny, with random weights. It shows that everything fits together, and nothing about pictures.
-
-For each family and weight type, with every node that changes a run ({", ".join(results["nodes"])}):
-{results["steps"]} Euler steps with ComfyUI's schedule for that family, \
-with classifier-free guidance unless the model has its own. Neutral settings give the
-plain run bit for bit, guided runs are finite and need no further model call. \
-The numbers are the largest relative error of
-the change that a node makes against its definition: the change of the final prediction, or the norm of the noise.
-
-The other nodes that run the model ({", ".join(results["readers"])}) run on every family and weight type, too, with finite results;
-without noise, or as a trace, they leave the plain run bit for bit.
-
-{table(results)}
-
-Where a network with random weights predicts little noise, eta is far from 1; \
-with trained weights ||eps||^2 is close to D.
-
-Not tried, because ComfyUI 0.3.75 has none: a model of video and audio packed into one latent; such latents are refused.
-
-Refused before any model call: {" ".join(f'"{text}."' for text in refused)}
-"""
-
-
 def main():
     families = {}
     for name in tiny_models.FAMILIES:
@@ -195,6 +143,6 @@ def main():
                 families[name]["runs"][dtype] = {node: measure(name, dtype, node) for node in WAYS}
                 families[name]["read"][dtype] = read(name, dtype)
         print(name, json.dumps(families[name], default=str)[:160], flush=True)
-    results = {"steps": STEPS, "quantile": QUANTILE, "nodes": list(WAYS), "readers": list(families["sd15"]["read"]["fp32"]), "families": families}
-    (DOCS / "architectures.json").write_text(json.dumps(results, indent=1) + "\n")
-    (DOCS / "architectures.md").write_text(page(results))
+    publish("architectures", {
+        "steps": STEPS, "quantile": QUANTILE, "nodes": list(WAYS), "readers": list(families["sd15"]["read"]["fp32"]),
+        "families": families})

@@ -2,14 +2,13 @@
 
     python3 run.py bench demo_model
 
-Needs the pictures of training/demo_pictures.py in .host/data/. Writes docs/demo_model.json and from it docs/demo_model.md
-and .png. Ten minutes on one core.
+Needs the pictures of training/demo_pictures.py in .host/data/. Writes docs/demo_model.json and
+.png. Ten minutes on one core.
 """
 
 import json
 import math
 
-import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -18,10 +17,11 @@ from ..dg_core.schedule import log_snr
 from ..launcher.environment import PACK
 from ..nodes import DensityGuidanceSampler
 from ..nodes.builtin import demo as demo_model
-from ..training.demo_pictures import CROPS, SIZE, Pictures
 from ..testing.demo_runs import PICTURES, Demo, require_pictures
+from ..testing.figures import figure
+from ..training.demo_pictures import CROPS, SIZE, Pictures
+from .pages import DOCS, publish
 
-DOCS = PACK / "docs"
 LEVELS, CROPS_PER_LEVEL = 12, 64
 QUERIES, STEPS = 21, 32  # pictures looked up of each kind, sampling steps
 SIDES = np.geomspace(*CROPS, 12)  # scales of the training pictures: each differs by 5% at most from one of these
@@ -117,85 +117,32 @@ def measure(levels=LEVELS, crops=CROPS_PER_LEVEL, queries=QUERIES, steps=STEPS, 
     return results, torch.stack([sampled[:shown], crop[:shown]])
 
 
-def tables(results):
-    """The markdown of a result: (loss, nearest pictures)."""
-    loss = results["loss"]
-    rows = ["| log-SNR | loss, training pictures | loss, held-out pictures |", "|---|---|---|"]
-    rows += [f"| {x:.1f} | {a:.4f} ± {ae:.4f} | {b:.4f} ± {be:.4f} |" for x, a, ae, b, be in zip(*(
-        loss[k] for k in ("log_snr", "training", "training_error", "held_out", "held_out_error")))]
-    near = ["| looked up | median | largest |", "|---|---|---|"]
-    near += [f"| {name} | {np.median(v):.2f} | {max(v):.2f} |" for name, v in results["nearest"].items()]
-    return "\n".join(rows), "\n".join(near)
-
-
-def page(results):
-    loss, near = tables(results)
-    record = results["training"]
-    config = record["config"]
-    return f"""# The demo model, measured
-
-Made by `python3 run.py bench demo_model` from [demo_model.json](demo_model.json).
-
-Trained by `training/train_demo_model.py --config {config["name"]}`: {record["parameters"] / 1e6:.1f} million parameters, \
-{config["steps"]} steps of
-{config["batch"]} pictures, {record["seconds"] / 60:.0f} minutes on {record["machine"]}. The loss of the last part of the \
-training is {record["loss"][-1][1]:.4f}. {record["note"]}
-
-## Loss over the noise
-
-Mean squared error of v on crops of pictures that it was trained on, and of the {results["held_out_pictures"]} held out, \
-with standard
-errors over the crops, which are too small where crops of one picture are alike; the same noises for both.
-
-{loss}
-
-## Does it repeat the training pictures?
-
-For {results["queries"]} pictures of each kind, the highest normalised correlation of their grey values with any crop of \
-the {results["training_pictures"]}
-training pictures: the {PATCH} x {PATCH} pixels of their middle, at every place, mirrored or not, at {len(SIDES)} scales. \
-A training
-picture finds itself, if not quite at its own scale; a copy would, too. Held-out pictures show how alike different pictures
-of ground are.
-
-{near}
-
-![Training, loss over the noise, and samples above their nearest training crops](demo_model.png)
-"""
-
-
-def plot(results, pictures, path):
+def plot(results, pictures):
     """pictures: (2, n, 3, H, W), samples and their nearest training crops."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(10, 7), layout="constrained")
-    grid = figure.add_gridspec(2, 2)
-    curve, levels, sheet = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, :])
     record, loss = results["training"], results["loss"]
-    curve.plot(*zip(*record["loss"]), label="training")
-    steps = [row[0] for row in record["held_out"]]
-    curve.plot(steps, [np.mean(row[1:]) for row in record["held_out"]], label="held out, averaged weights")
-    curve.set_xlabel("training step")
-    for name, label in (("training", "training pictures"), ("held_out", "held-out pictures")):
-        levels.errorbar(loss["log_snr"], loss[name], loss[f"{name}_error"], label=label)
-    levels.set_xlabel("log-SNR")
-    for axis in (curve, levels):
-        axis.set_yscale("log")
-        axis.set_ylabel("loss of v")
-        axis.legend()
-    rows = [torch.cat(list(row), 2) for row in pictures]
-    sheet.imshow(((torch.cat(rows, 1).movedim(0, 2) + 1) / 2).clamp(0, 1).numpy())
-    sheet.set_axis_off()
-    sheet.set_title("samples, and the training crop most like each: "
-                    + ", ".join(f"{v:.2f}" for v in results["nearest"]["samples"][:pictures.shape[1]]))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    mosaic = [["curve", "levels"], ["sheet", "sheet"]]
+    with figure(DOCS / "demo_model.png", mosaic, figsize=(10, 7)) as (_, axes):
+        curve, levels, sheet = (axes[name] for name in ("curve", "levels", "sheet"))
+        curve.plot(*zip(*record["loss"]), label="training")
+        curve.plot([row[0] for row in record["held_out"]], [np.mean(row[1:]) for row in record["held_out"]],
+                   label="held out, averaged weights")
+        curve.set_xlabel("training step")
+        for name, label in (("training", "training images"), ("held_out", "held-out images")):
+            levels.errorbar(loss["log_snr"], loss[name], loss[f"{name}_error"], label=label)
+        levels.set_xlabel("log-SNR")
+        for axis in (curve, levels):
+            axis.set_yscale("log")
+            axis.set_ylabel("loss of v")
+            axis.legend()
+        rows = [torch.cat(list(row), 2) for row in pictures]
+        sheet.imshow(((torch.cat(rows, 1).movedim(0, 2) + 1) / 2).clamp(0, 1).numpy())
+        sheet.set_axis_off()
+        sheet.set_title("samples, and the training crop most like each: "
+                        + ", ".join(f"{v:.2f}" for v in results["nearest"]["samples"][:pictures.shape[1]]))
 
 
 def main():
     require_pictures()
     results, pictures = measure()
-    (DOCS / "demo_model.json").write_text(json.dumps(results, indent=1) + "\n")
-    (DOCS / "demo_model.md").write_text(page(results))
-    plot(results, pictures, DOCS / "demo_model.png")
+    publish("demo_model", results)
+    plot(results, pictures)

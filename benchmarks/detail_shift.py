@@ -2,62 +2,24 @@
 
     python3 run.py bench detail_shift
 
-Writes docs/detail_shift.json and from it docs/detail_shift.md and .png. About ten minutes on two cores.
+Writes docs/detail_shift.json and .png. About ten minutes on two cores.
 """
 
-import json
-
 import comfy.samplers
-import matplotlib
 import torch
 
-from ..dg_core.control import gain_of, guided_steps, predicted_shift
-from ..dg_core.schedule import Schedule
-from ..nodes.host.model_access import path_of
-from ..dg_core.units import nats_to_bits_per_dim
-from ..launcher.environment import PACK
-from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
-from ..nodes.builtin.exact import PREDICTIONS, read
+from ..dg_core.units import quantile_to_z
+from ..nodes import DensityGuidanceSampler, PriorGuidanceScale
+from ..nodes.builtin.exact import PREDICTIONS
+from ..testing.exact_runs import Bench
+from ..testing.figures import figure
 from ..testing.gaussian_oracle import GaussianOracle
+from .pages import DOCS, publish
+from .tables import OWN
 
-DOCS = PACK / "docs"
-OWN = "own solver"
 COMPONENT, QUANTILE, STEPS = 5, 0.3, 20
 ACCURACY_STEPS, ACCURACY_QUANTILES = 32, (0.05, 0.3, 0.7, 0.95)
 LEVELS, SEEDS = (0.05, 0.3, 0.5, 0.7, 0.95), 64
-
-
-class Bench:
-    """One prediction type of the model, at 32x32."""
-
-    def __init__(self, prediction, component, batch):
-        self.model, _, self.conditioning, self.latent = LoadExactDensityModel.execute(
-            prediction, "32", component, batch).args
-        self.sampling = self.model.get_model_object("model_sampling")
-        self.path = path_of(self.sampling)
-        self.density = self.model.model.density
-        self.weights = None if component < 0 else self.density.one_hot(component)
-
-    def sigmas(self, scheduler, steps):
-        """Without the step to zero: the density is read at the last level above it."""
-        return comfy.samplers.calculate_sigmas(self.sampling, scheduler, steps)[:-1]
-
-    def sample(self, sampler, sigmas, noise, callback=None):
-        guider = comfy.samplers.CFGGuider(self.model)
-        guider.set_conds(self.conditioning, self.conditioning)
-        return guider.sample(noise, self.latent["samples"], sampler, sigmas, seed=11, disable_pbar=True,
-                             callback=callback)
-
-    def predicted(self, quantile, sigmas):
-        """The shift of bits per dimension against quantile 0.5 that guidance over the whole schedule is to give."""
-        log_range, dim = guided_steps(Schedule(self.path, sigmas.tolist())).log_range, self.density.dim
-        return nats_to_bits_per_dim(predicted_shift(gain_of(quantile, 0.0, dim, log_range)[0], log_range), dim)
-
-    def noise(self):
-        return torch.randn(self.latent["samples"].shape, generator=torch.Generator().manual_seed(5))
-
-    def bits(self, sampler, sigmas, noise):
-        return torch.tensor(read(self.model, self.sample(sampler, sigmas, noise), sigmas, self.weights))
 
 
 def guided(name, quantile):
@@ -132,96 +94,20 @@ def measure():
     }
 
 
-def tables(results):
-    """The markdown of a result: (samplers, schedulers, mixture)."""
-    ratios, errors = results["measured_over_predicted"], results["scheduler_errors"]
-    kinds = list(ratios)
-    samplers = [f"| sampler | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
-    for name in ratios[kinds[0]]:
-        samplers.append(f"| {name} | " + " | ".join(f"{ratios[p][name]:.2f}" for p in kinds) + " |")
-    schedulers = [f"| scheduler | {' | '.join(f'{p}, own solver | {p}, euler' for p in kinds)} |",
-                  "|---|" + "---|" * 2 * len(kinds)]
-    for name in errors[kinds[0]]:
-        schedulers.append(f"| {name} | " + " | ".join(
-            f"{errors[p][name][OWN]:.1e} | {errors[p][name]['euler']:.1e}" for p in kinds) + " |")
-    levels = " | ".join(f"q {q:g}" for q in results["levels"])
-    mixture = [f"| model | steps | {levels} | seeds in order |", "|---|---|" + "---|" * (len(results["levels"]) + 1)]
-    for p, by_steps in results["mixture"].items():
-        for steps, r in by_steps.items():
-            middle = r["bits_per_dim"][results["levels"].index(0.5)]
-            bits = " | ".join(f"{b:.3f} ({middle + shift:.3f})" if shift else f"{b:.3f}"
-                              for b, shift in zip(r["bits_per_dim"], r["predicted_shifts"]))
-            mixture.append(f"| {p} | {steps} | {bits} | {r['monotone']:.0%} |")
-    return tuple("\n".join(t) for t in (samplers, schedulers, mixture))
-
-
-def page(results):
-    samplers, schedulers, mixture = tables(results)
-    return f"""# Measured against predicted
-
-Made by `python3 run.py bench detail_shift` from [detail_shift.json](detail_shift.json), inside ComfyUI, on the exact-density
-model whose log-density is known exactly (32x32).
-
-![measured over predicted](detail_shift.png)
-
-## Every sampler
-
-Measured over predicted change of the log-density, quantile {results["quantile"]:g} against 0.5, \
-{results["steps"]} steps of
-the scheduler `simple`, one component of the model (a Gaussian), read at the last noise level above zero. 1.00 is exact.
-
-{samplers}
-
-Samplers that add noise (ancestral, SDE, lcm, ddpm) forget part of the guidance at every step. The `*_cfg_pp` samplers
-renoise with an unguided prediction, so that the guidance of a step is not scaled by the step's length: it acts several
-times as strongly as asked for. `dpm_adaptive` chooses its own steps, differently for the guided and the unguided run, \
-and
-the difference of their errors is part of its number.
-
-## Every scheduler
-
-Worst error of the log-density in nats per dimension against the converged guided flow, \
-{results["accuracy_steps"]} steps,
-one model call per step, quantiles 0.05, 0.3, 0.7 and 0.95: the pack's own solver, \
-and ComfyUI's Euler with the same guidance.
-
-{schedulers}
-
-## The whole mixture
-
-Mean exact bits per dimension over {results["seeds"]} seeds (own solver, noise at its median norm), in brackets what was
-predicted from the one at quantile 0.5, and the share of seeds whose log-density rises with every step of the quantile.
-
-{mixture}
-"""
-
-
-def plot(results, path):
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def plot(results):
     ratios = results["measured_over_predicted"]
-    names = list(ratios["eps"])
-    figure, axis = plt.subplots(figsize=(11, 4.5), layout="constrained")
-    for kind, marker in zip(("eps", "flow"), "o^"):
-        axis.plot(names, [ratios[kind][n] for n in names], marker, label=kind)
-    axis.axhline(1, color="grey", linewidth=1)
-    axis.set_yscale("log")
-    axis.set_ylabel("measured / predicted shift")
-    axis.set_title(f"Quantile {results['quantile']:g}, {results['steps']} steps: 1 is exact")
-    axis.tick_params(axis="x", rotation=90)
-    axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def write_page(results):
-    (DOCS / "detail_shift.md").write_text(page(results))
-    plot(results, DOCS / "detail_shift.png")
+    with figure(DOCS / "detail_shift.png", figsize=(11, 4.5)) as (_, axis):
+        for kind, marker in zip(("eps", "flow"), "o^"):
+            axis.plot(list(ratios[kind]), list(ratios[kind].values()), marker, label=kind)
+        axis.axhline(1, color="grey", linewidth=1)
+        axis.set_yscale("log")
+        axis.set_ylabel("measured / predicted shift")
+        axis.set_title(f"Quantile {results['quantile']:g}, {results['steps']} steps: 1 is exact")
+        axis.tick_params(axis="x", rotation=90)
+        axis.legend()
 
 
 def main():
-    DOCS.mkdir(exist_ok=True)
     results = measure()
-    (DOCS / "detail_shift.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_page(results)
+    publish("detail_shift", results)
+    plot(results)

@@ -2,26 +2,27 @@
 
     python3 run.py bench log_density
 
-Writes docs/log_density.json, .md and .png. Everything is measured on the exact-density model, whose density is known, in
+Writes docs/log_density.json and .png. Everything is measured on the exact-density model, whose density is known, in
 nats per dimension; about eight minutes on one core. What is in the JSON already
 is left; where nothing is missing, only the page and the figure are made again.
 """
 
-import json
 import math
-from pathlib import Path
 
 import torch
 
 from ..dg_core import divergence
 from ..dg_core import log_density as ld
-from ..dg_core.schedule import FLOW, VE
 from ..dg_core.exact_density import ExactDensity, idct
 from ..dg_core.levels import noise_levels
+from ..dg_core.schedule import FLOW, VE
 from ..nodes import density_target as dt
 from ..nodes.builtin import exact as exact_model
+from ..testing import host_runs as h
+from ..testing.figures import figure
+from ..testing.measures import cut_schedule, exact_bits, exact_divergence, target_sampler
+from .pages import DOCS, publish, read
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 EVALUATIONS = [16, 32, 64, 128]
 FLOOR = {"flow": 0.05, "eps": 0.1}
 TOP = {"flow": math.inf, "eps": exact_model.SIGMA_MAX}
@@ -66,7 +67,7 @@ class Known:
 
 
 def ours(known, kind, y, evaluations, seed=None, top=None):
-    """`Readout` with one probe a level from `seed`, or with the exact divergence. top: highest noise level, if not the model's."""
+    """`Readout` with one probe a level from `seed`, or with the exact divergence. top: highest noise level (the model's)."""
     path, top = COORDINATES[kind], top or TOP[kind]
     levels = noise_levels(FLOOR[kind], top, evaluations - math.isfinite(top), known.dim)
     predict = known.predict(path)
@@ -151,9 +152,6 @@ def control(results):
 
     Fills `results`, and yields after each entry; those that are there already are left.
     """
-    from ..testing import host_runs as h
-    from ..tests.test_density_target import cut_schedule, exact_bits, exact_divergence, target_sampler
-
     exact_options = {"tolerance": 3e-4}
     for kind in ("flow", "eps"):
         model = h.exact_model(kind)
@@ -181,79 +179,31 @@ def control(results):
             yield
 
 
-def readme_table(results):
-    """The table of the README: RMS error by number of evaluations, D = 3072."""
-    rows = results["curves"]["32"]
-    lines = ["| evaluations | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]
-    for n in EVALUATIONS:
-        lines.append(f"| {n} | " + " | ".join(f"{rows[name][str(n)]['rms']:.1e}" for name in rows) + " |")
-    return "\n".join(lines)
-
-
-def page(results):
-    """docs/log_density.md."""
-    exact, probe = results["at 32"]["exact divergence"], results["at 32"]["one probe"]
-    lines = [
-        "# Log-density: errors against the exact values", "",
-        "Made by `python3 run.py bench log_density` on the exact-density model. Nats per dimension, unless it says bits.",
-        "", "![RMS error against model evaluations](log_density.png)", "",
-        "## Readout, flow model, D = 3,072: RMS error", "", readme_table(results), "",
-        "The authors' scheme: Euler steps uniform in log-SNR up to s = 1,000, one fresh probe a step.", "",
-        "## Readout with the exact divergence, 32 evaluations", "",
-        "| model, D | RMS | median | 90% of images within |", "|---|---|---|---|",
-        *(f"| {name} | {r['rms']:.1e} | {r['median']:.1e} | {r['p90']:.1e} |" for name, r in exact.items()), "",
-        f"An eps model (or a v model, which is the same function) ends at its highest noise level: {exact_model.SIGMA_MAX:g} "
-        "here, twice the distance between pictures. Where the data still shows there, as at "
-        f"{SHOWING_TOP:g}, 15 times the pictures' standard deviation as in SD 1.5, nothing is known above, and an error is left.", "",
-        "## Readout with one probe, 32 evaluations, D = 3,072", "",
-        "| model | RMS | readouts | within the stated standard error |", "|---|---|---|---|",
-        *(f"| {name} | {r['rms']:.1e} | {r['images']} | {r['covered']:.0%} |" for name, r in probe.items()), "",
-        "## Explicit control, 32 steps, 64 seeds, D = 3,072", "",
-        "| run | 90% of seeds within | RMS |", "|---|---|---|",
-        *(f"| {name} | {r['p90']:.1e} | {r['rms']:.1e} |" for name, r in results["control"].items() if "p90" in r), "",
-        "Spread over the batch in bits per dimension, target \"same for the whole batch\":", "",
-        "| run | spread | unguided spread |", "|---|---|---|",
-        *(f"| {name} | {r['spread']:.4f} | {r['unguided spread']:.4f} |" for name, r in results["control"].items()
-          if "spread" in r),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def draw(results, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, (size, rows) in zip(axes, results["curves"].items()):
-        for name, row in rows.items():
-            axis.loglog([int(n) for n in row], [r["rms"] for r in row.values()], "o-" if "ours" in name else "s--",
-                        label=name, color="tab:blue" if "ours" in name else "tab:orange",
-                        alpha=1 if "probe" in name else 0.5)
-        axis.set_title(f"D = {3 * int(size)**2:,}")
-        axis.set_xlabel("model evaluations")
-        axis.set_xticks(EVALUATIONS, EVALUATIONS)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("RMS error of log p, nats per dimension")
-    axes[1].legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+def plot(results):
+    with figure(DOCS / "log_density.png", 1, 2, figsize=(10, 4), sharey=True) as (_, axes):
+        for axis, (size, rows) in zip(axes, results["curves"].items()):
+            for name, row in rows.items():
+                axis.loglog([int(n) for n in row], [r["rms"] for r in row.values()], "o-" if "ours" in name else "s--",
+                            label=name, color="tab:blue" if "ours" in name else "tab:orange",
+                            alpha=1 if "probe" in name else 0.5)
+            axis.set_title(f"D = {3 * int(size)**2:,}")
+            axis.set_xlabel("model evaluations")
+            axis.set_xticks(EVALUATIONS, EVALUATIONS)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("RMS error of log p, nats per dimension")
+        axes[1].legend(loc="lower right")
 
 
 def main():
     torch.set_num_threads(1)
-    path = DOCS / "log_density.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-
-    def save():
-        path.write_text(json.dumps(results, indent=1) + "\n")
-
+    results = read("log_density") or {}
     with torch.no_grad():
         for name, measure in (("curves", curves), ("at 32", thirty_two)):
             if name not in results:
                 results[name] = measure()
-                save()
+                publish("log_density", results)
     for _ in control(results.setdefault("control", {})):
-        save()
-    (DOCS / "log_density.md").write_text(page(results))
-    draw(results, DOCS / "log_density.png")
+        publish("log_density", results)
+    publish()
+    plot(results)

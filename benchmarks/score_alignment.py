@@ -2,35 +2,37 @@
 
     python3 run.py bench score_alignment
 
-Writes docs/score_alignment.json and from it docs/score_alignment.md and docs/score_alignment.png. About eight minutes.
+Writes docs/score_alignment.json and .png. About eight minutes.
 """
 
 import gc
-import json
 import math
 
-import matplotlib
 import numpy as np
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 
 from ..dg_core import alignment, divergence
-from ..dg_core.schedule import VE
-from ..nodes.host.model_access import path_of
 from ..dg_core.exact_density import ExactDensity
 from ..dg_core.levels import noise_levels
-from ..launcher.environment import PACK
+from ..dg_core.schedule import VE
 from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
-from ..nodes.builtin.exact import PREDICTIONS, SIGMA_MAX, WEIGHTS, read
+from ..nodes.builtin import exact as exact_model
+from ..nodes.builtin.exact import PREDICTIONS, SIGMA_MAX, WEIGHTS
+from ..nodes.host.model_access import path_of
 from ..nodes.score_alignment import CheckSettings, examine
+from ..testing import host_runs as h
+from ..testing import networks
+from ..testing.figures import figure
+from ..testing.measures import check, without_forward_mode
+from .pages import DOCS, publish, read
+from .tables import ALIGNMENT_CALLS
 
-DOCS = PACK / "docs"
 OURS, AUTHORS = "third and fourth order, VP state", "Euler, uniform in log-SNR"
 S_START, S_END = SIGMA_MAX, 0.15
 SIZE, SEEDS = 16, 12  # of the comparison of solvers
 EVALUATIONS = {OURS: (16, 24, 32, 48, 64, 96), AUTHORS: (32, 64, 128, 256, 512, 1024)}
 CONVERGED = 768
-CALLS = 3  # of the model for each evaluation of velocity and tangent: one, and a two-sided difference
 BATCH, STEPS = 64, (32, 64)  # of the runs in the host
 STEP_FACTORS = [2.0**k for k in range(-6, 5)]
 MEMORY_SIZE, MEMORY_BATCH = 48, 2
@@ -111,7 +113,7 @@ def host_runs(prediction, steps):
     def bits(scale):
         scaled = PriorGuidanceScale.execute(noise, 0.5, scale, False).args[0]
         result = custom.SamplerCustomAdvanced.execute(scaled, guider, sampler, fine, latent).args[0]
-        return torch.tensor(read(model, result["samples"], fine), dtype=torch.float64)
+        return torch.tensor(exact_model.read(model, result["samples"], fine), dtype=torch.float64)
 
     measured = bits(1.005) - bits(0.995)
     predicted = alignment.percent_response(with_score, dim)
@@ -160,10 +162,6 @@ def step_errors():
 
 def memory():
     """{derivatives: {way: peak of what is allocated, relative to sampling the same batch}} on a UNet of the host."""
-    from ..testing import host_runs as h
-    from ..testing import networks
-    from ..tests.test_score_alignment_node import check, without_forward_mode
-
     model, positive = networks.unet(), networks.unet_conditioning()
     latent = {"samples": torch.zeros(MEMORY_BATCH, 4, MEMORY_SIZE, MEMORY_SIZE)}
     plain = peak(lambda: h.sample(model, "euler", h.schedule(model, 3), latent, positive=positive))
@@ -186,80 +184,28 @@ def peak(run):
     return float((held - np.minimum.accumulate(np.minimum(held, 0))).max())
 
 
-def page(results):
-    """docs/score_alignment.md."""
-    lines = ["# Score alignment: what was measured", "", "Made by `python3 run.py bench score_alignment`.", "",
-             "![errors](score_alignment.png)", "", *solver_table(results), "",
-             f"Relative error of the alignment A over {SEEDS} seeds against the converged one, pictures of {SIZE} x "
-             f"{SIZE}, s from {S_START:g} to {S_END:g}. Model calls for each image: {CALLS} for each evaluation of "
-             "velocity and tangent, the same for both.", "",
-             "| model | steps | correlation | bias, standard errors | bias | spread | response within 5% | its median "
-             "error |",
-             "|---|---|---|---|---|---|---|---|"]
-    for name, steps, row in ((name, n, row) for name, rows in results["host"].items() for n, row in rows.items()):
-        lines.append(
-            f"| {name} | {steps} | {row['correlation']:.4f} | {row['bias in standard errors']:+.1f} | "
-            f"{row['bias']:+.2%} | {row['spread']:.2%} | {row['response within 5%']:.0%} | "
-            f"{row['response error, median']:.2%} |")
-    lines += ["", f"With and without the score, one probe, {BATCH} seeds, 32 x 32, in the host; and the predicted "
-              "change of exact bits per dimension for 1% more noise against the measured one.", ""]
-    lines += [
-        f"Most memory allocated at once, relative to sampling the same batch, on a UNet of the host with {MEMORY_SIZE} x "
-        f"{MEMORY_SIZE} latents, batch {MEMORY_BATCH}:", "", "| derivatives by | with score | without score |", "|---|---|---|",
-        *(f"| {name} | {row['with score']:.2f} | {row['without score']:.2f} |" for name, row in results["memory"].items()), "",
-        "In forward mode attention is computed in slices; the host's own on a CPU is not.", ""]
-    return "\n".join(lines)
-
-
-def solver_table(results):
-    rows = ["| density | solver | evaluations | model calls | RMS error | median |", "|---|---|---|---|---|---|"]
-    for density, solvers in results["solvers"].items():
-        for solver in (OURS, AUTHORS):
-            rows += [f"| {density} | {solver} | {n} | {CALLS * int(n)} | {rms:.1e} | {median:.1e} |"
-                     for n, (rms, median) in solvers[solver].items()]
-    return rows
-
-
-def readme_table(results):
-    """A few rows of `solver_table`, of the whole mixture."""
-    solvers = results["solvers"]["whole mixture"]
-    rows = ["| solver | model calls | RMS error | median |", "|---|---|---|---|"]
-    for solver, evaluations in ((OURS, (32, 48, 96)), (AUTHORS, (128, 1024))):
-        rows += [f"| {solver} | {CALLS * n} | {solvers[solver][str(n)][0]:.1e} | {solvers[solver][str(n)][1]:.1e} |"
-                 for n in evaluations]
-    return "\n".join(rows)
-
-
-def figure(results):
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for density, style in (("one Gaussian", "--"), ("whole mixture", "-")):
-        for solver, colour in ((OURS, "C0"), (AUTHORS, "C1")):
-            points = results["solvers"][density][solver]
-            left.loglog([CALLS * int(n) for n in points], [rms for rms, _ in points.values()], style, marker=".",
-                        color=colour, label=f"{solver}, {density}")
-    left.set_xlabel("model calls for each image")
-    left.set_ylabel("RMS relative error of A")
-    left.legend(fontsize=8)
-    for name, colour in (("first", "C2"), ("second", "C3")):
-        points = results["steps"][name]
-        right.loglog([float(k) for k in points], list(points.values()), marker=".", color=colour,
-                     label=f"{name} derivative")
-    right.axvline(1, color="grey", linewidth=0.8)
-    right.set_xlabel("step of the differences, in units of the chosen one")
-    right.set_ylabel("relative error in float32")
-    right.legend(fontsize=8)
-    figure.savefig(DOCS / "score_alignment.png", dpi=100)
+def plot(results):
+    with figure(DOCS / "score_alignment.png", 1, 2, figsize=(10, 4)) as (_, (left, right)):
+        for density, style in (("one Gaussian", "--"), ("whole mixture", "-")):
+            for solver, colour in ((OURS, "C0"), (AUTHORS, "C1")):
+                points = results["solvers"][density][solver]
+                left.loglog([ALIGNMENT_CALLS * int(n) for n in points], [rms for rms, _ in points.values()], style, marker=".",
+                            color=colour, label=f"{solver}, {density}")
+        left.set_xlabel("model calls for each image")
+        left.set_ylabel("RMS relative error of A")
+        for name, colour in (("first", "C2"), ("second", "C3")):
+            points = results["steps"][name]
+            right.loglog([float(k) for k in points], list(points.values()), marker=".", color=colour,
+                         label=f"{name} derivative")
+        right.axvline(1, color="grey", linewidth=0.8)
+        right.set_xlabel("step of the differences, in units of the chosen one")
+        right.set_ylabel("relative error in float32")
+        for axis in (left, right):
+            axis.legend(fontsize=8)
 
 
 def main():
-    results = {"memory": memory(), "steps": step_errors(), "solvers": solver_errors(),
-               "host": {p: {n: host_runs(p, n) for n in STEPS} for p in PREDICTIONS}}
-    text = json.dumps(results, indent=1)
-    (DOCS / "score_alignment.json").write_text(text + "\n")
-    results = json.loads(text)
-    (DOCS / "score_alignment.md").write_text(page(results))
-    figure(results)
-    print(page(results))
+    publish("score_alignment", {
+        "memory": memory(), "steps": step_errors(), "solvers": solver_errors(),
+        "host": {p: {n: host_runs(p, n) for n in STEPS} for p in PREDICTIONS}})
+    plot(read("score_alignment"))

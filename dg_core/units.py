@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import scipy.special
 import torch
 
-
 Amount = TypeVar("Amount", float, torch.Tensor)
 
 

@@ -1,10 +1,10 @@
 """The pack's nodes: schemas and wiring to the host. The mathematics is in `dg_core`."""
 
+from .builtin_models import ExactLogDensity, LoadDemoModel, LoadExactDensityModel
 from .contact_sheet import DensityContactSheet, DensityLevels
 from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
 from .density_target import DensityTargetSampler
 from .density_trace import DensityTrace
-from .builtin_models import ExactLogDensity, LoadDemoModel, LoadExactDensityModel
 from .log_density import LogDensity
 from .prior_guidance import PriorGuidanceModel, PriorGuidanceScale
 from .score_alignment import ScoreAlignmentCheck

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import torch
-from comfy_api.latest import io
 from comfy.utils import common_upscale
+from comfy_api.latest import io
 from PIL import Image, ImageDraw, ImageFont
 
 from .host.inputs import CATEGORY, Floats, numbers

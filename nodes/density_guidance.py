@@ -3,9 +3,9 @@
 import comfy.patcher_extension
 from comfy_api.latest import io, ui
 
-from .host.steering import GuidanceSettings, GuidedSampler, run_guided, solver_sampler
-from .host.plots import curve_image
 from .host.inputs import CATEGORY, curve_input, floats, guidance_inputs, mask_input, mask_of, per_image_inputs, require
+from .host.plots import curve_image
+from .host.steering import GuidanceSettings, GuidedSampler, run_guided, solver_sampler
 
 
 def _settings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve):

@@ -17,9 +17,9 @@ from ..dg_core.schedule import Schedule
 from ..dg_core.statistics import compute_dtype
 from ..dg_core.target import Reached, TrackedRuns, reach
 from ..dg_core.units import bits_per_dim_to_nats, require_number, require_whole
+from .host.inputs import CATEGORY, PROBES
 from .host.model_access import Predict, middle_level, open_probe, path_of, require_one_part
 from .host.steering import GuidanceSettings, sample_density_guided
-from .host.inputs import CATEGORY, PROBES
 
 ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "same for the whole batch"
 MAX_PASSES, REFERENCE_IMAGES = (1, 20), (-1, 4095)

@@ -19,11 +19,11 @@ from ..dg_core.target import Run
 from ..dg_core.trace import RunTrace
 from .density_target import TargetResult, sample_to_target
 from .host.advice import function_of, innermost
+from .host.inputs import CATEGORY, require, samples_of
 from .host.model_access import Predict, middle_level, open_probe, path_of
+from .host.plots import blank_image, curves_image
 from .host.steering import sample_density_guided
 from .host.wrappers import WRAPPER_KEY, outermost
-from .host.plots import blank_image, curves_image
-from .host.inputs import CATEGORY, require, samples_of
 
 PROBE_SEED_OFFSET = 0x3C6EF372FE94F82B
 OWN_LEVELS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}  # function: the host's name

@@ -12,9 +12,18 @@ from ..dg_core import divergence
 from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.log_density import Readout, read_log_density, require_noise_floor, rounding_cost
 from ..dg_core.units import require_whole
-from .host.model_access import GuiderModel, Probe, check_latent, known_method, open_probe, path_of, run_in_guider, training_table
-from .host.plots import curves_image
 from .host.inputs import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of
+from .host.model_access import (
+    GuiderModel,
+    Probe,
+    check_latent,
+    known_method,
+    open_probe,
+    path_of,
+    run_in_guider,
+    training_table,
+)
+from .host.plots import curves_image
 
 STEPS = 2, 1000
 ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe

@@ -12,12 +12,13 @@ import torch
 from comfy_api.latest import io
 
 from ..dg_core import alignment, divergence
-from ..dg_core.schedule import NoisePath, Schedule, log_snr
 from ..dg_core.levels import noise_levels, snapped
+from ..dg_core.schedule import NoisePath, Schedule, log_snr
 from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
 from .host.advice import adds_noise, name_of
+from .host.inputs import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of, sigmas_of
 from .host.model_access import (
     GuiderModel,
     Probe,
@@ -30,7 +31,6 @@ from .host.model_access import (
 )
 from .host.steering import GuidanceSettings, solver_sampler
 from .host.wrappers import outermost, without_guidance
-from .host.inputs import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of, sigmas_of
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
 FAR = 2.0  # times the noise level of end_percent: alignment is not read there

@@ -19,9 +19,6 @@ from ..dg_core.variation import (
     require_correction,
     require_strength,
 )
-from .host.masks import amount_of
-from .host.model_access import require_one_part
-from .host.steering import GuidanceSettings, repeated, require_batch, require_window, solver_sampler, steps_of_percents
 from .host.inputs import (
     CATEGORY,
     Floats,
@@ -34,6 +31,9 @@ from .host.inputs import (
     per_image_inputs,
     require,
 )
+from .host.masks import amount_of
+from .host.model_access import require_one_part
+from .host.steering import GuidanceSettings, repeated, require_batch, require_window, solver_sampler, steps_of_percents
 
 CUSTOM = "custom"
 # Shares of the sampling, by the kind of the noise path, whose shares mean other log-SNRs. Chosen so that the changes lie in high and in low spatial frequencies (docs/variation.md).

@@ -12,8 +12,8 @@ from PIL import Image
 
 from ..launcher.environment import PACK
 from ..nodes import PriorGuidanceScale
-from ..nodes.builtin import demo
 from ..nodes import log_density as readout
+from ..nodes.builtin import demo
 from ..nodes.builtin.pixels import CHANNELS
 
 PICTURES = PACK / ".host" / "data" / "pictures.safetensors"

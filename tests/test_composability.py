@@ -8,7 +8,6 @@ from density_guidance.benchmarks import composability
 from density_guidance.launcher.environment import PACK
 from density_guidance.testing.ways import STEERING
 
-
 METHODS = [pytest.param(name, marks=pytest.mark.skipif(
     name == composability.COMPILED and not (shutil.which("g++") or shutil.which("clang++")),
     reason="torch.compile needs a C++ compiler")) for name in composability.METHODS]

@@ -4,51 +4,15 @@ import json
 import logging
 import math
 
-import comfy.samplers
 import pytest
 import torch
-from density_guidance.dg_core import log_density as ld
 from density_guidance.dg_core import target
-from density_guidance.nodes.host.model_access import path_of
-from density_guidance.nodes import DensityTargetSampler, DensityTrace, LogDensity
+from density_guidance.nodes import DensityTrace, LogDensity
 from density_guidance.nodes import density_target as dt
 from density_guidance.testing import host_runs as h
+from density_guidance.testing.measures import cut_schedule, exact_bits, exact_divergence, target_sampler
 
-STEPS = 32
 LN2 = math.log(2)
-
-
-def cut_schedule(model, steps=STEPS):
-    """`steps` steps that end above zero noise, where the exact density can be read."""
-    return h.schedule(model, steps + 1)[:-1]
-
-
-def exact_bits(model, samples, sigmas):
-    base = model.model
-    s = path_of(base.model_sampling).s(float(sigmas[-1]))
-    return base.density.bits_per_dim(base.process_latent_in(samples.double()), s)
-
-
-def target_sampler(target=dt.SHIFT, value=0.0, reference_image=-1, tolerance=0.002, max_passes=2, probes=1):
-    return h.outputs(DensityTargetSampler, target, value, reference_image, tolerance, max_passes, probes)[0]
-
-
-def exact_divergence(sampler, model):
-    """The same sampler with the exact trace in place of probes."""
-    density, path = model.model.density, path_of(model.model.model_sampling)
-    mean = (density.log_weights.exp() / density.log_weights.exp().sum())[None] @ density.means
-    pure = density._picture(mean, mean.float()).float()
-
-    def evaluate(x, sigma, call):
-        alpha, s = path.alpha(sigma), path.s(sigma)
-        if alpha <= 0:
-            zero = torch.zeros(len(x), dtype=torch.float64)
-            return ld.Evaluation(pure.expand_as(x), zero, zero)
-        y = x.double() / alpha
-        trace = density.dim + s**2 * density.laplacian(y, s)
-        return ld.Evaluation(density.denoised(y, s).float(), trace, torch.zeros_like(trace))
-
-    return comfy.samplers.KSAMPLER(sampler.sampler_function, {**sampler.extra_options, "new_evaluate": lambda: evaluate})
 
 
 def run(model, sampler, batch, seed=h.SEED):

@@ -1,69 +1,173 @@
-"""Numbers in the documents are the ones that the benchmarks wrote."""
+"""The pages are what their marks make of the json, and numbers in their text are the measured ones."""
 
 import json
 import math
 import re
 
+import pytest
 from density_guidance.benchmarks import (
-    demo_model,
-    detail_shift,
-    log_density,
+    composability,
+    long_queue,
+    pages,
     paper_experiments,
-    score_alignment,
+    rivals,
+    robustness,
+    tables,
     variation,
 )
+from density_guidance.benchmarks import detail_shift as samplers
 from density_guidance.dg_core.variation import CORRECTIONS
-from density_guidance.launcher.environment import PACK
 from density_guidance.nodes.builtin.demo import WEIGHTS
+from density_guidance.testing import tiny_models
+from density_guidance.testing.ways import STEERING, WAYS
+from density_guidance.training.demo_pictures import CLASSES
+
+PAGES = {path.stem: path for path in (pages.PACK / "README.md", *sorted(pages.DOCS.glob("*.md")))}
+MEASURED = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in pages.DOCS.glob("*.json")}
 
 
-def test_what_the_readme_shows_and_links_to_is_there():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", (PACK / "README.md").read_text())
-    assert len(links) > 5 and [link for link in links if not (PACK / link).is_file()] == []
+def text(page):
+    return PAGES[page].read_text(encoding="utf-8")
 
 
-def test_tables_come_from_the_benchmark():
-    results = json.loads((PACK / "docs" / "detail_shift.json").read_text())
-    assert (PACK / "docs" / "detail_shift.md").read_text() == detail_shift.page(results)
-    readme = (PACK / "README.md").read_text()
-    _, _, mixture = detail_shift.tables(results)
-    assert mixture in readme
-    own = results["measured_over_predicted"]["flow"][detail_shift.OWN]
-    assert f"{abs(own - 1):.1%}" in readme
+@pytest.mark.parametrize("path", pages.pages(), ids=lambda path: path.stem)
+def test_rendering_changes_nothing(path):
+    assert pages.render(path) == path.read_text(encoding="utf-8"), "run: python3 run.py bench pages"
 
 
-def test_log_density_tables_come_from_the_benchmark():
-    results = json.loads((PACK / "docs" / "log_density.json").read_text())
-    assert (PACK / "docs" / "log_density.md").read_text() == log_density.page(results)
-    assert log_density.readme_table(results) in (PACK / "README.md").read_text()
+def test_every_table_and_every_json_stands_in_a_page():
+    marks = re.findall(r'\[\[\[cog table\("(\w+)", "(\w+)"\)', "".join(map(text, PAGES)))
+    makers = {name for name in vars(tables) if name.startswith(tuple(f"{page}_" for page in (*MEASURED, "cost")))}
+    assert {"_".join(mark) for mark in marks} == makers
+    assert {name for name, _ in marks} >= set(MEASURED)
 
 
-def test_score_alignment_table_comes_from_the_benchmark():
-    results = json.loads((PACK / "docs" / "score_alignment.json").read_text())
-    assert (PACK / "docs" / "score_alignment.md").read_text() == score_alignment.page(results)
-    assert score_alignment.readme_table(results) in (PACK / "README.md").read_text()
+def test_no_text_of_a_page_stands_in_a_benchmark():
+    assert not [path.name for path in (pages.PACK / "benchmarks").glob("*.py") if 'f"""' in path.read_text(encoding="utf-8")]
 
 
-def test_tables_of_variation_come_from_the_benchmark():
-    results = json.loads((PACK / "docs" / "variation.json").read_text())
-    assert (PACK / "docs" / "variation.md").read_text() == variation.page(results)
-    hosts = variation.tables(results)[1]
-    assert hosts in (PACK / "README.md").read_text()
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows_and_links_to_is_there(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text(page))
+    assert [link for link in links if not (PAGES[page].parent / link).is_file()] == []
+    assert page != "README" or len(links) > 10
+
+
+def test_the_readme_is_short():
+    assert len(text("README").splitlines()) <= 90
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+r = MEASURED
+SETTINGS, RIVALS = r["paper_experiments"]["settings"], r["paper_experiments"]["rivals"]
+TRAINING = r["demo_model"]["training"]
+STRUCTURE = [by["structure"][str(c)]["low"] / by["seeds"]["low"] for by in r["variation"]["diversity"].values()
+             for c in variation.STRENGTHS if c >= 1]
+READOUTS = [e["bits_error"] for by in r["paper_experiments"]["control"].values() for e in by.values()]
+CALLS = {c: e["calls"] for c, e in r["variation"]["kept"]["eps"].items()}
+CLAIMS = [  # page, words of its text
+    ("architectures", f"sampled with {r['architectures']['steps']} Euler steps"),
+    ("composability", f"{r['composability']['steps']} steps, CFG {r['composability']['cfg']:g}, quantile "
+                      f"{r['composability']['quantile']:g}"),
+    ("composability", f"differ from one run by {r['composability']['two_stages']:.0e} of the largest number"),
+    ("demo_model", f"--config {TRAINING['config']['name']}` trained it: {TRAINING['parameters'] / 1e6:.1f} million parameters, "
+                   f"{TRAINING['config']['steps']} steps of {TRAINING['config']['batch']} images, "
+                   f"{TRAINING['seconds'] / 60:.0f} minutes"),
+    ("demo_model", f"The loss at the end of the training is {TRAINING['loss'][-1][1]:.4f}"),
+    ("demo_model", f"the {r['demo_model']['held_out_pictures']} images held out"),
+    ("demo_model", f"For {r['demo_model']['queries']} images of each kind"),
+    ("demo_model", f"any crop of the {r['demo_model']['training_pictures']} training images"),
+    ("detail_shift", f"quantile {r['detail_shift']['quantile']:g} against 0.5, {r['detail_shift']['steps']} steps"),
+    ("detail_shift", f"nats per dimension: {r['detail_shift']['accuracy_steps']} steps"),
+    ("detail_shift", f"bits per dimension over {r['detail_shift']['seeds']} seeds"),
+    ("how_to_choose", f"8 steps the demo model still keeps the order of levels in "
+                      f"{tables.in_order(r['paper_experiments']['few_steps']['8'], 'png'):.0%} of the seeds"),
+    ("how_to_choose", f"for {CALLS['hutchinson'] - CALLS['expected']} and {CALLS['exact'] - CALLS['expected']} calls more in a "
+                      f"run of {CALLS['expected']}"),
+    ("paper_experiments", f"{SETTINGS['seeds']} seeds of all classes, {SETTINGS['steps']} steps"),
+    ("paper_experiments", f"one probe at {SETTINGS['levels']} noise levels; the standard error of one readout is "
+                          f"{sum(READOUTS) / len(READOUTS):.2g}"),
+    ("paper_experiments", f"{SETTINGS['starts']} images, {SETTINGS['per_start']} variations each"),
+    ("paper_experiments", f"at quantile {RIVALS['quantile']:g}: {RIVALS['target']:.0f} bytes"),
+    ("paper_experiments", f"{SETTINGS['held_out_crops']} crops of the {RIVALS['held_out_pictures']} held-out images, in a "
+                          f"space of {SETTINGS['features']} features (log energy in {SETTINGS['bands']} bands"),
+    ("paper_experiments", f"of {SETTINGS['bootstraps']} bootstraps over the seeds. {SETTINGS['seeds']} crops of training "
+                          f"images are {RIVALS['training_frechet']:.2f} ± {RIVALS['training_frechet_error']:.2f} away"),
+    ("paper_experiments", f"below {SETTINGS['low']:g} of the Nyquist frequency, images in [-1, 1]. Two seeds of a class are "
+                          f"{RIVALS['seeds_apart']:.3f} apart"),
+    ("paper_experiments", f"## Few steps {SETTINGS['fewer_seeds']} seeds"),
+    ("paper_experiments", f"## Precision {SETTINGS['both_seeds']} seeds"),
+    ("robustness", f"{r['long_queue']['prompts']} prompts of mixed nodes"),
+    ("robustness", f"ComfyUI {r['oldest_host']['comfyui']} is the oldest"),
+    ("variation", f"{r['variation']['steps']} steps of the scheduler `simple`"),
+    ("variation", f"\"fine details\" at strength {r['variation']['strength']:g}"),
+    ("variation", f"over {r['variation']['variations']} variations of one image"),
+    ("variation", f"are {min(STRUCTURE):.0%} to {max(STRUCTURE):.0%} as far apart"),
+    ("variation", f"{variation.STIFF_PICTURES} images leave the range at CFG {variation.STIFF_CFG:g}"),
+]
+
+
+@pytest.mark.parametrize("page, words", CLAIMS)
+def test_numbers_in_the_text_are_the_measured_ones(page, words):
+    assert words in " ".join(text(page).split())
+
+
+@pytest.mark.parametrize("page, row, column, value", [
+    ("detail_shift", "deis", "flow", f"{r['detail_shift']['measured_over_predicted']['flow']['deis']:.2f}"),
+    ("detail_shift", "beta", "v, euler", f"{r['detail_shift']['scheduler_errors']['v']['beta']['euler']:.1e}"),
+    ("log_density", "64", "ours, one probe", f"{r['log_density']['curves']['32']['ours, one probe']['64']['rms']:.1e}"),
+    ("variation", "er_sde", "eps: distance", f"{r['variation']['host_samplers']['eps']['er_sde']['distance']:.3f}"),
+    ("paper_experiments", "TSR", "PNG bytes", f"{RIVALS['rows']['TSR']['png']:.0f}"),
+    ("architectures", "Wan 2.1", "class in ComfyUI, sampling", r["architectures"]["families"]["wan21"]["class"]),
+    ("composability", "APG", "own solver", f"{r['composability']['methods']['APG']['own solver']['error']:.0e}"),
+])
+def test_tables_say_what_the_json_says(page, row, column, value):
+    """A cell of some, looked up by the names of its row and column."""
+    head, found = [], []
+    for cells in (line.strip("| ").split(" | ") for line in text(page).splitlines() if line.startswith("| ")):
+        head = cells if column in cells else head
+        if cells[0] == row and column in head and len(cells) == len(head):
+            found.append(cells[head.index(column)])
+    assert value in found
+
+
+def test_measurements_are_of_what_is_there_today():
+    """Of every family, method and class, and at the settings of the benchmarks."""
+    families, methods = r["architectures"], r["composability"]
+    assert list(families["families"]) == list(tiny_models.FAMILIES) and families["nodes"] == list(WAYS)
+    for name in (*families["nodes"], *families["readers"]):
+        assert name in text("architectures")
+    assert list(methods["methods"]) == list(composability.METHODS) and methods["nodes"] == STEERING
+    assert tables.OWN_STATE == tuple(n for n, m in composability.METHODS.items() if m.own_state)
+    for method in composability.METHODS.values():
+        assert tiny_models.FAMILIES[method.family].title.split(" (")[0] in " ".join(text("composability").split())
+    assert list(rivals.RIVALS) == list(tables.RIVAL_SETTINGS) and tables.DEMO_CLASSES == len(CLASSES)
+    assert r["paper_experiments"]["weights"] == paper_experiments.digest([WEIGHTS])
+    assert r["robustness"]["examples"] == robustness.EXAMPLES and r["long_queue"]["prompts"] == long_queue.PROMPTS
+    assert r["detail_shift"]["seeds"] == samplers.SEEDS and r["variation"]["variations"] == variation.VARIATIONS
+
+
+def test_the_long_runs_went_well():
+    """Every random run is counted; 300 prompts stay within 5% of the memory after the 30th; nothing is missing."""
+    assert sum(r["robustness"]["outcomes"].values()) == r["robustness"]["examples"]
+    assert abs(r["long_queue"]["growth"]) < 0.05 and r["oldest_host"]["missing_nodes"] == []
+    assert not [line for page in ("architectures", "composability") for line in text(page).splitlines() if "| fails |" in line]
 
 
 def test_measured_claims_of_variation():
     """What the documents say of it, on the numbers of the long run."""
-    results = json.loads((PACK / "docs" / "variation.json").read_text())
+    results = r["variation"]
     for by_sampler in results["host_samplers"].values():
         ours, *others = by_sampler.values()
-        assert ours["spread"] <= min(r["spread"] for r in others) / 5
-        assert all(r["distance"] < 1.05 * ours["distance"] for r in others)  # with more noise they would spread more
+        assert ours["spread"] <= min(e["spread"] for e in others) / 5
+        assert all(e["distance"] < 1.05 * ours["distance"] for e in others)  # with more noise they would spread more
     for rows in results["diversity"].values():
         seeds, structure = rows["seeds"], rows["structure"]["1.0"]
         assert structure["low"] ** 2 + structure["high"] ** 2 >= (seeds["low"] ** 2 + seeds["high"] ** 2) / 4
         assert rows["fine details"]["0.5"]["share_high"] >= 0.75 and rows["structure"]["0.5"]["share_high"] <= 0.3
         for vary in ("fine details", "structure"):
-            sizes = [r["low"] ** 2 + r["high"] ** 2 for c, r in rows[vary].items() if float(c) <= 1]
+            sizes = [e["low"] ** 2 + e["high"] ** 2 for c, e in rows[vary].items() if float(c) <= 1]
             assert sizes == sorted(sizes)
     eps, flow = (results["out_of_range"][p] for p in ("eps", "flow"))
     ours = {row: [n for name, n in by.items() if name.split()[0] in CORRECTIONS] for row, by in eps.items()}
@@ -74,18 +178,9 @@ def test_measured_claims_of_variation():
     assert all(flow[row]["euler"] == variation.STIFF_PICTURES for row in flow if row != "simple 12")
 
 
-def test_pages_of_the_demo_model_come_from_the_benchmarks():
-    results = json.loads((PACK / "docs" / "demo_model.json").read_text())
-    assert (PACK / "docs" / "demo_model.md").read_text() == demo_model.page(results)
-    results = json.loads((PACK / "docs" / "paper_experiments.json").read_text())
-    assert results["weights"] == paper_experiments.digest([WEIGHTS])
-    assert (PACK / "docs" / "paper_experiments.md").read_text() == paper_experiments.page(results)
-    assert paper_experiments.readme_part(results) in (PACK / "README.md").read_text()
-
-
-def test_the_demo_model_does_not_repeat_its_training_pictures():
-    """Samples are no nearer to a training crop than pictures are that it never saw; training crops themselves are."""
-    nearest = json.loads((PACK / "docs" / "demo_model.json").read_text())["nearest"]
-    samples, held_out, training = (sorted(nearest[k]) for k in ("samples", "held-out pictures", "training pictures"))
-    middle = len(samples) // 2
-    assert samples[middle] < held_out[middle] + 0.1 and max(samples[-1], held_out[-1]) < training[middle]
+def test_the_demo_model_does_not_repeat_its_training_images():
+    """Samples are no nearer to a training crop than images are that it never saw; training crops themselves are."""
+    nearest = r["demo_model"]["nearest"]
+    found, held_out, training = (sorted(nearest[k]) for k in ("samples", "held-out pictures", "training pictures"))
+    middle = len(found) // 2
+    assert found[middle] < held_out[middle] + 0.1 and max(found[-1], held_out[-1]) < training[middle]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from density_guidance.dg_core import log_density as ld
 from density_guidance.dg_core.schedule import VE
-from density_guidance.nodes.host.model_access import path_of
 from density_guidance.nodes import LogDensity
-from density_guidance.nodes.host import model_access
 from density_guidance.nodes import log_density as node
+from density_guidance.nodes.host import model_access
+from density_guidance.nodes.host.model_access import path_of
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import networks
 

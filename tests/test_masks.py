@@ -6,9 +6,9 @@ import pytest
 import torch
 from density_guidance.dg_core.control import guided_steps
 from density_guidance.dg_core.schedule import Schedule
-from density_guidance.nodes.host.model_access import path_of
 from density_guidance.dg_core.units import quantile_to_z
 from density_guidance.nodes.builtin import exact
+from density_guidance.nodes.host.model_access import path_of
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import steering, tiny_models
 

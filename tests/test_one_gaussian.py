@@ -5,13 +5,13 @@ import math
 import comfy.samplers
 import pytest
 import torch
-from density_guidance.testing.gaussian_oracle import GaussianOracle
 from density_guidance.dg_core import control
 from density_guidance.dg_core.schedule import Schedule
-from density_guidance.nodes.host.model_access import path_of
 from density_guidance.dg_core.units import quantile_to_z
 from density_guidance.nodes import DensityGuidanceSampler, LoadExactDensityModel
 from density_guidance.nodes.builtin import exact
+from density_guidance.nodes.host.model_access import path_of
+from density_guidance.testing.gaussian_oracle import GaussianOracle
 
 COMPONENT = 5
 SCHEDULERS = ["karras", "exponential", "normal", "simple"]

@@ -11,10 +11,6 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
-from density_guidance.testing.gaussian_oracle import GaussianOracle
-from density_guidance.nodes.host.model_access import path_of
-from density_guidance.nodes.builtin import exact
-from density_guidance.nodes.host import model_access, plots
 from density_guidance.nodes import (
     DensityGuidanceSampler,
     LogDensity,
@@ -23,42 +19,25 @@ from density_guidance.nodes import (
     ScoreAlignmentCheck,
     StochasticDetailVariation,
 )
+from density_guidance.nodes.builtin import exact
+from density_guidance.nodes.host import model_access, plots
+from density_guidance.nodes.host.model_access import path_of
 from density_guidance.nodes.score_alignment import CheckSettings, examine
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import networks
+from density_guidance.testing.gaussian_oracle import GaussianOracle
+from density_guidance.testing.measures import check, guider, without_forward_mode
 from density_guidance.tests.test_errors import fails
-from torch.autograd import forward_ad
 
 PREDICTIONS = pytest.mark.parametrize("prediction", h.PREDICTIONS)
 WAYS = ("with score", "without score", "finite scale")
 COMPONENT = 5
 
 
-def guider(model, positive=None):
-    return h.outputs(custom.BasicGuider, model, h.conditioning() if positive is None else positive)[0]
-
-
-def check(model, method="with score", steps=32, batch=2, positive=None, end_percent=0.95, probes=1, seed=0, latent=None,
-          noise=None, sigmas=None, **optional):
-    """The node's outputs: aligned, cosine, report, plot, latent, scale, response."""
-    latent = h.empty_latent(batch) if latent is None else latent
-    return h.outputs(
-        ScoreAlignmentCheck, guider(model, positive), h.random_noise() if noise is None else noise, latent,
-        h.schedule(model, steps) if sigmas is None else sigmas, method, end_percent, probes, seed, **optional)
-
-
 def read_level(model, sigmas, end_percent=0.95):
     """The schedule down to where alignment is read."""
     level = model.get_model_object("model_sampling").percent_to_sigma(end_percent)
     return sigmas[sigmas >= level * (1 - 1e-6)]
-
-
-def without_forward_mode(model):
-    """The model with its tangent dropped, as by a patch that leaves the graph."""
-    model = h.kept(model.clone())
-    model.add_wrapper(WrappersMP.APPLY_MODEL, lambda executor, x, *args, **kwargs: executor(
-        forward_ad.unpack_dual(x).primal, *args, **kwargs))
-    return model
 
 
 # --- the exact-density model -----------------------------------------------------------------------------------------

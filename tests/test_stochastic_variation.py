@@ -9,11 +9,11 @@ import comfy.sampler_helpers
 import numpy as np
 import pytest
 import torch
-from density_guidance.testing.euler_maruyama import fine_details_change
 from density_guidance.dg_core.variation import CORRECTIONS
 from density_guidance.nodes import StochasticDetailVariation, VariationGrid
 from density_guidance.nodes.builtin import exact
 from density_guidance.testing import host_runs as h
+from density_guidance.testing.euler_maruyama import fine_details_change
 from density_guidance.tests.test_masks import resized, soft_disc
 from density_guidance.tests.test_samplers import noise_of_a_pattern
 

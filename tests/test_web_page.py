@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from density_guidance.benchmarks import long_queue
-from density_guidance.testing.web_page import find_chromium, with_page
 from density_guidance.nodes.host.plots import curve_image
+from density_guidance.testing.web_page import find_chromium, with_page
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs the program chromium on PATH")
 

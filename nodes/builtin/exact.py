@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from ...dg_core.exact_density import CHANNELS, ExactDensity
 from ...dg_core.statistics import sum_dtype
-from .pixels import PixelLatent, pixel_vae
 from ..host.inputs import require
 from ..host.model_access import path_of
+from .pixels import PixelLatent, pixel_vae
 
 WEIGHTS = Path(__file__).resolve().parent.parent.parent / "models" / "exact_density.safetensors"
 

@@ -27,7 +27,6 @@ from ...dg_core.statistics import compute_dtype
 from .inputs import require
 from .wrappers import without_guidance
 
-
 # Class names of the host's model samplings. The first one in the order of inheritance decides.
 MODEL_SAMPLINGS = {
     "EPS": VE,

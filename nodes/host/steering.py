@@ -23,6 +23,7 @@ from .masks import weights_of
 from .model_access import path_of, require_one_part
 from .wrappers import outermost
 
+
 def require_window(start_percent: float, end_percent: float) -> None:
     """Raise ValueError unless both are shares of the sampling, the first smaller than the second."""
     require_number("start_percent", start_percent, 0.0, 1.0)

@@ -6,23 +6,17 @@ where they leave the choice, the sampler euler.
 
 import comfy.samplers
 import numpy as np
-import scipy.linalg
 import scipy.optimize
 import torch
 from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
 
 from ..nodes import DensityGuidanceSampler
-from ..nodes.builtin import demo
-from ..training.demo_pictures import Pictures
-from ..testing.demo_runs import PICTURES, Demo, band_energy, png_bytes
+from ..testing.demo_runs import Demo, png_bytes
+from ..testing.held_out import HeldOut, composition_change, low_frequencies
 
 QUANTILE = 0.2  # of the guided run whose detail the others have to reach
-HELD_OUT_CROPS = 1024
 SEARCH_SEEDS, SEARCH_CALLS = 8, 7
 TOLERANCE = 0.002  # of the mean size
-BANDS = np.geomspace(0.03, 1.42, 9)  # radii, Nyquist = 1
-BOOTSTRAPS = 200
-LOW = 0.125  # radius below which a picture's composition is, Nyquist = 1
 
 
 def euler(_):
@@ -40,73 +34,22 @@ def ancestral(eta, s_noise=1.0):
 
 
 OWN = "Density Guidance Sampler, own solver"
-# name -> (what its strength is, the range to search, (demo, steps, strength) -> arguments of `Demo.run`)
+# name -> (the range of strengths to search, (demo, steps, strength) -> arguments of `Demo.run`); tables.py names the strengths
 RIVALS = {
-    "Density Guidance Sampler, euler": ("detail_shift", (0.0, 1.0), lambda demo, steps, v: {"sampler": guided(v)}),
-    OWN: ("detail_shift", (-0.2, 1.0), lambda demo, steps, v: {"sampler": guided(v, sampler=None)}),
-    "Epsilon Scaling": ("scaling_factor", (1.0, 1.5), lambda demo, steps, v: {
+    "Density Guidance Sampler, euler": ((0.0, 1.0), lambda demo, steps, v: {"sampler": guided(v)}),
+    OWN: ((-0.2, 1.0), lambda demo, steps, v: {"sampler": guided(v, sampler=None)}),
+    "Epsilon Scaling": ((1.0, 1.5), lambda demo, steps, v: {
         "sampler": euler, "model": EpsilonScaling.execute(demo.model, v)[0]}),
     # it fails on more than one picture at once
-    "TSR": ("tsr_k", (1.0, 0.1), lambda demo, steps, v: {
+    "TSR": ((1.0, 0.1), lambda demo, steps, v: {
         "sampler": euler, "batch": 1, "model": TemporalScoreRescaling.execute(demo.model, v, 1.0)[0]}),
-    "scaled starting noise": ("scale", (1.0, 2.0), lambda demo, steps, v: {
+    "scaled starting noise": ((1.0, 2.0), lambda demo, steps, v: {
         "sampler": euler, "noise": demo.noise(0.5, v)}),
-    "euler_ancestral, eta": ("eta", (0.0, 1.0), lambda demo, steps, v: {"sampler": ancestral(v)}),
-    "euler_ancestral, s_noise": ("s_noise", (0.8, 2.0), lambda demo, steps, v: {"sampler": ancestral(1.0, v)}),
+    "euler_ancestral, eta": ((0.0, 1.0), lambda demo, steps, v: {"sampler": ancestral(v)}),
+    "euler_ancestral, s_noise": ((0.8, 2.0), lambda demo, steps, v: {"sampler": ancestral(1.0, v)}),
     # two model calls a step: half as many steps
-    "raised CFG": ("cfg", (1.01, 10.0), lambda demo, steps, v: {"sampler": euler, "cfg": v, "steps": steps // 2}),
+    "raised CFG": ((1.01, 10.0), lambda demo, steps, v: {"sampler": euler, "cfg": v, "steps": steps // 2}),
 }
-
-
-FEATURES = len(BANDS) - 1 + 2 * 3
-
-
-def features(samples):
-    """Fixed numbers of pictures (n, 3, H, W) in [-1, 1], (n, FEATURES): texture by scale, and colour.
-
-    Logarithms of the energy in the bands of spatial frequency; mean and standard deviation of each channel.
-    """
-    bands = [band_energy(samples, low, high).log() for low, high in zip(BANDS, BANDS[1:])]
-    flat = samples.double().flatten(2)
-    return torch.cat([torch.stack(bands, 1), flat.mean(2), flat.std(2)], 1).numpy()
-
-
-def frechet(a, b):
-    """Frechet distance between Gaussians fitted to the rows of two arrays."""
-    means, covariances = zip(*((v.mean(0), np.cov(v, rowvar=False)) for v in (a, b)))
-    cross = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    return float(((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * cross))
-
-
-class HeldOut:
-    """Features of held-out pictures, scaled to unit variance, to measure the distance of others to them."""
-
-    def __init__(self, count=HELD_OUT_CROPS):
-        values = features(self.draw(True, count, 7))
-        self.pictures = len(Pictures(PICTURES, True).pictures)
-        self.mean, self.std = values.mean(0), values.std(0)
-        self.values = (values - self.mean) / self.std
-
-    @staticmethod
-    def draw(held_out, count, seed):
-        return Pictures(PICTURES, held_out).draw(count, demo.SIZE, torch.Generator().manual_seed(seed))[0]
-
-    def distance(self, samples):
-        """(Frechet distance, its standard deviation over bootstraps of the samples)."""
-        values = (features(samples) - self.mean) / self.std
-        drawn = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAPS, len(values)))
-        return frechet(values, self.values), float(np.std([frechet(values[i], self.values) for i in drawn]))
-
-
-def low_frequencies(samples):
-    """The pictures' composition: below the radius LOW."""
-    f = 2 * torch.fft.fftfreq(samples.shape[-1], dtype=torch.float64)
-    return torch.fft.ifft2(torch.fft.fft2(samples.double()) * (torch.hypot(f[:, None], f[None, :]) < LOW)).real
-
-
-def composition_change(samples, plain):
-    """Root mean square difference below the radius LOW between pairs of pictures."""
-    return float((low_frequencies(samples) - low_frequencies(plain)).square().mean().sqrt())
 
 
 def strength_for(size, target, low, high):
@@ -148,7 +91,7 @@ def compare(seeds, steps):
                 "composition": composition_change(samples, base[1])}
 
     rows = {"unguided, euler": row(None, plain_bytes, plain)}
-    for name, (_, search, arguments) in RIVALS.items():
+    for name, (search, arguments) in RIVALS.items():
         strength, slope = strength_for(lambda v: sizes(few, arguments(few, steps, v))[0].mean(), few_target, *search)
         size, samples = sizes(demo, arguments(demo, steps, strength))
         if slope is not None and abs(size.mean() / target - 1) > TOLERANCE:  # the few seeds of the search are not all
