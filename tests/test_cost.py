@@ -37,6 +37,7 @@ def ways():
     }
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("cfg", [1.0, 7.0])
 @SHAPES
 @MODELS
