@@ -121,7 +121,11 @@ def _test(options: argparse.Namespace, arguments: list[str]) -> int:
         runs = [[]]
     elif named and not any("mark.timing" in path.read_text(encoding="utf-8") for path in named if path.is_file()):
         runs.pop()
-    codes = {_wait_for([*pytest, *run], variables) for run in runs}
+    codes = set()
+    for run in runs:
+        codes.add(_wait_for([*pytest, *run], variables))
+        if not codes <= {0, 1, NOTHING_COLLECTED}:  # interrupted, or a wrong command line
+            break
     if len(codes) > 1:  # one of the two may have nothing to do
         codes -= {0, NOTHING_COLLECTED}
     if failed:

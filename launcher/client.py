@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 
 import aiohttp
@@ -46,24 +46,19 @@ class Progress:
 OnProgress = Callable[[Progress], object]
 
 
-def ignore(progress: Progress) -> None:
-    """Take no notice of the progress."""
-
-
 class Client:
     """One ComfyUI at `url`, such as http://127.0.0.1:8188."""
 
     def __init__(self, url: str):
         self.url = url
-        self._id = uuid.uuid4().hex  # ComfyUI sends the messages of a prompt to the client that queued it
-        self._workflows: dict[str, dict] = {}  # by prompt id
+        self._queued: dict[str, tuple[str, dict]] = {}  # prompt id: client id and workflow
 
-    def run(self, workflow: dict, on_progress: OnProgress = ignore, timeout: float = RUN_S) -> dict:
+    def run(self, workflow: dict, on_progress: OnProgress | None = None, timeout: float = RUN_S) -> dict:
         """Queue a workflow in API format, wait for it, and return its history entry.
 
         Raises: as `queue` and `wait`.
         """
-        return self._do(self._follow(lambda: self._queue(workflow), on_progress, timeout))
+        return self._do(self._follow(_new_id(), None, workflow, on_progress, timeout))
 
     def queue_many(self, workflows: Iterable[dict], timeout: float = RUN_S) -> list[dict]:
         """Queue all of them before the first has to finish, wait for each, and return their history entries in order.
@@ -80,13 +75,16 @@ class Client:
             ValueError: it is in the web page's format.
             ConnectionError: ComfyUI does not answer.
         """
-        return self._do(self._queue(workflow))
+        client_id = _new_id()
+        prompt_id = self._do(self._queue(workflow, client_id))
+        self._queued[prompt_id] = client_id, workflow
+        return prompt_id
 
-    def wait(self, prompt_id: str, on_progress: OnProgress = ignore, timeout: float = RUN_S) -> dict:
+    def wait(self, prompt_id: str, on_progress: OnProgress | None = None, timeout: float = RUN_S) -> dict:
         """Wait for a queued prompt and return its history entry.
 
         Args:
-            prompt_id: what `queue` returned.
+            prompt_id: what this client's `queue` returned.
             on_progress: called with every step, in another thread; it may use this client.
             timeout: seconds.
 
@@ -96,11 +94,8 @@ class Client:
             TimeoutError: it took longer (it goes on).
             ConnectionError: ComfyUI is gone.
         """
-
-        async def known() -> str:
-            return prompt_id
-
-        return self._do(self._follow(known, on_progress, timeout))
+        client_id, workflow = self._queued[prompt_id]
+        return self._do(self._follow(client_id, prompt_id, workflow, on_progress, timeout))
 
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Stop what runs now; with a prompt id, only if that is it."""
@@ -132,51 +127,62 @@ class Client:
     async def _request(self, path: str, body: dict | None = None) -> dict:
         """GET, or POST of a body; the answer's JSON, also that of a refusal."""
         limit = aiohttp.ClientTimeout(sock_connect=REQUEST_S, sock_read=REQUEST_S)
-        async with aiohttp.ClientSession(timeout=limit) as session:
-            async with session.request("GET" if body is None else "POST", self.url + path, json=body) as response:
-                text = await response.text()
+        method = "GET" if body is None else "POST"
+        async with (
+            aiohttp.ClientSession(timeout=limit) as session,
+            session.request(method, self.url + path, json=body) as response,
+        ):
+            text = await response.text()
         if not response.ok and response.status != 400:  # which is the answer to a workflow that it does not take
             raise WorkflowError(f"ComfyUI answered {response.status} to {path}: {text}")
         return json.loads(text) if text else {}
 
-    async def _queue(self, workflow: dict) -> str:
+    async def _queue(self, workflow: dict, client_id: str) -> str:
         if "nodes" in workflow and "links" in workflow:
             raise ValueError("This workflow is in the web page's format; what can be queued is its API format (Export (API)).")
-        answer = await self._request("/prompt", {"prompt": workflow, "client_id": self._id})
+        answer = await self._request("/prompt", {"prompt": workflow, "client_id": client_id})
         prompt_id = answer.get("prompt_id")
         if prompt_id and answer.get("node_errors"):  # ComfyUI runs the rest of it; half a result is no result
             await self._request("/queue", {"delete": [prompt_id]})
             await self._request("/interrupt", {"prompt_id": prompt_id})
         if not prompt_id or answer.get("node_errors"):
             raise WorkflowError(_refusal(answer))
-        self._workflows[prompt_id] = workflow
         return prompt_id
 
     async def _history(self, prompt_id: str) -> dict | None:
         return (await self._request(f"/history/{prompt_id}")).get(prompt_id)
 
-    async def _follow(self, queue: Callable[[], Awaitable[str]], on_progress: OnProgress, timeout: float) -> dict:
+    async def _follow(
+        self, client_id: str, prompt_id: str | None, workflow: dict, on_progress: OnProgress | None, timeout: float
+    ) -> dict:
+        """Listen as the client that queues the workflow, then queue it if it has no id yet: so no message is missed."""
         place = "it has not started"
         try:
             async with (
                 asyncio.timeout(timeout),
                 aiohttp.ClientSession() as session,
-                session.ws_connect(f"{self.url}/ws?clientId={self._id}", max_msg_size=0) as socket,
+                session.ws_connect(f"{self.url}/ws?clientId={client_id}", max_msg_size=0) as socket,
             ):
                 await socket.receive()  # ComfyUI's greeting: from now on the messages of prompts are heard
-                prompt_id = await queue()
+                prompt_id = prompt_id or await self._queue(workflow, client_id)
                 if entry := await self._history(prompt_id):  # it had finished before
                     return _checked(entry)
                 async for message in socket:
-                    progress = _progress(message, prompt_id, self._workflows.get(prompt_id, {}))
+                    progress = _progress(message, prompt_id, workflow)
                     if progress and progress.node_id is None:  # it executes no node any more, and its entry is written
                         return _checked(await self._history(prompt_id))
                     if progress:
                         place = f"it is in {progress}"
-                        await asyncio.to_thread(on_progress, progress)
+                        if on_progress:
+                            await asyncio.to_thread(on_progress, progress)
         except TimeoutError as error:
             raise TimeoutError(f"The workflow has not finished within {timeout:g} s: {place}.") from error
         raise ConnectionError("ComfyUI closed the connection before the workflow had finished.")
+
+
+def _new_id() -> str:
+    """ComfyUI sends the messages of a prompt to the client that queued it: one for each, so that no other's are heard."""
+    return uuid.uuid4().hex
 
 
 def node_outputs(entry: dict, class_type: str) -> list[dict]:

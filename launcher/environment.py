@@ -230,11 +230,9 @@ def _python_of(comfyui: Path) -> Path:
 def missing_test_tools(python: Path) -> list[str]:
     """The lines of requirements-dev.txt under "test tools" whose package this Python does not have, at any version."""
     lines = REQUIREMENTS.read_text(encoding="utf-8").split("# test tools")[1].split()
-    script = (
-        "import importlib.metadata as m, sys; have = {d.metadata['Name'].lower().replace('_', '-') for d in m.distributions()}\n"
-        "print(*[line for line in sys.argv[1:] if line.split('==')[0] not in have])"
-    )
-    return subprocess.run([str(python), "-c", script, *lines], capture_output=True, text=True).stdout.split()
+    installed = "import importlib.metadata as m; print(*[d.metadata['Name'].lower() for d in m.distributions()])"
+    have = subprocess.run([str(python), "-c", installed], capture_output=True, text=True).stdout.split()
+    return [line for line in lines if line.split("==")[0] not in have]
 
 
 def link_folder(target: Path, link: Path) -> None:

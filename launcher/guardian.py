@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -20,7 +21,9 @@ GRACE_S = 5.0  # to end by itself when asked to, before it is killed
 
 
 @contextlib.contextmanager
-def started(command: list[str], scratch: Path, folder: Path | None = None, log=subprocess.DEVNULL) -> Iterator[subprocess.Popen]:
+def started(
+    command: list[str], scratch: Path, folder: Path | None = None, log: IO | int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen]:
     """Run a command, and end it with all that it started when the `with` block or this process ends, however it ends.
 
     Args:

@@ -85,9 +85,7 @@ def test_web_page_format_is_told_apart(server):
 
 def test_failing_node_is_named(server):
     workflow = image_workflow("../outside")  # the host refuses to save outside its output folder
-    with pytest.raises(
-        WorkflowError, match=r"node 2 \(SaveImage\) failed: Exception: .*outside the output folder"
-    ) as failure:
+    with pytest.raises(WorkflowError, match=r"node 2 \(SaveImage\) failed: Exception: .*outside the output folder") as failure:
         server.client.run(workflow)
     assert "save_images" in failure.value.traceback
 
