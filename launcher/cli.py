@@ -23,7 +23,7 @@ BENCHMARKS = PACK / "benchmarks"
 NAME = "density_guidance"  # of the pack as a Python package
 NOTHING_COLLECTED = 5  # pytest's exit code
 END_S = 10.0  # for the tests to end when they are interrupted
-OF_ONE_RUN = re.compile(r"-[qvx]*[mns]|--(numprocesses|capture|pdb|trace|co)|.*no:xdist")
+OF_ONE_RUN = re.compile(r"-[qvx]*[mns]|--(numprocesses|capture|pdb|trace|collect-only|co$)|.*no:xdist")
 
 
 def main(arguments: list[str]) -> int:
@@ -115,10 +115,10 @@ def _test(options: argparse.Namespace, arguments: list[str]) -> int:
     named = [path for path in (Path(argument.split("::")[0]) for argument in arguments) if _is_test(path)]
     pytest = [*module, "pytest", "-c", str(TESTS / "pytest.ini"), "--rootdir", str(TESTS), *arguments]
     pytest += [] if named else [str(TESTS)]
-    pytest += [] if "no:xdist" in " ".join(arguments) else ["--dist", "loadgroup"]
-    runs = [["-n", "logical", "-m", "not timing"], ["-n", "0", "-m", "timing"]]
+    spread = ["--dist", "loadgroup"]  # see tests/conftest.py
+    runs = [["-n", "logical", *spread, "-m", "not timing"], ["-n", "0", "-m", "timing"]]
     if any(map(OF_ONE_RUN.match, arguments)):
-        runs = [[]]
+        runs = [spread if any(argument.startswith(("-n", "--numprocesses")) for argument in arguments) else []]
     elif named and not any("mark.timing" in path.read_text(encoding="utf-8") for path in named if path.is_file()):
         runs.pop()
     codes = set()

@@ -23,7 +23,9 @@ def pytest_configure(config):
     if not (COMFYUI / "main.py").is_file():
         run_py = PACK / "run.py"
         pytest.exit(f"There is no ComfyUI in {COMFYUI}. Run the tests with: python3 {run_py} test", returncode=4)
-    if config.getoption("dist", "no") == "no":  # otherwise this process only hands out the tests to others
+    if (
+        config.getoption("dist", "no") == "no" or config.option.collectonly
+    ):  # otherwise this process only hands out the tests to others
         in_process.import_host()
         in_process.import_pack()
 

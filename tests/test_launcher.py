@@ -174,7 +174,7 @@ def test_some_tests_run_as_they_are_asked_for(monkeypatch, arguments, count):
     commands, code = pytest_runs(monkeypatch, *arguments, codes=[0, 5])
     assert len(commands) == count and code == 0
     assert all(command[0] == "pytest" for command in commands)
-    assert ("--dist" in commands[0]) == ("no:xdist" not in arguments)
+    assert ("--dist" in commands[0]) == (count == 2 or "-n" in commands[0])
 
 
 @pytest.mark.parametrize(("codes", "code"), [((5, 5), 5), ((0, 5), 0), ((5, 0), 0), ((1, 5), 1), ((0, 1), 1), ((4,), 4)])
@@ -269,7 +269,7 @@ def tree(folder: Path) -> set[str]:
 def test_demo_in_a_comfyui_of_the_user(host_environment, tmp_path):
     """A real one with another pack: the contact sheets are made, the other not loaded, and nothing written into it."""
     original = host_environment.comfyui
-    comfyui = shutil.copytree(original, tmp_path / "ComfyUI", ignore=shutil.ignore_patterns("density-*", "__pycache__"))
+    comfyui = shutil.copytree(original, tmp_path / "ComfyUI", ignore=shutil.ignore_patterns("density-*"))
     other = comfyui / "custom_nodes" / "other"
     other.mkdir()
     (comfyui / "user").mkdir()  # with its database, once it was started
