@@ -2,7 +2,7 @@
 """The pack's commands, each complete in itself:
 
     python3 run.py demo [--comfyui PATH [--python PATH]] [--output DIR]
-    python3 run.py test [pytest arguments...]
+    python3 run.py test [--comfyui PATH [--python PATH]] [pytest arguments...]
     python3 run.py bench NAME
 
 Needs only Python 3.11 to 3.13 and a network connection to the package index on the first run.

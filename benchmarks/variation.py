@@ -183,9 +183,7 @@ def out_of_range(prediction):
 
 def measure():
     return {
-        "steps": STEPS, "strength": STRENGTH, "variations": VARIATIONS, "windows": {
-            name: by
-            for name, by in WINDOWS.items()},
+        "steps": STEPS, "strength": STRENGTH, "variations": VARIATIONS, "windows": WINDOWS,
         "kept": {p: kept(p) for p in PREDICTIONS},
         "host_samplers": {p: host_samplers(p) for p in ("eps", "flow")},
         "diversity": {p: diversity(p) for p in ("eps", "flow")},

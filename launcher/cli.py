@@ -6,27 +6,34 @@ Each command first makes sure of a ComfyUI with any Python, then goes on with th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
-from . import environment, existing
-from .environment import PACK, Environment
-from .errors import LauncherError
+from .environment import HOME, PACK, Environment, LauncherError, existing, link_folder, missing_test_tools, prepare
 
 TESTS = PACK / "tests"
 BENCHMARKS = PACK / "benchmarks"
+NAME = "density_guidance"  # of the pack as a Python package
+NOTHING_COLLECTED = 5  # pytest's exit code
+END_S = 10.0  # for the tests to end when they are interrupted
+OF_ONE_RUN = re.compile(r"-[qvx]*[mns]|--(numprocesses|capture|pdb|trace|collect-only|co$)|.*no:xdist")
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command and return its exit code."""
-    options, pytest_arguments = _parse(arguments)
-    _end_in_good_order_on_signals()
+    """Run one command and return its exit code; a wrong command line ends the program with a message."""
+    options, others = _parse(arguments)
+    for name in ("SIGTERM", "SIGHUP"):  # these should run the `finally` clauses too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     try:
-        return options.run(options, pytest_arguments)
+        return options.run(options, others)
     except LauncherError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
@@ -36,78 +43,37 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the arguments for pytest."""
     parser = argparse.ArgumentParser(prog="run.py", description="The pack's demo and tests, in a real ComfyUI.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="make a contact sheet of density levels", description=_demo.__doc__)
-    demo.add_argument(
-        "--comfyui", type=Path, metavar="PATH", help="use this ComfyUI (default: one is prepared in .host/)"
+    demo = commands.add_parser("demo", help="make contact sheets of density levels", description=_demo.__doc__)
+    demo.add_argument("--output", type=Path, default=PACK / "output", help="where the images go (default: output/)")
+    test = commands.add_parser(
+        "test", help="run checks and tests; what it does not know goes to pytest", description=_test.__doc__, allow_abbrev=False
     )
-    demo.add_argument(
-        "--python", type=Path, metavar="PATH", help="the Python that starts that ComfyUI (default: it is looked for)"
-    )
-    demo.add_argument(
-        "--output", type=Path, metavar="DIR", default=PACK / "output", help="where the pictures go (default: output/)"
-    )
-    demo.set_defaults(run=_demo)
-
-    commands.add_parser("test", help="run the tests; what follows goes to pytest")  # handled below
-
     bench = commands.add_parser("bench", help="run a benchmark of benchmarks/", description=_bench.__doc__)
     bench.add_argument("name", help="its file's name, without .py")
-    bench.set_defaults(run=_bench)
-
-    inner = commands.add_parser("bench-in-host-python")
-    inner.add_argument("name")
-    inner.set_defaults(run=_bench_in_host_python)
-
-    inner = commands.add_parser("demo-in-host-python")  # what _demo goes on with; no help, so not listed
-    inner.add_argument("comfyui", type=Path)
-    inner.add_argument("output", type=Path)
-    inner.add_argument("--guest", action="store_true")
-    inner.set_defaults(run=_demo_in_host_python)
-
-    if arguments[:1] == ["test"]:  # argparse would take pytest's own arguments apart
-        return argparse.Namespace(run=_test), arguments[1:]
-    options = parser.parse_args(arguments)
-    if options.run is _demo and options.python and not options.comfyui:
+    inner = commands.add_parser("in-host-python")  # what demo and bench go on with; no help, so not listed
+    inner.add_argument("arguments", nargs="+")
+    for command, run in ((demo, _demo), (test, _test), (bench, _bench), (inner, _in_host_python)):
+        command.set_defaults(run=run, comfyui=None, python=None)
+    for command in (demo, test):
+        command.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI (default: one made in .host/)")
+        command.add_argument("--python", type=Path, metavar="PATH", help="the Python that starts it (default: looked for)")
+    options, others = parser.parse_known_args(arguments)
+    if others and options.run is not _test:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if options.python and not options.comfyui:
         parser.error("--python goes with --comfyui: it is the Python that starts that ComfyUI")
-    return options, []
+    return options, others
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> int:
     """Start a ComfyUI, make 4 seeds by 5 density levels, and stop it again. Nothing is written into a ComfyUI given."""
-    if options.comfyui:
-        comfyui = existing.check_comfyui(options.comfyui)
-        where = Environment(comfyui, existing.find_python(comfyui, options.python))
-        guest, variables = ["--guest"], dict(os.environ)
-        output = _make_folder(options.output)
-    else:
-        output = _make_folder(options.output)
-        where = environment.prepare()
-        guest, variables = [], _without_pythonpath()
-    inner = ["demo-in-host-python", *guest, str(where.comfyui), str(output)]
-    return _go_on_with([str(where.python), str(PACK / "run.py"), *inner], variables)
-
-
-def _demo_in_host_python(options: argparse.Namespace, _: list[str]) -> int:
-    from .client import WorkflowError  # its packages are in ComfyUI's Python only
-    from .demo import run_demo
-
-    try:
-        run_demo(Environment(options.comfyui, Path(sys.executable)), options.output, options.guest)
-    except WorkflowError as error:
-        raise LauncherError(f"{error.traceback}{error}") from error
-    return 0
-
-
-def _test(_: argparse.Namespace, arguments: list[str]) -> int:
-    where = environment.prepare()
-    if not any(_is_test_path(argument) for argument in arguments):
-        arguments = [*arguments, str(TESTS)]
-    # -P and no PYTHONPATH: with the pack's root on sys.path its folder `nodes` would hide the host's module `nodes`
-    settings = ["-c", str(TESTS / "pytest.ini"), "--rootdir", str(TESTS)]
-    return _go_on_with([str(where.python), "-P", "-m", "pytest", *settings, *arguments], _without_pythonpath())
+    given = existing(options.comfyui, options.python) if options.comfyui else None
+    output = _make_folder(options.output)
+    where = given or prepare()
+    return _go_on(where, _variables(given), "demo", str(where.comfyui), str(output))
 
 
 def _bench(options: argparse.Namespace, _: list[str]) -> int:
@@ -115,58 +81,114 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
     if options.name not in names:
         raise LauncherError(f"there is no benchmark {options.name!r}; there are: {', '.join(names)}")
-    where = environment.prepare()
-    inner = ["bench-in-host-python", options.name]
-    return _go_on_with([str(where.python), str(PACK / "run.py"), *inner], _without_pythonpath())
+    return _go_on(prepare(), _variables(None), "bench", options.name)
 
 
-def _bench_in_host_python(options: argparse.Namespace, _: list[str]) -> int:
-    from importlib import import_module
-
-    from . import in_process  # torch is in ComfyUI's Python only
-
-    in_process.import_host()
-    in_process.import_pack()
-    import_module(f"{in_process.NAME}.benchmarks.{options.name}").main()
+def _in_host_python(options: argparse.Namespace, _: list[str]) -> int:
+    command, *arguments = options.arguments  # what they import is in ComfyUI's Python only
+    if command == "demo":
+        comfyui, output = map(Path, arguments)
+        import_module(".demo", __package__).run_demo(Environment(comfyui, Path(sys.executable)), output)
+    else:
+        in_process = import_module(".in_process", __package__)
+        in_process.import_host()
+        in_process.import_pack()
+        import_module(f"{NAME}.benchmarks.{arguments[0]}").main()
     return 0
+
+
+def _test(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Without arguments: ruff, mypy and all tests. With some, such as files of tests/ or -k: those tests. Tests run in as
+    many processes as there are cores, and those that measure time after them, in one; with -n, -m, -s, --pdb or
+    -p no:xdist in a single run, in one process unless -n says more. In a ComfyUI given: tests only; nothing is written
+    into it."""
+    given = existing(options.comfyui, options.python) if options.comfyui else None
+    if given and (missing := missing_test_tools(given.python)):
+        install = f"{given.python} -m pip install {' '.join(missing)}"
+        raise LauncherError(f"{given.python} lacks what the tests need. This helps: {install}")
+    where = given or prepare()
+    # -P: with the pack's root on sys.path its folder `nodes` would hide the host's module `nodes`
+    module = [str(where.python), "-P", "-m"]
+    variables = _variables(given) | {"DENSITY_GUIDANCE_COMFYUI": str(where.comfyui)}
+    failed = [] if given or arguments else _failed_checks(module, variables)
+
+    named = [path for path in (Path(argument.split("::")[0]) for argument in arguments) if _is_test(path)]
+    pytest = [*module, "pytest", "-c", str(TESTS / "pytest.ini"), "--rootdir", str(TESTS), *arguments]
+    pytest += [] if named else [str(TESTS)]
+    spread = ["--dist", "loadgroup"]  # see tests/conftest.py
+    runs = [["-n", "logical", *spread, "-m", "not timing"], ["-n", "0", "-m", "timing"]]
+    if any(map(OF_ONE_RUN.match, arguments)):
+        runs = [spread if any(argument.startswith(("-n", "--numprocesses")) for argument in arguments) else []]
+    elif named and not any("mark.timing" in path.read_text(encoding="utf-8") for path in named if path.is_file()):
+        runs.pop()
+    codes = set()
+    for run in runs:
+        codes.add(_wait_for([*pytest, *run], variables))
+        if not codes <= {0, 1, NOTHING_COLLECTED}:  # interrupted, or a wrong command line
+            break
+    if len(codes) > 1:  # one of the two may have nothing to do
+        codes -= {0, NOTHING_COLLECTED}
+    if failed:
+        print(f"Failed: {', '.join(failed)}", file=sys.stderr)
+    return max(codes, default=0) or int(bool(failed))
+
+
+def _failed_checks(module: list[str], variables: dict[str, str]) -> list[str]:
+    """Run formatter and type checker, and return the names of those that found something."""
+    with tempfile.TemporaryDirectory() as folder:  # where the pack has a package's name, as in ComfyUI it need not have
+        link_folder(PACK, Path(folder, NAME))
+        packages = [argument for room in ("dg_core", "nodes") for argument in ("-p", f"{NAME}.{room}")]
+        settings = ["--config-file", str(PACK / "pyproject.toml"), "--cache-dir", str(HOME / "mypy_cache")]
+        checks = {
+            "ruff check": (["ruff", "check", "."], PACK),
+            "ruff format": (["ruff", "format", "--check", "."], PACK),
+            "mypy": (["mypy", *settings, *packages], folder),
+        }
+        return [name for name, (command, place) in checks.items() if _wait_for([*module, *command], variables, place)]
+
+
+def _is_test(path: Path) -> bool:
+    return path.exists() and path.resolve().is_relative_to(TESTS)
 
 
 def _make_folder(output: Path) -> Path:
     """Make it and see that files can be written there, before the long part."""
     try:
         output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        raise LauncherError(f"--output {output}: no folder can be made there ({error.strerror}).") from error
-    try:
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise LauncherError(f"--output {output}: nothing can be written there ({error.strerror}).") from error
+        raise LauncherError(f"--output {output}: images cannot be saved there ({error.strerror}).") from error
     return output.resolve()
 
 
-def _without_pythonpath() -> dict[str, str]:
-    """The environment less PYTHONPATH: what it names was not made for .host/."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-
-def _is_test_path(argument: str) -> bool:
-    path = Path(argument.split("::")[0]).resolve()
-    return path.is_relative_to(TESTS) and path.exists()
-
-
-def _go_on_with(command: list[str], variables: dict[str, str]) -> int:
-    """Go on as another program, with its exit code as this one's."""
+def _variables(given: Environment | None) -> dict[str, str]:
+    """The environment for ComfyUI's Python."""
     # Threads that spin while they wait make everything crawl on a machine that does something else too.
-    variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    variables = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
+    if given:
+        variables["PYTHONDONTWRITEBYTECODE"] = "1"  # nothing is written into it
+    else:
+        variables.pop("PYTHONPATH", None)  # what it names was not made for .host/
+    return variables
+
+
+def _go_on(where: Environment, variables: dict[str, str], *arguments: str) -> int:
+    """Go on in ComfyUI's Python, with its exit code as this one's."""
+    command = [str(where.python), str(PACK / "run.py"), "in-host-python", *arguments]
     sys.stdout.flush()
     if os.name == "nt":  # exec does not wait there
-        return subprocess.run(command, env=variables).returncode
+        return _wait_for(command, variables)
     os.execve(command[0], command, variables)
 
 
-def _end_in_good_order_on_signals() -> None:
-    """What ends a program without a word should run its `finally` clauses too."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+def _wait_for(command: list[str], variables: dict[str, str], folder: Path | str | None = None) -> int:
+    sys.stdout.flush()
+    with subprocess.Popen(command, env=variables, cwd=folder) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # of which the terminal has told it as well
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)
+            raise
+        finally:
+            process.terminate()  # if it has not ended

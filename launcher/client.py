@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
 
 import aiohttp
 
 RUN_S = 600.0
 REQUEST_S = 60.0
-POLL_S = 0.5  # the history is looked at this often even if no message comes
 
 
 class WorkflowError(Exception):
@@ -47,15 +43,7 @@ class Progress:
         return f"{self.name}, step {self.step}/{self.steps}" if self.steps else self.name
 
 
-@dataclass(frozen=True)
-class _Queued:
-    """A workflow, and the client that ComfyUI sends its messages to: one of its own, so that no other's are heard."""
-
-    workflow: dict
-    client_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[Progress], object]
 
 
 class Client:
@@ -63,17 +51,14 @@ class Client:
 
     def __init__(self, url: str):
         self.url = url
-        self._queued: dict[str, _Queued] = {}  # by prompt id
-        # the address is this machine's own: proxy settings are not for it
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._queued: dict[str, tuple[str, dict]] = {}  # prompt id: client id and workflow
 
     def run(self, workflow: dict, on_progress: OnProgress | None = None, timeout: float = RUN_S) -> dict:
         """Queue a workflow in API format, wait for it, and return its history entry.
 
         Raises: as `queue` and `wait`.
         """
-        queued = _Queued(workflow)
-        return _checked(self._follow(queued, lambda: self._queue(queued), on_progress, timeout))
+        return self._do(self._follow(_new_id(), None, workflow, on_progress, timeout))
 
     def queue_many(self, workflows: Iterable[dict], timeout: float = RUN_S) -> list[dict]:
         """Queue all of them before the first has to finish, wait for each, and return their history entries in order.
@@ -88,95 +73,116 @@ class Client:
         Raises:
             WorkflowError: ComfyUI refuses it, or would leave out a part of it.
             ValueError: it is in the web page's format.
+            ConnectionError: ComfyUI does not answer.
         """
-        return self._queue(_Queued(workflow))
+        client_id = _new_id()
+        prompt_id = self._do(self._queue(workflow, client_id))
+        self._queued[prompt_id] = client_id, workflow
+        return prompt_id
 
     def wait(self, prompt_id: str, on_progress: OnProgress | None = None, timeout: float = RUN_S) -> dict:
-        """Wait for a queued prompt and return its history entry; `on_progress` is called with every step.
+        """Wait for a queued prompt and return its history entry.
+
+        Args:
+            prompt_id: what this client's `queue` returned.
+            on_progress: called with every step, in another thread; it may use this client.
+            timeout: seconds.
 
         Raises:
             WorkflowError: a node failed.
             WorkflowInterrupted: it was interrupted.
-            TimeoutError: it took longer than `timeout` seconds (it goes on).
+            TimeoutError: it took longer (it goes on).
             ConnectionError: ComfyUI is gone.
         """
-        queued = self._queued.get(prompt_id, _Queued({}))
-        return _checked(self.history(prompt_id) or self._follow(queued, lambda: prompt_id, on_progress, timeout))
+        client_id, workflow = self._queued[prompt_id]
+        return self._do(self._follow(client_id, prompt_id, workflow, on_progress, timeout))
 
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Stop what runs now; with a prompt id, only if that is it."""
-        self._request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
+        self._do(self._request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {}))
 
     def history(self, prompt_id: str) -> dict | None:
         """A finished prompt's entry (`prompt`, `outputs`, `status`); None while it has not finished."""
-        return self._request(f"/history/{prompt_id}").get(prompt_id)
+        return self._do(self._history(prompt_id))
 
     def object_info(self) -> dict[str, dict]:
         """Every node class that ComfyUI knows, by its id."""
-        return self._request("/object_info")
+        return self.get("/object_info")
 
-    def _queue(self, queued: _Queued) -> str:
-        workflow = queued.workflow
-        if "nodes" in workflow and "links" in workflow:
-            raise ValueError(
-                "This workflow is in the web page's format; what can be queued is its API format (Export (API))."
-            )
-        answer = self._request("/prompt", {"prompt": workflow, "client_id": queued.client_id})
-        if "prompt_id" not in answer:
-            raise WorkflowError(_refusal(answer))
-        prompt_id = answer["prompt_id"]
-        if answer.get("node_errors"):  # ComfyUI runs the rest of it; half a result is no result
-            self._request("/queue", {"delete": [prompt_id]})
-            self.interrupt(prompt_id)
-            raise WorkflowError(_refusal(answer))
-        self._queued[prompt_id] = queued
-        return prompt_id
+    def get(self, path: str) -> dict:
+        """The JSON that ComfyUI has at a path.
 
-    def _follow(
-        self, queued: _Queued, queue: Callable[[], str], on_progress: OnProgress | None, timeout: float
-    ) -> dict:
+        Raises:
+            WorkflowError: it has nothing there.
+            ConnectionError: it does not answer.
+        """
+        return self._do(self._request(path))
+
+    def _do(self, work: Coroutine):
         try:
-            return asyncio.run(self._listen(queued, queue, on_progress or (lambda progress: None), timeout))
+            return asyncio.run(work)
         except aiohttp.ClientError as error:
             raise ConnectionError(f"ComfyUI does not answer at {self.url}: {error}") from error
 
-    async def _listen(self, queued: _Queued, queue: Callable[[], str], on_progress: OnProgress, timeout: float) -> dict:
-        give_up = time.monotonic() + timeout
-        last = "it has not started"
-        address = f"{self.url.replace('http', 'ws', 1)}/ws?clientId={queued.client_id}"
-        async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
-            await _receive(socket, REQUEST_S)  # ComfyUI's greeting: from now on the prompt's messages will be heard
-            prompt_id = queue()
-            while True:
-                try:
-                    message = await _receive(socket, POLL_S)
-                    is_last = _is_last(message, prompt_id)
-                except asyncio.TimeoutError:
-                    message, is_last = {}, True  # perhaps: the last one may have come before this connection was made
-                if progress := _progress(message, prompt_id, queued.workflow):
-                    last = f"it is in {progress}"
-                    on_progress(progress)
-                if is_last and (entry := self.history(prompt_id)):
-                    return entry
-                if time.monotonic() > give_up:
-                    raise TimeoutError(f"The workflow has not finished within {timeout:g} s: {last}.")
-
-    def _request(self, path: str, body: dict | None = None) -> dict:
+    async def _request(self, path: str, body: dict | None = None) -> dict:
         """GET, or POST of a body; the answer's JSON, also that of a refusal."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with self._opener.open(request, timeout=REQUEST_S) as response:
-                text = response.read()
-        except urllib.error.HTTPError as error:
-            text = error.read()
-            if error.code != 400:
-                raise WorkflowError(
-                    f"ComfyUI answered {error.code} to {path}: {text.decode(errors='replace')}"
-                ) from error
-        except urllib.error.URLError as error:
-            raise ConnectionError(f"ComfyUI does not answer at {self.url}: {error.reason}") from error
+        limit = aiohttp.ClientTimeout(sock_connect=REQUEST_S, sock_read=REQUEST_S)
+        method = "GET" if body is None else "POST"
+        async with (
+            aiohttp.ClientSession(timeout=limit) as session,
+            session.request(method, self.url + path, json=body) as response,
+        ):
+            text = await response.text()
+        if not response.ok and response.status != 400:  # which is the answer to a workflow that it does not take
+            raise WorkflowError(f"ComfyUI answered {response.status} to {path}: {text}")
         return json.loads(text) if text else {}
+
+    async def _queue(self, workflow: dict, client_id: str) -> str:
+        if "nodes" in workflow and "links" in workflow:
+            raise ValueError("This workflow is in the web page's format; what can be queued is its API format (Export (API)).")
+        answer = await self._request("/prompt", {"prompt": workflow, "client_id": client_id})
+        prompt_id = answer.get("prompt_id")
+        if prompt_id and answer.get("node_errors"):  # ComfyUI runs the rest of it; half a result is no result
+            await self._request("/queue", {"delete": [prompt_id]})
+            await self._request("/interrupt", {"prompt_id": prompt_id})
+        if not prompt_id or answer.get("node_errors"):
+            raise WorkflowError(_refusal(answer))
+        return prompt_id
+
+    async def _history(self, prompt_id: str) -> dict | None:
+        return (await self._request(f"/history/{prompt_id}")).get(prompt_id)
+
+    async def _follow(
+        self, client_id: str, prompt_id: str | None, workflow: dict, on_progress: OnProgress | None, timeout: float
+    ) -> dict:
+        """Listen as the client that queues the workflow, then queue it if it has no id yet: so no message is missed."""
+        place = "it has not started"
+        try:
+            async with (
+                asyncio.timeout(timeout),
+                aiohttp.ClientSession() as session,
+                session.ws_connect(f"{self.url}/ws?clientId={client_id}", max_msg_size=0) as socket,
+            ):
+                await socket.receive()  # ComfyUI's greeting: from now on the messages of prompts are heard
+                prompt_id = prompt_id or await self._queue(workflow, client_id)
+                if entry := await self._history(prompt_id):  # it had finished before
+                    return _checked(entry)
+                async for message in socket:
+                    progress = _progress(message, prompt_id, workflow)
+                    if progress and progress.node_id is None:  # it executes no node any more, and its entry is written
+                        return _checked(await self._history(prompt_id))
+                    if progress:
+                        place = f"it is in {progress}"
+                        if on_progress:
+                            await asyncio.to_thread(on_progress, progress)
+        except TimeoutError as error:
+            raise TimeoutError(f"The workflow has not finished within {timeout:g} s: {place}.") from error
+        raise ConnectionError("ComfyUI closed the connection before the workflow had finished.")
+
+
+def _new_id() -> str:
+    """ComfyUI sends the messages of a prompt to the client that queued it: one for each, so that no other's are heard."""
+    return uuid.uuid4().hex
 
 
 def node_outputs(entry: dict, class_type: str) -> list[dict]:
@@ -197,33 +203,16 @@ def _checked(entry: dict) -> dict:
     return entry
 
 
-async def _receive(socket: aiohttp.ClientWebSocketResponse, timeout: float) -> dict:
-    """The next message; previews, which come as binary messages, as an empty one."""
-    message = await socket.receive(timeout)
-    if message.type in (
-        aiohttp.WSMsgType.CLOSE,
-        aiohttp.WSMsgType.CLOSING,
-        aiohttp.WSMsgType.CLOSED,
-        aiohttp.WSMsgType.ERROR,
-    ):
-        raise ConnectionError("ComfyUI closed the connection before the workflow had finished.")
-    return message.json() if message.type == aiohttp.WSMsgType.TEXT else {}
-
-
-def _is_last(message: dict, prompt_id: str) -> bool:
-    """What ComfyUI sends when a run is over, its history entry written: that it executes no node any more."""
-    data = message.get("data", {})
-    return message.get("type") == "executing" and data.get("node") is None and data.get("prompt_id") == prompt_id
-
-
-def _progress(message: dict, prompt_id: str, workflow: dict) -> Progress | None:
-    data = message.get("data", {})
-    node_id = data.get("node")  # None in the last message
-    if message.get("type") not in ("executing", "progress") or data.get("prompt_id") != prompt_id or node_id is None:
+def _progress(message: aiohttp.WSMessage, prompt_id: str, workflow: dict) -> Progress | None:
+    """What a message says of that prompt; None if nothing."""
+    if message.type != aiohttp.WSMsgType.TEXT:  # a preview
         return None
-    node = workflow.get(node_id, {})
-    name = node.get("_meta", {}).get("title") or node.get("class_type") or f"node {node_id}"
-    return Progress(node_id, name, data.get("value", 0), data.get("max", 0))
+    kind, data = (message.json().get(key) for key in ("type", "data"))
+    if kind not in ("executing", "progress") or data.get("prompt_id") != prompt_id:
+        return None
+    node = workflow.get(data["node"], {})
+    name = node.get("_meta", {}).get("title") or node.get("class_type") or f"node {data['node']}"
+    return Progress(data["node"], name, data.get("value", 0), data.get("max", 0))
 
 
 def _refusal(answer: dict) -> str:

@@ -4,43 +4,42 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 
-from .client import node_outputs
-from .environment import PACK, Environment
-from .errors import LauncherError
+from .client import Progress, WorkflowError, node_outputs
+from .environment import PACK, Environment, LauncherError
 from .host import running_host
-from .progress import ProgressLine
 
 # of the trained model and of the one whose density is known exactly
 WORKFLOWS = [PACK / "workflows" / "api" / name for name in ("trained_detail.json", "detail_sweep.json")]
 SHEET = "DensityContactSheet"
+PARTS = 4  # lines of progress for each node
 
 
-def run_demo(where: Environment, output: Path, guest: bool) -> None:
+def run_demo(where: Environment, output: Path) -> None:
     """Start ComfyUI, queue the workflows, show their progress, end ComfyUI, print the tables.
 
     Args:
+        where: the ComfyUI.
         output: folder for the contact sheets.
-        guest: the ComfyUI is the user's.
 
     Raises:
-        LauncherError: ComfyUI did not start, or ended while it ran.
-        WorkflowError: a node failed.
+        LauncherError: ComfyUI did not start, or ended while it ran, or a node failed.
     """
     start = time.monotonic()
     print(f"Starting ComfyUI ({where.comfyui}) ...", flush=True)
     tables, sheets = [], []
-    with running_host(where, output, guest) as host:
+    with running_host(where, output) as host:
         print(f"It answers at {host.client.url} after {time.monotonic() - start:.0f} s.")
         for path in WORKFLOWS:
-            print(f"Queued {path.name}:")
-            with closing(ProgressLine()) as show:
-                try:
-                    entry = host.client.run(json.loads(path.read_text(encoding="utf-8")), show)
-                except ConnectionError as error:
-                    raise LauncherError(f"{error}\nThe end of ComfyUI's log:\n{host.log_tail()}") from error
+            print(f"Queued {path.name}:", flush=True)
+            try:
+                entry = host.client.run(json.loads(path.read_text(encoding="utf-8")), progress_printer())
+            except ConnectionError as error:
+                raise LauncherError(f"{error}\nThe end of ComfyUI's log:\n{host.log_tail()}") from error
+            except WorkflowError as error:
+                raise LauncherError(f"{error.traceback}{error}") from error
             tables += [sheet["table"][0] for sheet in node_outputs(entry, SHEET)]
             sheets += [file for file in host.saved_files(entry) if file.is_file()]
     print(f"ComfyUI has ended. All of it took {time.monotonic() - start:.0f} s.\n")
@@ -49,14 +48,27 @@ def run_demo(where: Environment, output: Path, guest: bool) -> None:
     print("Contact sheets:", *sheets, sep="\n")
 
 
+def progress_printer() -> Callable[[Progress], None]:
+    """A function that prints a line for each node of a run, and for each quarter of its steps."""
+    told = None
+
+    def show(progress: Progress) -> None:
+        nonlocal told
+        part = (progress.node_id, progress.step * PARTS // progress.steps if progress.steps else 0)
+        if part != told:
+            print(f"  {progress}", flush=True)
+        told = part
+
+    return show
+
+
 def table_text(table: dict) -> str:
     """The table of bits per dimension as text: a row for each density level, a column for each seed, and the mean.
 
     Args:
         table: {"rows": [{"label": ..., "bits_per_dim": [a number for each column]}, ...], "columns": [label, ...]}
     """
-    head = ["bits per dimension", *table["columns"], "mean"]
-    lines = [head]
+    lines = [["bits per dimension", *table["columns"], "mean"]]
     for row in table["rows"]:
         bits = row["bits_per_dim"]
         lines.append([row["label"], *(f"{value:.3f}" for value in (*bits, sum(bits) / len(bits)))])

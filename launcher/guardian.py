@@ -1,49 +1,70 @@
-"""Runs a command, and ends it with all that it started as soon as standard input closes.
+"""Processes that end with the one that started them, whatever ends that one.
 
-    python guardian.py SCRATCH COMMAND [ARGUMENT...]
-
-The launcher holds the other end of standard input. The operating system closes that end when the launcher ends,
-whatever ends it (kill -9 too), so neither ComfyUI nor its temporary folder SCRATCH outlives it. This is a script of its
-own, run with the Python of ComfyUI: it imports nothing of the pack.
+What `started` runs, and all that it starts in turn, inherits an environment variable with the name of its temporary folder:
+so it is found again, also where its own parent is gone. For the case that the launcher is killed, a guardian (this file as a
+script: `guardian.py SCRATCH`) waits at the other end of a pipe, which the operating system closes then.
 """
 
+import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
 
-GRACE_S = 5.0  # for ComfyUI to end by itself, before it is killed
+import psutil
 
-
-def main() -> None:
-    scratch, command = sys.argv[1], sys.argv[2:]
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    launcher_is_gone = threading.Event()
-    threading.Thread(target=_end_with_launcher, args=(child, launcher_is_gone), daemon=True).start()
-    print(f"ComfyUI ended with exit code {child.wait()}", flush=True)
-    if launcher_is_gone.is_set():  # otherwise it may still want to read the log
-        shutil.rmtree(scratch, ignore_errors=True)
-    if os.name != "nt":
-        os.killpg(os.getpgrp(), signal.SIGKILL)  # what the command may have left behind, and this process with it
+MARK = "DENSITY_GUIDANCE_SCRATCH"
+GRACE_S = 5.0  # to end by itself when asked to, before it is killed
 
 
-def _end_with_launcher(child: subprocess.Popen, launcher_is_gone: threading.Event) -> None:
-    os.read(0, 1)  # returns when the launcher closes its end, or is gone
-    launcher_is_gone.set()
-    if os.name == "nt":  # it has no process groups: while their parent lives, its children can be found
-        import psutil  # one of ComfyUI's requirements
+@contextlib.contextmanager
+def started(
+    command: list[str], scratch: Path, folder: Path | None = None, log: IO | int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen]:
+    """Run a command, and end it with all that it started when the `with` block or this process ends, however it ends.
 
-        for process in psutil.Process().children(recursive=True):
-            process.kill()
-        return
-    child.send_signal(signal.SIGINT)  # as Ctrl-C would
+    Args:
+        command: program and arguments.
+        scratch: its temporary folder, no other command's. Removed at the end.
+        folder: where it runs.
+        log: an open file for its output.
+
+    Raises:
+        OSError: the program cannot be started.
+    """
+    # safe-path mode would keep a script from importing the modules beside it
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"} | {MARK: str(scratch)}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+    # sessions of their own, so that Ctrl-C reaches this process alone, which ends them in good order
+    guardian = subprocess.Popen([sys.executable, __file__, str(scratch)], stdin=subprocess.PIPE, start_new_session=True)
+    with guardian, subprocess.Popen(command, cwd=folder, env=variables, start_new_session=True, **streams) as process:
+        try:
+            yield process
+        finally:
+            end_all(scratch)
+
+
+def end_all(scratch: Path) -> None:
+    """End every process whose environment names `scratch`; returns when they are gone."""
+    for how in ("terminate", "kill", "kill"):  # again, for what one may have started while it ended
+        processes = [process for process in psutil.process_iter() if _is_marked(process, scratch)]
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                getattr(process, how)()
+        psutil.wait_procs(processes, GRACE_S)
+
+
+def _is_marked(process: psutil.Process, scratch: Path) -> bool:
     try:
-        child.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
+        return process.environ().get(MARK) == str(scratch)
+    except (psutil.Error, OSError):  # it is another user's, or has ended
+        return False
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdin.read()  # returns when the launcher closes its end, or is gone
+    end_all(Path(sys.argv[1]))
+    shutil.rmtree(sys.argv[1], ignore_errors=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
-from .environment import PACK
+from .environment import HOME, PACK
 
-COMFYUI = PACK / ".host" / "ComfyUI"
+# `run.py test --comfyui PATH` sets it
+COMFYUI = Path(os.environ.get("DENSITY_GUIDANCE_COMFYUI", HOME / "ComfyUI"))
 NAME = "density_guidance"
 
 
@@ -24,7 +26,7 @@ def import_host():
 
 
 def import_pack():
-    """Load the pack by path, as the host does, under the name `density_guidance`."""
+    """Load the pack by path, as the host does, under the name `density_guidance`, and return its module."""
     spec = importlib.util.spec_from_file_location(NAME, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     sys.modules[NAME] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

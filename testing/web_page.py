@@ -12,8 +12,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,7 +19,7 @@ from pathlib import Path
 
 import aiohttp
 
-from ..launcher import guardian
+from ..launcher.guardian import started
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # A fresh profile asks its maker's servers for this and that: nothing of it is wanted here.
@@ -31,7 +29,6 @@ QUIET = (
     "--hide-scrollbars", "--remote-debugging-port=0",
 )
 START_S = 60.0
-STOP_S = 15.0
 ANSWER_S = 60.0
 
 # The page is usable once it knows the nodes and has loaded its first graph.
@@ -112,14 +109,7 @@ async def _chromium(size: tuple[int, int]) -> AsyncIterator[str]:
         command = [program, *QUIET, f"--user-data-dir={profile}", "--window-size={},{}".format(*size)]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--no-sandbox")  # it does not start for root with one
-        process = subprocess.Popen(
-            [sys.executable, guardian.__file__, profile, *command, "about:blank"],
-            stdin=subprocess.PIPE,  # held open: the guardian ends Chromium when it closes, also when this is killed
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
+        with started([*command, "about:blank"], Path(profile)) as process:
             port_file = Path(profile, "DevToolsActivePort")  # written when it listens
             give_up = time.monotonic() + START_S
             while not (port_file.is_file() and port_file.read_text().count("\n")):
@@ -130,9 +120,6 @@ async def _chromium(size: tuple[int, int]) -> AsyncIterator[str]:
             async with aiohttp.ClientSession() as session, session.get(address) as answer:
                 tabs = await answer.json()
             yield next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
-        finally:
-            process.stdin.close()
-            process.wait(STOP_S)
 
 
 @contextlib.asynccontextmanager

@@ -19,13 +19,37 @@ sys.path.remove(str(PACK))  # its folder `nodes` would hide the host's module `n
 COMFYUI = in_process.COMFYUI
 
 
-def pytest_configure():
+def pytest_configure(config):
     if not (COMFYUI / "main.py").is_file():
-        pytest.exit(
-            f"There is no ComfyUI in {COMFYUI}. Run the tests with: python3 {PACK / 'run.py'} test", returncode=4
-        )
-    in_process.import_host()
-    in_process.import_pack()
+        run_py = PACK / "run.py"
+        pytest.exit(f"There is no ComfyUI in {COMFYUI}. Run the tests with: python3 {run_py} test", returncode=4)
+    if (
+        config.getoption("dist", "no") == "no" or config.option.collectonly
+    ):  # otherwise this process only hands out the tests to others
+        in_process.import_host()
+        in_process.import_pack()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of the server go to one process, so that one is started, not one for each process."""
+    for item in items:
+        if "server" in item.fixturenames and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("server"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Other tests go to the processes by files, as they share what is costly within a file."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByGroupOrFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid):
+            return super()._split_scope(nodeid).split("::")[0]
+
+    return ByGroupOrFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

