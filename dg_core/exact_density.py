@@ -1,4 +1,4 @@
-"""A density over small pictures that is known exactly at every noise level.
+"""A density over small images that is known exactly at every noise level.
 
 A mixture of K low-rank Gaussians in the orthonormal DCT domain, all with the same texture spectrum:
 
@@ -6,7 +6,7 @@ A mixture of K low-rank Gaussians in the orthonormal DCT domain, all with the sa
 
 Adding noise of level s adds s^2 to `lam`, so log p_s, score, Laplacian and Hessian products have closed forms
 (Woodbury identity) at any s >= 0. Dropping the high DCT frequencies of the mixture gives the exact marginal at a
-smaller picture size, so one file serves all sizes.
+smaller image size, so one file serves all sizes.
 
 symbol      name              meaning
 y, s        y, s              VE coordinates, see `schedule`
@@ -19,24 +19,28 @@ M_k         -                 I + W_k P W_k^T, the r x r matrix of the Woodbury 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import scipy.fft
 import torch
 from safetensors import safe_open
 
+# VE noise levels, one for each image or one for all
+Levels = torch.Tensor | float
+
 BAND_EDGES = (0, 1.5, 2.5, 3.5, 4.5, 6, 8, 10, 13, 16, 20, 24, 28, 32, 38, 46, 56, 72, 100)
 CHANNELS = 3
 
 
 @lru_cache
-def _dct_matrix(n, dtype, device):
+def _dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     matrix = scipy.fft.dct(np.eye(n), axis=0, norm="ortho")
     with torch.inference_mode(False):  # the host's nodes run in it, and a cached inference tensor fails in autograd
         return torch.from_numpy(matrix).to(device, dtype, copy=True)
 
 
-def dct(x):
+def dct(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal DCT-II over channels, rows and columns: (..., C, H, W) -> (..., C, H, W)."""
     for dim in (-3, -2, -1):
         matrix = _dct_matrix(x.shape[dim], x.dtype, x.device)
@@ -44,7 +48,7 @@ def dct(x):
     return x
 
 
-def idct(c):
+def idct(c: torch.Tensor) -> torch.Tensor:
     """Inverse of `dct`."""
     for dim in (-3, -2, -1):
         matrix = _dct_matrix(c.shape[dim], c.dtype, c.device)
@@ -52,7 +56,7 @@ def idct(c):
     return c
 
 
-def band_index(size):
+def band_index(size: int) -> torch.Tensor:
     """Band number of every DCT coefficient, by radial frequency and channel: (C, size, size), int64."""
     f = torch.arange(size, dtype=torch.float64)
     radius = torch.hypot(f[:, None], f[None, :]).contiguous()
@@ -71,8 +75,17 @@ class _NoiseLevel:
     log_det: torch.Tensor  # (B, K)
 
 
+@dataclass
+class _Evaluation:
+    c: torch.Tensor  # (B, D)
+    level: _NoiseLevel
+    a: torch.Tensor  # (B, K, r): M_k^-1 W_k P (c - m_k)
+    resp: torch.Tensor  # (B, K): posterior weights of the components
+    log_prob: torch.Tensor  # (B,)
+
+
 class ExactDensity:
-    """Exact log p_s and its derivatives for pictures of `size` x `size` x 3, flattened DCT inside.
+    """Exact log p_s and its derivatives for images of `size` x `size` x 3, flattened DCT inside.
 
     Every method takes y (B, 3, size, size) in VE coordinates, s (B,) or a float, and optional `weights` (B, K)
     that replace the mixture weights (rows need not be normalised; a zero removes a component, a row of zeros leaves the
@@ -82,7 +95,9 @@ class ExactDensity:
     Raises ValueError where y is not (B, 3, size, size), or s or weights do not fit it.
     """
 
-    def __init__(self, log_weights, means, factors, band_variance, size):
+    def __init__(
+        self, log_weights: torch.Tensor, means: torch.Tensor, factors: torch.Tensor, band_variance: torch.Tensor, size: int
+    ):
         """Tables in latent units: log_weights (K,), means (K, 3, N, N), factors (K, r, 3, L, L), band_variance (J,).
 
         `size` must be at most N. Factors cover the lowest L frequencies; they are cut or zero-padded to `size`.
@@ -91,7 +106,7 @@ class ExactDensity:
         if not 8 <= size <= full:
             raise ValueError(f"size is {size}; the density has sizes from 8 to {full}")
         low = min(size, factors.shape[-1])
-        # An orthonormal DCT coefficient of a picture grows with its size.
+        # An orthonormal DCT coefficient of a image grows with its size.
         scale = size / full
         index = band_index(size)
         self.size, self.low = size, low
@@ -104,7 +119,7 @@ class ExactDensity:
         self.low_slots = torch.arange(index.numel()).view(index.shape)[:, :low, :low].flatten()
         self._sum_bands()
 
-    def _sum_bands(self):
+    def _sum_bands(self) -> None:
         """Sums over the coefficients of each band, so that nothing of size D depends on both k and s."""
         bands = self.band_variance.numel()
         self.band_count = torch.bincount(self.index, minlength=bands).to(self.means)  # (J,)
@@ -120,22 +135,23 @@ class ExactDensity:
         ])
 
     @classmethod
-    def load(cls, path, size):
+    def load(cls, path: str | Path, size: int) -> "ExactDensity":
         """Read the tables from a safetensors file."""
         with safe_open(path, framework="pt") as f:
             return cls(f.get_tensor("log_weights"), f.get_tensor("means"), f.get_tensor("factors"),
                        f.get_tensor("band_variance"), size)
 
     @property
-    def components(self):
+    def components(self) -> int:
+        """K."""
         return self.log_weights.numel()
 
     @property
-    def dim(self):
-        """D, the number of elements of one picture."""
+    def dim(self) -> int:
+        """D, the number of elements of one image."""
         return self.index.numel()
 
-    def to(self, device=None, dtype=None):
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "ExactDensity":
         """A copy with its tables on `device`, in `dtype`."""
         other = object.__new__(ExactDensity)
         for name, value in vars(self).items():
@@ -144,7 +160,7 @@ class ExactDensity:
             setattr(other, name, value)
         return other
 
-    def one_hot(self, component):
+    def one_hot(self, component: int) -> torch.Tensor:
         """Weights (1, K) that leave one component: a single Gaussian."""
         if not 0 <= component < self.components:
             raise ValueError(f"component is {component}; the density has components 0 to {self.components - 1}")
@@ -152,26 +168,26 @@ class ExactDensity:
 
     # --- exact quantities -------------------------------------------------------------------------------------
 
-    def log_prob(self, y, s, weights=None):
+    def log_prob(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """log p_s(y) in nats, (B,)."""
         return self._evaluate(y, s, weights).log_prob.to(y.dtype)
 
-    def bits_per_dim(self, y, s, weights=None):
+    def bits_per_dim(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """-log2 p_s(y) / D, (B,): larger means more detail."""
         return -self.log_prob(y, s, weights) / (self.dim * math.log(2))
 
-    def score(self, y, s, weights=None):
+    def score(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """grad log p_s(y), shape of y."""
         e = self._evaluate(y, s, weights)
-        return self._picture(self._mean_gradient(e, e.resp), y)
+        return self._image(self._mean_gradient(e, e.resp), y)
 
-    def denoised(self, y, s, weights=None):
+    def denoised(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """E[x0 | y] = y + s^2 score (Tweedie), shape of y."""
         e = self._evaluate(y, s, weights)
         s2 = self._levels(y, s).square()[:, None]
-        return self._picture(e.c + s2 * self._mean_gradient(e, e.resp), y)
+        return self._image(e.c + s2 * self._mean_gradient(e, e.resp), y)
 
-    def laplacian(self, y, s, weights=None):
+    def laplacian(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Laplacian of log p_s at y, (B,)."""
         e = self._evaluate(y, s, weights)
         p2 = e.level.band_precision.square()
@@ -185,7 +201,9 @@ class ExactDensity:
         score = self._mean_gradient(e, e.resp)
         return ((e.resp * (trace + gradient_energy)).sum(1) - score.square().sum(1)).to(y.dtype)
 
-    def hessian_product(self, y, s, v, weights=None):
+    def hessian_product(
+        self, y: torch.Tensor, s: Levels, v: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """H v with H the Hessian of log p_s at y; v and the result have the shape of y."""
         e = self._evaluate(y, s, weights)
         vc = dct(v.to(self.means)).flatten(1)
@@ -195,9 +213,11 @@ class ExactDensity:
         slope = -(((p * vc * e.c).sum(1))[:, None] - (p * vc) @ self.means.T - (wv * e.a).sum(-1))  # g_k . v
         between = self._mean_gradient(e, e.resp * slope)
         score = self._mean_gradient(e, e.resp)
-        return self._picture(within + between - score * (score * vc).sum(1, keepdim=True), v)
+        return self._image(within + between - score * (score * vc).sum(1, keepdim=True), v)
 
-    def sample(self, count, s, generator, weights=None):
+    def sample(
+        self, count: int, s: float, generator: torch.Generator, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`count` exact draws from p_s, (count, 3, size, size), in the tables' dtype; `generator` is on the CPU."""
         w = (self.log_weights.exp() if weights is None else weights[0]).cpu()
         k = torch.multinomial(w, count, replacement=True, generator=generator)
@@ -209,15 +229,7 @@ class ExactDensity:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    @dataclass
-    class _Evaluation:
-        c: torch.Tensor  # (B, D)
-        level: _NoiseLevel
-        a: torch.Tensor  # (B, K, r): M_k^-1 W_k P (c - m_k)
-        resp: torch.Tensor  # (B, K): posterior weights of the components
-        log_prob: torch.Tensor  # (B,)
-
-    def _evaluate(self, y, s, weights):
+    def _evaluate(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None) -> _Evaluation:
         if y.ndim != 4 or tuple(y.shape[1:]) != (CHANNELS, self.size, self.size):
             raise ValueError(
                 f"y has shape {tuple(y.shape)}; this density is defined on (B, {CHANNELS}, {self.size}, {self.size})")
@@ -238,16 +250,16 @@ class ExactDensity:
         distance = ((pc * c).sum(1)[:, None] - 2 * pc @ self.means.T + level.band_precision @ self.mean_energy.T
                     - (u * a).sum(-1))
         joint = log_w - 0.5 * (distance + level.log_det + self.dim * math.log(2 * math.pi))
-        return self._Evaluation(c, level, a, joint.softmax(1), joint.logsumexp(1))
+        return _Evaluation(c, level, a, joint.softmax(1), joint.logsumexp(1))
 
-    def _levels(self, y, s):
+    def _levels(self, y: torch.Tensor, s: Levels) -> torch.Tensor:
         s = torch.as_tensor(s, dtype=self.means.dtype, device=self.means.device)
         if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(y))):
             raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} "
                              "images")
         return s.expand(len(y)) if s.ndim == 0 or len(s) == 1 else s
 
-    def _noise_level(self, s):
+    def _noise_level(self, s: torch.Tensor) -> _NoiseLevel:
         levels, which = s.unique(return_inverse=True)
         variance = self.band_variance + levels.square()[:, None]  # (S, J)
         p = 1 / variance
@@ -258,20 +270,20 @@ class ExactDensity:
         m_inv = torch.cholesky_inverse(chol)
         return _NoiseLevel(p[:, self.index][which], p[which], m_inv[which], log_det[which])
 
-    def _project(self, c):
+    def _project(self, c: torch.Tensor) -> torch.Tensor:
         """W_k c of every component: (B, D) -> (B, K, r)."""
         k, r, _ = self.factors.shape
         return (c[:, self.low_slots] @ self.factors.flatten(0, 1).T).view(-1, k, r)
 
-    def _expand(self, coefficients):
+    def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
         """sum_k W_k^T coefficients_k: (B, K, r) -> (B, D)."""
         low = coefficients.flatten(1) @ self.factors.flatten(0, 1)
         return low.new_zeros(len(low), self.dim).index_copy(1, self.low_slots, low)
 
-    def _mean_gradient(self, e, weights):
+    def _mean_gradient(self, e: _Evaluation, weights: torch.Tensor) -> torch.Tensor:
         """sum_k weights_k grad log N_k, (B, D) in the DCT domain."""
         centred = weights.sum(1, keepdim=True) * e.c - weights @ self.means
         return e.level.precision * (self._expand(weights[..., None] * e.a) - centred)
 
-    def _picture(self, c, like):
+    def _image(self, c: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return idct(c.view(-1, CHANNELS, self.size, self.size)).to(like.dtype)

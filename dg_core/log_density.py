@@ -12,7 +12,7 @@ Source of the rate: arXiv 2502.05807, section 4; the form above and the end: der
 
 symbol     name         unit
 Dhat       -            Jacobian of denoised with respect to y, see `divergence`
-tr Dhat    trace        1; between 0 (noise rules) and D (the picture rules)
+tr Dhat    trace        1; between 0 (noise rules) and D (the image rules)
 log p      log_prob     nats of one image; log p_y = log p_u + D ln cos(theta)
 """
 

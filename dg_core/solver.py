@@ -126,11 +126,11 @@ def solve(
     u, theta = x / levels[0].scale, levels[0].theta  # the corrected state at the previous node
     denoised, drift = x, torch.zeros_like(x[:1])
     for i, level in enumerate(levels[:-1]):
-        raised = [] if noise is None else noise.raised_levels(schedule, i)
+        raised = noise.raised_levels(schedule, i) if noise is not None else []
         if i and level.sigma == levels[i - 1].sigma:  # the state is still the same, and so is the evaluation
             if callback is not None:
                 callback(i, x, denoised)
-        elif not raised or noise.evaluates_before:
+        elif noise is None or not raised or noise.evaluates_before:
             denoised = model(x, level.sigma)
             flow.add(x, denoised, level, i)
             if i:
@@ -144,8 +144,9 @@ def solve(
             u, theta, drift = x / level.scale, level.theta, torch.zeros_like(x[:1])
             if callback is not None:
                 callback(i, x, flow.denoised_at(level.theta))
-        for s in raised:
-            u, theta, denoised = jump(flow, model, noise, schedule, i, u, theta, s)
+        if noise is not None:
+            for s in raised:
+                u, theta, denoised = jump(flow, model, noise, schedule, i, u, theta, s)
         after = levels[i + 1]
         if after.sigma == 0:
             # The prediction was made before the correction: keep its eps and move with the state.

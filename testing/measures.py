@@ -33,7 +33,7 @@ def exact_divergence(sampler, model):
     """The same sampler with the exact trace in place of probes."""
     density, path = model.model.density, path_of(model.model.model_sampling)
     mean = (density.log_weights.exp() / density.log_weights.exp().sum())[None] @ density.means
-    pure = density._picture(mean, mean.float()).float()
+    pure = density._image(mean, mean.float()).float()
 
     def evaluate(x, sigma, call):
         alpha, s = path.alpha(sigma), path.s(sigma)
