@@ -1,6 +1,7 @@
-"""What a score alignment check found, in words and as a picture."""
+"""What a score alignment check found, in words and as a plot."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -8,13 +9,16 @@ import torch
 from ..dg_core.alignment import SCALE_RANGE, lost_at
 from .host.plots import figure_image
 
+if TYPE_CHECKING:
+    from .score_alignment import Check, CheckSettings
+
 ROWS = 8  # of the profile in the report
 ENOUGH_STEPS = 30
 GAP = 0.1  # of the cosines of both ways, above what few steps and probes leave on a model that is a score
-LEGEND = 8  # images with a label of their own in the picture
+LEGEND = 8  # images with a label of their own in the image
 
 
-def verdict(check):
+def verdict(check: "Check") -> str:
     """One sentence."""
     good = check.final_cosine > 0
     if not check.final_cosine.isfinite().all():
@@ -26,7 +30,9 @@ def verdict(check):
     return f"Not aligned for image {_images(~good)}: use density guidance, not scaling."
 
 
-def text(check, settings, dim, scales, response):
+def text(
+    check: "Check", settings: "CheckSettings", dim: int, scales: torch.Tensor, response: torch.Tensor
+) -> str:
     """The report: verdict, numbers of each image, profile, cost, advice."""
     lines = [verdict(check), ""]
     for i, cosine in enumerate(check.final_cosine.tolist()):
@@ -66,28 +72,28 @@ def text(check, settings, dim, scales, response):
     return "\n".join(lines)
 
 
-def _scale_words(shift, scale):
+def _scale_words(shift: float, scale: float) -> str:
     if math.isnan(scale):
         return "no scale: not aligned"
     end = ", the limit: the wanted shift is out of reach" if scale in SCALE_RANGE else ""
     return f"noise scale {scale:.4f} for {shift:+g} bits per dimension{end}"
 
 
-def _profile(check, cosine):
+def _profile(check: "Check", cosine: torch.Tensor) -> list[str]:
     rows = sorted({round(i) for i in np.linspace(0, len(cosine) - 1, ROWS)})
     return [f"  log-SNR {check.log_snr[i]:+6.2f}: " + " ".join(f"{v:+.3f}" for v in cosine[i].tolist()) for i in rows]
 
 
-def _images(chosen):
+def _images(chosen: torch.Tensor) -> str:
     return ", ".join(str(i) for i in torch.nonzero(chosen)[:, 0].tolist())
 
 
-def plot(check):
+def plot(check: "Check") -> torch.Tensor:
     """Cosine against log-SNR as an IMAGE (1, H, W, 3), see `figure_image`."""
     return figure_image(lambda figure: _draw(check, figure.add_subplot()))
 
 
-def _draw(check, axes):
+def _draw(check: "Check", axes: Any) -> None:
     axes.axhspan(-1.05, 0, color="tab:red", alpha=0.08)
     axes.axhline(0, color="black", linewidth=0.8)
     shown = [i for i, v in enumerate(check.log_snr) if math.isfinite(v)]
@@ -102,7 +108,7 @@ def _draw(check, axes):
     if len(x) == 1:
         axes.set_xlim(x[0] - 5, x[0] + 1)
     axes.set_ylim(-1.05, 1.05)
-    axes.set_xlabel("log-SNR (noise on the left, picture on the right)")
+    axes.set_xlabel("log-SNR (noise on the left, image on the right)")
     axes.set_ylabel("cosine: above 0, scaling works")
     good = (check.final_cosine > 0).all()
     axes.set_title(verdict(check), fontsize=11, color="darkgreen" if good else "darkred", wrap=True)

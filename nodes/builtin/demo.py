@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import comfy.model_base
 import comfy.model_management
@@ -14,10 +15,10 @@ from .pixels import CHANNELS, PixelLatent, pixel_vae
 
 WEIGHTS = Path(__file__).resolve().parent.parent.parent / "models" / "demo_model.safetensors"
 SIZE = 64  # pixels
-SCALE = 2.0  # gives the pictures nearly unit variance
+SCALE = 2.0  # gives the images nearly unit variance
 CONTEXT_DIM = 128
 # Arguments of the host's `UNetModel`, the architecture of Stable Diffusion.
-UNETS = {
+UNETS: dict[str, dict[str, Any]] = {
     "small": {"model_channels": 32, "channel_mult": [1, 2, 4, 8], "num_res_blocks": [1, 1, 1, 1]},
     "large": {"model_channels": 64, "channel_mult": [1, 2, 3, 4], "num_res_blocks": [2, 2, 2, 2]},
 }
@@ -25,14 +26,16 @@ ATTENTION = [0, 0, 1, 1]  # transformer blocks by level: at 16 x 16 and 8 x 8
 
 
 class _Config(comfy.supported_models_base.BASE):
-    unet_extra_config = {}
-    # Up to sigma 139. Stable Diffusion's end at 14.6, where the mean colour of a picture still shows: noise has none, and what
+    unet_extra_config: dict[str, Any] = {}
+    # Up to sigma 139. Stable Diffusion's end at 14.6, where the mean colour of a image still shows: noise has none, and what
     # is sampled from it comes out grey.
     sampling_settings = {"linear_end": 0.024}
     memory_usage_factor = 0.5
 
 
-def network(size, dtype=torch.float32, compute_dtype=None):
+def network(
+    size: str, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
+) -> comfy.model_base.BaseModel:
     """A `BaseModel` of the host with an untrained UNet.
 
     size: a key of `UNETS`. compute_dtype: where the weights, of `dtype`, are cast for computing.
@@ -51,7 +54,9 @@ def network(size, dtype=torch.float32, compute_dtype=None):
     return comfy.model_base.BaseModel(config, comfy.model_base.ModelType.V_PREDICTION)
 
 
-def load(dtype=torch.float32, compute_dtype=None):
+def load(
+    dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
+) -> tuple[comfy.model_patcher.ModelPatcher, Any, list[str], torch.Tensor]:
     """(ModelPatcher, VAE, class names, context tokens (classes + 1, 1, CONTEXT_DIM); the last asks for no class).
 
     dtype, compute_dtype: see `network`. Raises FileNotFoundError where the pack lacks the weights.

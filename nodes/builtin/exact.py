@@ -1,7 +1,9 @@
 """The exact density as a model of the host: `BaseModel`, latent format and VAE, in three parameterisations."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import comfy.model_base
 import comfy.model_management
@@ -19,7 +21,7 @@ from .pixels import PixelLatent, pixel_vae
 
 WEIGHTS = Path(__file__).resolve().parent.parent.parent / "models" / "exact_density.safetensors"
 
-# Noise levels that surround all scales of the density: texture 0.5, pictures apart by 100 (at 32 x 32), in latent units.
+# Noise levels that surround all scales of the density: texture 0.5, images apart by 100 (at 32 x 32), in latent units.
 SIGMA_MIN, SIGMA_MAX = 0.1, 160.0
 FLOW_SHIFT = 3.0
 # A table of 1000 would end at s = 0.003, a hundred times below the finest texture: steps without an effect.
@@ -38,13 +40,13 @@ class _Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling
     pass
 
 
-def _continuous(cls):
+def _continuous(cls: type) -> Any:
     sampling = cls()
     sampling.set_parameters(SIGMA_MIN, SIGMA_MAX, sigma_data=1.0)
     return sampling
 
 
-def _flow():
+def _flow() -> Any:
     sampling = _Flow()
     sampling.set_parameters(shift=FLOW_SHIFT, timesteps=FLOW_TIMESTEPS)
     return sampling
@@ -63,18 +65,21 @@ class ExactDensityNetwork(torch.nn.Module):
 
     dtype = torch.float32
 
-    def __init__(self, density, prediction):
+    def __init__(self, density: ExactDensity, prediction: str):
         super().__init__()
         self.prediction = prediction
         self._tables = {torch.device("cpu"): density}
 
-    def density_on(self, device):
+    def density_on(self, device: torch.device) -> ExactDensity:
         """The density's tables on `device`; in float64 wherever the device has it."""
         if device not in self._tables:
             self._tables[device] = self._tables[torch.device("cpu")].to(device, sum_dtype(device))
         return self._tables[device]
 
-    def forward(self, x, timesteps, context=None, **_):
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None, **_: Any
+    ) -> torch.Tensor:
+        """The network's output (B, 3, size, size) for the host's input and timesteps (B,); context: (B, 1, K) weights."""
         density = self.density_on(x.device)
         wide = density.means.dtype
         t = timesteps.to(wide)
@@ -98,7 +103,7 @@ class ExactDensityNetwork(torch.nn.Module):
 class ExactDensityModel(comfy.model_base.BaseModel):
     """A model of the host whose density is known: `density` is it."""
 
-    def __init__(self, density, prediction, latent_format):
+    def __init__(self, density: ExactDensity, prediction: str, latent_format: PixelLatent):
         config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
         config.latent_format = latent_format
         config.memory_usage_factor = 0.1
@@ -108,7 +113,8 @@ class ExactDensityModel(comfy.model_base.BaseModel):
         self.diffusion_model = ExactDensityNetwork(density, prediction)
         self.density = density
 
-    def extra_conds(self, **kwargs):
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """As the host's; raises ValueError for a latent of another shape, or another sampling patched in."""
         expected = (CHANNELS, self.density.size, self.density.size)
         shape = tuple(kwargs["noise"].shape[1:])
         _require_shape(shape, expected)
@@ -120,14 +126,14 @@ class ExactDensityModel(comfy.model_base.BaseModel):
         return super().extra_conds(**kwargs)
 
 
-def _require_shape(shape, expected):
+def _require_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if shape != expected:
         raise ValueError(
             f"the latent has {' x '.join(map(str, shape))} elements per image; this exact-density model takes "
             f"{' x '.join(map(str, expected))}: use the latent output of its loader, or load the model at that size")
 
 
-def load(prediction, size):
+def load(prediction: str, size: int) -> tuple[comfy.model_patcher.ModelPatcher, Any]:
     """(ModelPatcher, VAE) of the exact density."""
     with safe_open(WEIGHTS, framework="pt") as f:
         latent_format = PixelLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
@@ -137,7 +143,9 @@ def load(prediction, size):
     return patcher, pixel_vae()
 
 
-def read(model, samples, sigmas, weights=None):
+def read(
+    model: Any, samples: torch.Tensor, sigmas: Sequence[float], weights: torch.Tensor | None = None
+) -> list[float]:
     """Exact bits per dimension of a latent that a sampler returned, at the last of `sigmas`: a list of floats.
 
     The host divides what a flow model returns by alpha, so `samples` are VE coordinates for every prediction type.

@@ -1,6 +1,8 @@
-"""Latents that are pictures: the latent format and the VAE of the built-in models."""
+"""Latents that are images: the latent format and the VAE of the built-in models."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
@@ -10,17 +12,18 @@ from ...dg_core.exact_density import CHANNELS
 
 
 class PixelLatent(comfy.latent_formats.LatentFormat):
-    """Pictures in [-1, 1], centred and scaled."""
+    """Images in [-1, 1], centred and scaled."""
 
     latent_channels = CHANNELS
 
-    def __init__(self, shift=(0.0,) * CHANNELS, scale=1.0):
+    def __init__(self, shift: Sequence[float] = (0.0,) * CHANNELS, scale: float = 1.0):
         self.scale_factor = scale
         self._shift = torch.tensor(shift).view(1, -1, 1, 1)
         self.latent_rgb_factors = (torch.eye(CHANNELS) / scale).tolist()
         self.latent_rgb_factors_bias = list(shift)
 
-    def process_in(self, latent):
+    def process_in(self, latent: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) from -1 to 1 -> the model's latent, (B, 3, H, W). Raises ValueError for other channels."""
         if latent.ndim != 4 or latent.shape[1] != CHANNELS:
             shape = " x ".join(map(str, latent.shape[1:]))
             raise ValueError(
@@ -28,11 +31,12 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
                 "latent output of its loader, or encode with its vae")
         return (latent - self._shift.to(latent)) * self.scale_factor
 
-    def process_out(self, latent):
+    def process_out(self, latent: torch.Tensor) -> torch.Tensor:
+        """The inverse of `process_in`."""
         return latent / self.scale_factor + self._shift.to(latent)
 
 
-def pixel_vae():
+def pixel_vae() -> Any:
     """The host's VAE for latents that are pixels; `PixelVAE` where the host has none yet."""
     if find_spec("comfy.pixel_space_convert") is None:
         return PixelVAE()
@@ -42,10 +46,10 @@ def pixel_vae():
 class PixelVAE:
     """What VAEDecode and VAEEncode need of a VAE whose latents are pixels."""
 
-    def decode(self, samples):
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, height, width) from -1 to 1 -> images (B, height, width, 3) from 0 to 1."""
         return ((samples + 1) / 2).clamp(0, 1).movedim(1, -1)
 
-    def encode(self, images):
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
         """The inverse of `decode`."""
         return images.movedim(-1, 1)[:, :3] * 2 - 1

@@ -143,12 +143,16 @@ class _Work(comfy.samplers.Sampler):
         self._function, self._calls = function, calls
         self.result: Any = None
 
-    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, guider: Any, sigmas: torch.Tensor, extra_args: dict[str, Any], callback: Callable[..., None] | None,
+        noise: torch.Tensor, latent_image: torch.Tensor, denoise_mask: torch.Tensor | None = None, disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        """As the host's `Sampler.sample`; returns the latent as it came."""
         # Derivatives do not exist in inference mode, in which the host runs nodes.
         with torch.inference_mode(False), torch.no_grad():
             x, noise = (v.to(compute_dtype(v.dtype), copy=True) for v in (latent_image, noise))
             with tqdm(total=self._calls, disable=disable_pbar) as bar:
-                def expect(calls):
+                def expect(calls: int) -> None:
                     self._calls = bar.total = calls
 
                 predict = Predict(guider, extra_args, len(x), self._shown(callback, bar))
@@ -156,8 +160,8 @@ class _Work(comfy.samplers.Sampler):
                 self.result = self._function(GuiderModel(x, noise, path_of(sampling), sampling, predict, expect))
         return x
 
-    def _shown(self, callback, bar):
-        def show(x, denoised):
+    def _shown(self, callback: Callable[..., None] | None, bar: tqdm) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        def show(x: torch.Tensor, denoised: torch.Tensor) -> None:
             step = min(bar.n, self._calls - 1)
             bar.update(bar.n < self._calls)
             if callback is not None:
@@ -284,11 +288,13 @@ class Predict:
         return denoised
 
 
-def _sliced_attention(_, query, key, value, heads, mask=None, *args, **kwargs):
+def _sliced_attention(
+    _: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, mask: torch.Tensor | None = None,
+    *args: Any, **kwargs: Any,
+) -> torch.Tensor:
     """The host's attention for some queries at a time, (B, N, heads * d) or (B, heads, N, d): see `_SCORES`."""
     tokens = max(1, _SCORES * query.numel() // (len(query) * heads * key.shape[-2]))
     queries = query.split(tokens, -2)
-    by_query = mask is not None and mask.shape[-2] == query.shape[-2]
-    masks = mask.split(tokens, -2) if by_query else [mask] * len(queries)
+    masks = [mask] * len(queries) if mask is None or mask.shape[-2] != query.shape[-2] else mask.split(tokens, -2)
     return torch.cat([attention.attention_pytorch(part, key, value, heads, m, *args, **kwargs)
                       for part, m in zip(queries, masks)], -2)

@@ -130,10 +130,10 @@ def control_of(
             "Density guidance: quantile %g with detail_shift %g asks for an image smoother than the peak of a density; "
             "guided to %g bits per dimension, the most that can be reached.",
             quantile, detail_shift, SMOOTHEST)
-    like = {"dtype": compute_dtype(latent.dtype), "device": latent.device}
     single = weights is None and not settings.per_image
-    gain = gains[0][0] if single else torch.tensor([gain for gain, _ in gains], **like)
-    return Control(steps, gain, weights, None if curve is None else torch.tensor(curve, **like))
+    like = latent.new_empty((), dtype=compute_dtype(latent.dtype))
+    gain = gains[0][0] if single else like.new_tensor([gain for gain, _ in gains])
+    return Control(steps, gain, weights, None if curve is None else like.new_tensor(curve))
 
 
 class _GuidePrediction:
@@ -144,14 +144,16 @@ class _GuidePrediction:
         self.unguided: torch.Tensor | None = None
         self.guided: torch.Tensor | None = None
 
-    def __call__(self, executor, x, sigma, *args, **kwargs):
+    def __call__(
+        self, executor: Callable[..., torch.Tensor], x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         self.unguided = executor(x, sigma, *args, **kwargs)
         self.guided = guided_prediction(self._control, self._path, x, self.unguided, sigma)
         return self.guided
 
-    def preview(self, denoised):
+    def preview(self, denoised: torch.Tensor) -> torch.Tensor:
         """The unguided counterpart of the prediction that a sampler reports."""
-        if self.guided is None:
+        if self.guided is None or self.unguided is None:
             return denoised
         if denoised is self.guided:
             unguided, self.unguided, self.guided = self.unguided, None, None  # memory for the next step
@@ -161,8 +163,11 @@ class _GuidePrediction:
         return denoised + (change if self._mask is None else change * self._mask)
 
 
-def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-               *args, **kwargs):
+def run_guided(
+    settings: GuidanceSettings, sample: Callable[..., torch.Tensor], guider: Any, sigmas: torch.Tensor, extra_args: dict[str, Any],
+    callback: Callable[..., None] | None, noise: torch.Tensor, latent_image: torch.Tensor | None = None,
+    denoise_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any,
+) -> torch.Tensor:
     """Call `sample`, a `Sampler.sample` or an executor of it, with guidance of all that the guider predicts.
 
     Post-CFG functions would come too early: some guiders combine predictions after those. Neutral settings, or a window
@@ -180,11 +185,15 @@ def run_guided(settings, sample, guider, sigmas, extra_args, callback, noise, la
     for sentence in advice(name_of(sampler), guider.model_options):
         logging.warning("Density guidance: %s.", sentence)
     guide = _GuidePrediction(control, schedule.path, mask)
-    show = callback and (lambda step, denoised, x, total: callback(step, guide.preview(denoised), x, total))
+
+    def show(step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
+        if callback is not None:
+            callback(step, guide.preview(denoised), x, total)
+
     options = guider.model_options
     guider.model_options = outermost(options, comfy.patcher_extension.WrappersMP.PREDICT_NOISE, guide)
     try:
-        return sample(guider, sigmas, extra_args, show, noise, latent_image, denoise_mask, *args, **kwargs)
+        return sample(guider, sigmas, extra_args, callback and show, noise, latent_image, denoise_mask, *args, **kwargs)
     finally:
         guider.model_options = options
 
@@ -196,7 +205,7 @@ class GuidedSampler(comfy.samplers.Sampler):
         self.sampler = sampler
         self.settings = settings
 
-    def sample(self, *args, **kwargs):
+    def sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See `run_guided`."""
         return run_guided(self.settings, self.sampler.sample, *args, **kwargs)
 
