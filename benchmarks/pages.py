@@ -9,8 +9,6 @@ import json
 from io import StringIO
 from pathlib import Path
 
-from cogapp import Cog
-
 from . import tables
 
 PACK = Path(__file__).resolve().parent.parent
@@ -31,6 +29,8 @@ def pages():
 
 def render(path):
     """The text of a page with every table made anew."""
+    from cogapp import Cog  # a tool of the developers': what only measures does without
+
     cog, text = Cog(), StringIO()
 
     def show(markdown):
