@@ -17,15 +17,15 @@ from tqdm.auto import tqdm
 from ...dg_core import control, solver
 from ...dg_core.schedule import Coordinates, coordinates_of
 from ...dg_core.statistics import compute_dtype, dimension, region_of
-from ...dg_core.units import require_number
+from .inputs import CURVE, DETAIL_SHIFTS, LEVELS, MASK, QUANTILES, WINDOW, check_fields
 
 WRAPPER_KEY = "density_guidance"
 
 
 def require_window(start_percent, end_percent):
     """Raise ValueError unless both are shares of the sampling, the first smaller than the second."""
-    require_number("start_percent", start_percent, 0.0, 1.0)
-    require_number("end_percent", end_percent, 0.0, 1.0)
+    for declared, value in zip(WINDOW, (start_percent, end_percent)):
+        declared.check(value)
     if start_percent >= end_percent:
         raise ValueError(
             f"start_percent is {start_percent} and end_percent is {end_percent}; "
@@ -58,10 +58,6 @@ def range_of_percents(model_sampling, sigmas, coordinates, start_percent, end_pe
         sigmas, coordinates, model_sampling.percent_to_sigma(start_percent), model_sampling.percent_to_sigma(end_percent))
 
 
-QUANTILES = (0.001, 0.999)
-DETAIL_SHIFTS = (-2.0, 2.0)
-
-
 @dataclass(frozen=True)
 class GuidanceSettings:
     """The inputs that the guidance nodes share. Raises ValueError, naming the input, where one is out of range."""
@@ -76,14 +72,9 @@ class GuidanceSettings:
     curve: tuple[float, ...] | None = None  # strength from the beginning to the end of the guided range
 
     def __post_init__(self):
-        require_number("quantile", self.quantile, *QUANTILES)
-        require_number("detail_shift", self.detail_shift, *DETAIL_SHIFTS)
-        for i, value in enumerate(self.quantiles or ()):
-            require_number(f"quantiles, for image {i},", value, *QUANTILES)
-        for i, value in enumerate(self.detail_shifts or ()):
-            require_number(f"detail_shifts, for image {i},", value, *DETAIL_SHIFTS)
+        check_fields(self, (*LEVELS, QUANTILES, DETAIL_SHIFTS, MASK, CURVE))
         if self.curve is not None:
-            control.strength_curve([require_number("curve", v, 0.0, math.inf) for v in self.curve])
+            control.strength_curve(self.curve)
         require_window(self.start_percent, self.end_percent)
 
     @property
