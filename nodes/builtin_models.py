@@ -10,8 +10,8 @@ from .host.inputs import CATEGORY, Choice, Floats, Socket, Whole, samples_of, sc
 CLASSES = ["paving", "snow", "rock", "undergrowth", "grass", "sand", "earth"]  # in the order of the weights' file
 ANY = "any"
 PREDICTION = Choice(
-    "prediction", "Which kind of model it pretends to be: eps (like SD1.5, SDXL), v (like SD2) or flow (like SD3, Flux). The density "
-    "is the same.", options=tuple(exact.PREDICTIONS), default="flow", neutral="any")
+    "prediction", "Which kind of model it pretends to be: eps (like SD1.5, SDXL), v (like SD2) or flow (like SD3, Flux). The "
+    "density is the same.", options=tuple(exact.PREDICTIONS), default="flow", neutral="any")
 SIZE = Choice("size", "Width and height of the images, in pixels.", options=("64", "48", "32"), default="64")
 COMPONENT = Whole(
     "component", "Number of the emoji, of 128, that the conditioning asks for, like a prompt. -1 asks for all.",
@@ -30,8 +30,8 @@ class LoadExactDensityModel(io.ComfyNode):
             node_id="LoadExactDensityModel",
             display_name="Load Exact Density Model",
             category=CATEGORY,
-            description="A small built-in model of emojis whose log-density is known exactly. Try density guidance on it before "
-                        "you use it on your own model. Needs no download.",
+            description="A small built-in model of emojis whose log-density is known exactly. Try density guidance on it "
+                        "before you use it on your own model. Needs no download.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Model.Output(display_name="model",
@@ -56,8 +56,8 @@ class ExactLogDensity(io.ComfyNode):
     INPUTS = (
         Socket("model", "The model of Load Exact Density Model, patched or not.", io.Model),
         Socket("latent", "What a sampler returned for the sigmas below.", io.Latent),
-        Socket("sigmas", "The noise levels sigma that made the latent. The density is read at the last one, which must be above 0: "
-                         "cut the last step off with SplitSigmas.", io.Sigmas),
+        Socket("sigmas", "The noise levels sigma that made the latent. The density is read at the last one, which must be "
+                         "above 0: cut the last step off with SplitSigmas.", io.Sigmas),
     )
 
     @classmethod
@@ -90,11 +90,13 @@ class LoadDemoModel(io.ComfyNode):
             node_id="LoadDemoModel",
             display_name="Load Demo Model",
             category=CATEGORY,
-            description="A small trained diffusion model of ground seen from above, 64 x 64 pixels: see what density guidance does "
-                        "to a trained network, in seconds on a CPU. Needs no download.",
+            description="A small trained diffusion model of ground seen from above, 64 x 64 pixels: see what density guidance "
+                        "does to a trained network, in seconds on a CPU. Needs no download.",
             inputs=schemas(cls.INPUTS),
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The model; v-prediction, with Stable Diffusion's noise levels and more noise beyond."),
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model; v-prediction, with Stable Diffusion's noise levels and more noise beyond."),
                 io.Vae.Output(display_name="vae", tooltip="Turns its latents into images; the latents are the pixels."),
                 io.Conditioning.Output(display_name="positive", tooltip="The class asked for by class_name."),
                 io.Conditioning.Output(display_name="negative", tooltip="No class, for classifier-free guidance."),

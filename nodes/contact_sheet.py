@@ -17,8 +17,8 @@ HEADER = 30
 ROW_LABEL = 90
 VALUES = NumberText("values", "Numbers separated by commas, in the unit of what they are connected to.",
                     default="0.05, 0.3, 0.5, 0.7, 0.95")
-SIZE = Whole("picture_size", "Width of each image on the sheet. Images are resized without smoothing: whole multiples of their own "
-                             "size look best.", shown="image size", unit="pixels", default=192, low=32, high=2048)
+SIZE = Whole("picture_size", "Width of each image on the sheet. Images are resized without smoothing: whole multiples of their "
+                             "own size look best.", shown="image size", unit="pixels", default=192, low=32, high=2048)
 
 
 class DensityLevels(io.ComfyNode):
@@ -34,7 +34,7 @@ class DensityLevels(io.ComfyNode):
                         "connect all_values to quantiles or detail_shifts: one run, a level for each image.",
             inputs=schemas(cls.INPUTS),
             outputs=[
-                io.Float.Output(display_name="value", is_output_list=True, tooltip="One number after the other: one run for each."),
+                io.Float.Output(display_name="value", is_output_list=True, tooltip="One number after the other: a run each."),
                 Floats.Output(display_name="all_values",
                               tooltip="All numbers at once: one for each image of a batch, in a single run."),
             ],
@@ -49,12 +49,12 @@ class DensityLevels(io.ComfyNode):
 class DensityContactSheet(io.ComfyNode):
     INPUTS = (
         Socket("images", "The batches of the sweep, one for each level.", io.Image),
-        Socket("bits_per_dim", "-log2 p / D of each image, from Log-Density or Exact Log-Density: a list for each row, or one for "
-                               "all.", Floats, unlinked="no numbers"),
+        Socket("bits_per_dim", "-log2 p / D of each image, from Log-Density or Exact Log-Density: a list for each row, or one "
+                               "for all.", Floats, unlinked="no numbers"),
         Socket("levels", "The levels of the sweep, which label the rows.", io.Float, unlinked="rows are numbered"),
         Text("label", "What the levels are, written before each: q for quantiles, shift for shifts.", default="q"),
         SIZE,
-        Text("column_label", "What differs between columns, written above each with its number.", default="seed", optional=True),
+        Text("column_label", "What differs between columns, written above with the number.", default="seed", optional=True),
     )
 
     @classmethod
@@ -63,8 +63,8 @@ class DensityContactSheet(io.ComfyNode):
             node_id="DensityContactSheet",
             display_name="Density Contact Sheet",
             category=CATEGORY,
-            description="Puts the images of a sweep on one labelled sheet: a row for each level, a column for each seed, the bits "
-                        "per dimension under each image.",
+            description="Puts the images of a sweep on one labelled sheet: a row for each level, a column for each seed, the "
+                        "bits per dimension under each image.",
             inputs=schemas(cls.INPUTS),
             outputs=[io.Image.Output(display_name="image", tooltip="The contact sheet, for SaveImage.")],
             is_input_list=True,

@@ -45,8 +45,8 @@ class DensityTrace(io.ComfyNode):
             node_id="DensityTrace",
             display_name="Density Trace",
             category=CATEGORY,
-            description="Shows what guidance does and when: SamplerCustomAdvanced with a record of the log-density. The image is "
-                        "the same; no extra model call unless exact_trace is on.",
+            description="Shows what guidance does and when: SamplerCustomAdvanced with a record of the log-density. The image "
+                        "is the same; no extra model call unless exact_trace is on.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Latent.Output(display_name="output", tooltip="What the sampler returned."),

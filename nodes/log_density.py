@@ -17,15 +17,15 @@ from .host.inputs import CATEGORY, PROBES, Floats, Number, Seed, Socket, Whole, 
 
 ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
 GUIDER = Socket(
-    "guider", "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance in it "
-    "does not. With a CFG above 1 compare only numbers of the same settings.", io.Guider)
+    "guider", "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance in "
+    "it does not. With a CFG above 1 compare only numbers of the same settings.", io.Guider)
 STEPS = Whole(
-    "steps", f"Number of noise levels N at which the model is evaluated. From {ENOUGH_STEPS} on the error falls with the square "
-    "root of N; below it grows fast.", default=32, low=2, high=1000)
+    "steps", f"Number of noise levels N at which the model is evaluated. From {ENOUGH_STEPS} on the error falls with the "
+    "square root of N; below it grows fast.", default=32, low=2, high=1000)
 SEED = Seed("seed", "Seed of the probes. Changing it changes the estimate slightly.")
 NOISE_FLOOR = Number(
-    "noise_floor", "Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is added. Must lie "
-    "in the model's range.", default=0.05, low=0.0001, high=100.0, round=0.0001)
+    "noise_floor", "Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is added. Must "
+    "lie in the model's range.", default=0.05, low=0.0001, high=100.0, round=0.0001)
 
 
 class LogDensity(io.ComfyNode):

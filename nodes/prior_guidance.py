@@ -19,8 +19,8 @@ INPUTS = (
         "scale", "Extra factor on the noise, after the quantile. Larger adds detail; stay near 1.",
         default=1.0, neutral=1.0, low=0.0, high=10.0, step=0.001, round=0.0001),
     Switch(
-        "match_quantile", "On: the noise of every image gets the norm of the quantile, so that seeds start alike. Off: the noise "
-        "is only multiplied by scale.", default=True, neutral="off, with scale 1"),
+        "match_quantile", "On: the noise of every image gets the norm of the quantile, so that seeds start alike. Off: the "
+        "noise is only multiplied by scale.", default=True, neutral="off, with scale 1"),
 )
 NOISE = Socket(
     "noise", "The noise to scale, for instance of RandomNoise. Its seed is kept; DisableNoise stays as it is.", io.Noise)

@@ -44,20 +44,20 @@ NOISE = Socket("noise", "The starting noise whose scaling is examined, for insta
 SAMPLER = Socket("sampler", "Only for finite scale: any sampler.", io.Sampler, unlinked="the pack's own solver")
 INPUTS = (
     Choice(
-        "method", "How scaling is examined. with score: follows the change along the run, about 3 model calls per step. without "
-        "score: about 5, with random probes. both: compares the two. finite scale: a finite difference of two whole runs, with "
-        "slightly less and slightly more noise; takes any sampler.",
+        "method", "How scaling is examined. with score: follows the change along the run, about 3 model calls per step. "
+        "without score: about 5, with random probes. both: compares the two. finite scale: a finite difference of two whole "
+        "runs, with slightly less and slightly more noise; takes any sampler.",
         options=(WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE), default=WITH_SCORE, neutral=WITH_SCORE),
     replace(END_PERCENT, low=0.05, default=0.95, neutral=None,
             text="Alignment is read here, because near zero noise the score is ill-conditioned; the image is finished all the "
                  "same. 1 reads at the last sigma above 0."),
-    replace(PROBES, text="Number of random probes per step, for without score. The error falls with the square root of it; each "
-                         "costs 4 model calls."),
+    replace(PROBES, text="Number of random probes per step, for without score. The error falls with the square root of it; "
+                         "each costs 4 model calls."),
     Seed("seed", "Seed of the probes only; the noise has its own."),
     replace(DETAIL_SHIFT, default=0.02, step=0.01, round=0.0001, optional=True,
             text="The change of detail that the output scale should make; positive: more. 0.1 at most is met well."),
-    Number("scale_step", "For finite scale: h, compares the noise times 1 - h and 1 + h. Smaller is closer to the derivative, until "
-                         "rounding takes over: take 0.05 in float16 and bfloat16.",
+    Number("scale_step", "For finite scale: h, compares the noise times 1 - h and 1 + h. Smaller is closer to the derivative, "
+                         "until rounding takes over: take 0.05 in float16 and bfloat16.",
            symbol="h", default=0.01, low=0.0001, high=0.2, step=0.001, round=0.0001, optional=True),
 )
 
@@ -78,8 +78,8 @@ class ScoreAlignmentCheck(io.ComfyNode):
             node_id="ScoreAlignmentCheck",
             display_name="Score Alignment Check",
             category=CATEGORY,
-            description="Does scaling the starting noise (prior guidance) change the detail, for your model, prompt and seed? Says "
-                        "yes or no and by how much, and samples the image meanwhile.",
+            description="Does scaling the starting noise (prior guidance) change the detail, for your model, prompt and seed? "
+                        "Says yes or no and by how much, and samples the image meanwhile.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Boolean.Output(display_name="aligned",
@@ -94,8 +94,8 @@ class ScoreAlignmentCheck(io.ComfyNode):
                                  tooltip="The finished sample."),
                 io.Float.Output(
                     display_name="scale",
-                    tooltip="The noise scale that makes detail_shift, for Prior Guidance Scale with match_quantile off; the mean "
-                            "over the batch. 1 if an image is not aligned or no scale from "
+                    tooltip="The noise scale that makes detail_shift, for Prior Guidance Scale with match_quantile off; the "
+                            "mean over the batch. 1 if an image is not aligned or no scale from "
                             f"{alignment.SCALE_RANGE[0]:g} to {alignment.SCALE_RANGE[1]:g} reaches it."),
                 Floats.Output(
                     display_name="response",

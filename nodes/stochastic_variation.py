@@ -56,15 +56,15 @@ WINDOWS = {
     "everything": {0.0: (0.0, 1.0), 1.0: (0.0, 1.0)},
 }
 VARIATION_INDEX = Numbers(
-    "variation_index", "Which variation of the seed each image of the batch gets, counted from 0; equal numbers give equal noise.",
+    "variation_index", "Which variation of the seed each image of the batch gets, from 0; equal numbers give equal noise.",
     each=Whole("variation_index", "", default=0, low=0, high=2**31 - 1), unlinked="one for each starting noise")
 VARY = Choice(
-    "vary", "What changes. fine details: texture (noise late in the sampling). structure: composition and shapes (noise early). "
-    "everything: both. custom: from start_percent to end_percent.",
+    "vary", "What changes. fine details: texture (noise late in the sampling). structure: composition and shapes (noise "
+    "early). everything: both. custom: from start_percent to end_percent.",
     options=(*WINDOWS, CUSTOM), default="fine details", neutral="any, with strength 0")
 VARIATION_SEED = Seed(
-    "variation_seed", "Which variation: change it and keep the seed of the noise. Each image of a batch has noise of its own, from "
-    "this seed and its starting noise.", neutral="any, with strength 0")
+    "variation_seed", "Which variation: change it and keep the seed of the noise. Each image of a batch has noise of its own, "
+    "from this seed and its starting noise.", neutral="any, with strength 0")
 INPUTS = (
     VARY,
     Number(
@@ -74,12 +74,13 @@ INPUTS = (
     replace(END_PERCENT, text="For custom: noise ends here; 1 is the finished image. The last step to zero noise gets none."),
     VARIATION_SEED,
     Choice(
-        "correction", "How the change of detail by the noise is undone. expected: no extra model call, noise in every second step. "
-        "hutchinson: more exact; 1 + noise pieces calls in a step with noise. exact: most exact; 1 + 2 x noise pieces calls.",
+        "correction", "How the change of detail by the noise is undone. expected: no extra model call, noise in every second "
+        "step. hutchinson: more exact; 1 + noise pieces calls in a step with noise. exact: most exact; 1 + 2 x noise pieces "
+        "calls.",
         options=tuple(CORRECTIONS), default="expected", neutral="any, with strength 0"),
     Whole(
-        "probes", "Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by itself and each at "
-        "the cost of model calls. 1 is enough up to strength 1, and mostly the most exact.",
+        "probes", "Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by itself and each "
+        "at the cost of model calls. 1 is enough up to strength 1, and mostly the most exact.",
         shown="noise pieces", default=1, low=1, high=MAX_PROBES),
     VARIATION_INDEX,
 )
@@ -171,8 +172,8 @@ class VariationGrid(io.ComfyNode):
             node_id="VariationGrid",
             display_name="Variation Grid",
             category=CATEGORY,
-            description="Makes the batch for a grid out of one latent: a row for each quantile, a column for each variation, all "
-                        "from the same starting noise.",
+            description="Makes the batch for a grid out of one latent: a row for each quantile, a column for each variation, "
+                        "all from the same starting noise.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The batch, row by row, for the sampler."),

@@ -292,8 +292,8 @@ QUANTILES = Numbers(
     "all_values of Density Levels.",
     symbol="q", each=QUANTILE, unlinked="quantile")
 DETAIL_SHIFTS = Numbers(
-    "detail_shifts", f"One shift for each image of the batch, in {BITS}, in place of detail_shift; a single number goes to all.",
-    each=DETAIL_SHIFT, unlinked="detail_shift")
+    "detail_shifts", f"One shift for each image of the batch, in {BITS}, in place of detail_shift; a single number goes to "
+    "all.", each=DETAIL_SHIFT, unlinked="detail_shift")
 MASK = Mask(
     "mask", "Where the node acts and how strongly, from 0 to 1. Any size, soft edges; one mask for all, or one per image (per "
     "frame of a video). quantile and detail_shift then mean this region. Chain two nodes for two regions.",
@@ -303,8 +303,8 @@ CURVE = Numbers(
     "Only ratios count; the whole shift stays the same. The node shows the curve as a plot.",
     each=Number("curve", "", default=1.0, low=0.0, high=math.inf), item="point", unlinked="evenly")
 PROBES = Whole(
-    "probes", "Number of random probes at each evaluation. The error falls with the square root of it. Each probe costs a model "
-    "call with its derivative, about two plain calls; or three plain calls where the model gives no derivative.",
+    "probes", "Number of random probes at each evaluation. The error falls with the square root of it. Each probe costs a "
+    "model call with its derivative, about two plain calls; or three plain calls where the model gives no derivative.",
     default=1, low=1, high=64)
 LEVELS = QUANTILE, DETAIL_SHIFT
 WINDOW = START_PERCENT, END_PERCENT

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 import re
 from dataclasses import dataclass, field
 
