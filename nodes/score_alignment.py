@@ -49,7 +49,7 @@ INPUTS = (
         "runs, with slightly less and slightly more noise; takes any sampler.",
         options=(WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE), default=WITH_SCORE, neutral=WITH_SCORE),
     replace(END_PERCENT, low=0.05, default=0.95, neutral=None,
-            text="Alignment is read here, because near zero noise the score is ill-conditioned; the image is finished all the "
+            text="Alignment is read here, because near zero noise the score is unreliable; the image is finished all the "
                  "same. 1 reads at the last sigma above 0."),
     replace(PROBES, text="Number of random probes per step, for without score. The error falls with the square root of it; "
                          "each costs 4 model calls."),

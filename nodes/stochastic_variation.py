@@ -75,12 +75,12 @@ INPUTS = (
     VARIATION_SEED,
     Choice(
         "correction", "How the change of detail by the noise is undone. expected: no extra model call, noise in every second "
-        "step. hutchinson: more exact; 1 + noise pieces calls in a step with noise. exact: most exact; 1 + 2 x noise pieces "
-        "calls.",
+        "step. hutchinson: more exact; 1 + noise pieces calls in a step with noise. exact: measures at the very place; 1 + 2 x "
+        "noise pieces calls.",
         options=tuple(CORRECTIONS), default="expected", neutral="any, with strength 0"),
     Whole(
         "probes", "Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by itself and each "
-        "at the cost of model calls. 1 is enough up to strength 1, and mostly the most exact.",
+        "at the cost of model calls. 1 is enough up to strength 1.",
         shown="noise pieces", default=1, low=1, high=MAX_PROBES),
     VARIATION_INDEX,
 )

@@ -117,8 +117,8 @@ class Number(Widget):
     symbol: str = ""
 
     def facts(self):
-        return [*([f"Symbol: {self.symbol}"] if self.symbol else []), f"Unit: {self.unit}" if self.unit else "No unit",
-                f"Range: {self.low:g} to {self.high:g}", *super().facts()]
+        unit = f"Unit: {self.unit}" if self.unit else f"Symbol: {self.symbol}, no unit" if self.symbol else "No unit"
+        return [unit, f"Range: {self.low:g} to {self.high:g}", *super().facts()]
 
     def schema(self):
         return self._input(io.Float, min=self.low, max=self.high, step=self.step, round=self.round)
