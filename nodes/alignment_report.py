@@ -1,4 +1,4 @@
-"""What a score alignment check found, in words and as a picture."""
+"""What a score alignment check found, in words and as a plot."""
 
 import math
 
@@ -11,7 +11,7 @@ from .host.plots import figure_image
 ROWS = 8  # of the profile in the report
 ENOUGH_STEPS = 30
 GAP = 0.1  # of the cosines of both ways, above what few steps and probes leave on a model that is a score
-LEGEND = 8  # images with a label of their own in the picture
+LEGEND = 8  # images with a label of their own in the plot
 
 
 def verdict(check):
@@ -102,7 +102,7 @@ def _draw(check, axes):
     if len(x) == 1:
         axes.set_xlim(x[0] - 5, x[0] + 1)
     axes.set_ylim(-1.05, 1.05)
-    axes.set_xlabel("log-SNR (noise on the left, picture on the right)")
+    axes.set_xlabel("log-SNR (noise on the left, image on the right)")
     axes.set_ylabel("cosine: above 0, scaling works")
     good = (check.final_cosine > 0).all()
     axes.set_title(verdict(check), fontsize=11, color="darkgreen" if good else "darkred", wrap=True)

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from .builtin import demo, exact
 from .builtin.pixels import CHANNELS
-from .host.inputs import CATEGORY, Choice, Floats, Socket, Whole, samples_of, schemas, sigmas_of
+from .host.inputs import CATEGORY, Choice, Floats, Number, Socket, samples_of, schemas, sigmas_of
 
 CLASSES = ["paving", "snow", "rock", "undergrowth", "grass", "sand", "earth"]  # in the order of the weights' file
 ANY = "any"
@@ -13,12 +13,12 @@ PREDICTION = Choice(
     "prediction", "Which kind of model it pretends to be: eps (like SD1.5, SDXL), v (like SD2) or flow (like SD3, Flux). The "
     "density is the same.", options=tuple(exact.PREDICTIONS), default="flow", neutral="any")
 SIZE = Choice("size", "Width and height of the images, in pixels.", options=("64", "48", "32"), default="64")
-COMPONENT = Whole(
+COMPONENT = Number(
     "component", "Number of the emoji, of 128, that the conditioning asks for, like a prompt. -1 asks for all.",
     default=-1, neutral=-1, low=-1, high=127)
 CLASS_NAME = Choice("class_name", "What positive asks for. any asks for nothing in particular.",
                     options=(*CLASSES, ANY), default="rock", neutral=ANY)
-BATCH_SIZE = Whole("batch_size", "Number of images in the latent, each with its own noise.", default=4, low=1, high=64)
+BATCH_SIZE = Number("batch_size", "Number of images in the latent, each with its own noise.", default=4, low=1, high=64)
 
 
 class LoadExactDensityModel(io.ComfyNode):

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from comfy.utils import common_upscale
 from PIL import Image, ImageDraw, ImageFont
 
-from .host.inputs import CATEGORY, Floats, NumberText, Socket, Text, Whole, schemas
+from .host.inputs import CATEGORY, Floats, Number, NumberText, Socket, Widget, schemas
 
 MARGIN = 8
 CAPTION = 22
@@ -17,8 +17,9 @@ HEADER = 30
 ROW_LABEL = 90
 VALUES = NumberText("values", "Numbers separated by commas, in the unit of what they are connected to.",
                     default="0.05, 0.3, 0.5, 0.7, 0.95")
-SIZE = Whole("picture_size", "Width of each image on the sheet. Images are resized without smoothing: whole multiples of their "
-                             "own size look best.", shown="image size", unit="pixels", default=192, low=32, high=2048)
+SIZE = Number(
+    "picture_size", "Width of each image on the sheet. Images are resized without smoothing: whole multiples of their own size "
+    "look best.", shown="image size", unit="pixels", default=192, low=32, high=2048)
 
 
 class DensityLevels(io.ComfyNode):
@@ -52,9 +53,9 @@ class DensityContactSheet(io.ComfyNode):
         Socket("bits_per_dim", "-log2 p / D of each image, from Log-Density or Exact Log-Density: a list for each row, or one "
                                "for all.", Floats, unlinked="no numbers"),
         Socket("levels", "The levels of the sweep, which label the rows.", io.Float, unlinked="rows are numbered"),
-        Text("label", "What the levels are, written before each: q for quantiles, shift for shifts.", default="q"),
+        Widget("label", "What the levels are, written before each: q for quantiles, shift for shifts.", default="q"),
         SIZE,
-        Text("column_label", "What differs between columns, written above with the number.", default="seed", optional=True),
+        Widget("column_label", "What differs between columns, written above with the number.", default="seed", optional=True),
     )
 
     @classmethod
@@ -79,7 +80,7 @@ class DensityContactSheet(io.ComfyNode):
             bits_per_dim = [list(itertools.islice(numbers_left, len(batch))) for batch in images]
         for name, values in (("bits_per_dim", bits_per_dim), ("levels", levels)):
             if values is not None and len(values) != len(images):
-                raise ValueError(f"{name} has {len(values)} rows and images has {len(images)}; connect the same sweep")
+                raise ValueError(f"{name} has {len(values)} rows and images has {len(images)}; connect both from one sweep")
         for i, batch in enumerate(images):
             if batch.shape[1:] != images[0].shape[1:]:
                 raise ValueError(f"images of row {i} are {tuple(batch.shape[1:])} and those of row 0 "

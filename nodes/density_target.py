@@ -19,24 +19,25 @@ from ..dg_core.target import TrackedRuns, reach
 from ..dg_core.units import bits_per_dim_to_nats
 from .host.steering import GuidanceSettings, require_one_part, sample_density_guided
 from .host.model_access import Predict, derivative_method, network_dtype
-from .host.inputs import BITS, CATEGORY, PROBES, Choice, Number, Whole, check_fields, schemas
+from .host.inputs import BITS, CATEGORY, PROBES, Choice, Number, check_fields, schemas
 
 ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "same for the whole batch"
 INPUTS = (
     Choice(
         "target", "What to reach at the last noise level above 0. 'bits per dimension': value is -log2 p / D itself. 'shift "
-        "from the unguided run': value is the change from what the same noise gives without guidance. 'same for the whole "
-        "batch': every image gets one value.", options=(ABSOLUTE, SHIFT, SAME), default=SHIFT, neutral=f"{SHIFT}, with value 0"),
+        "from the unguided run': value is the change from what the same noise gives without guidance. 'same for the whole batch': "
+        "every image gets one value.",
+        options=(ABSOLUTE, SHIFT, SAME), default=SHIFT, neutral=f"{SHIFT}, with value 0"),
     Number(
         "value", "The amount of detail; larger means more. Not used for 'same for the whole batch'.",
         unit=BITS, default=0.0, neutral="0, as a shift", low=-20.0, high=20.0, round=0.0001),
-    Whole(
+    Number(
         "reference_image", "For 'same for the whole batch'. Number of the image, from 0, whose unguided value every image "
         "gets; -1 takes the median of the batch.", default=-1, neutral=-1, low=-1, high=4095),
     Number(
         "tolerance", "A pass that misses by more is followed by another one. The error of the tracked value comes on top; more "
         "probes lower it.", unit=BITS, default=0.002, low=0.0, high=1.0, step=0.001, round=0.00001),
-    Whole(
+    Number(
         "max_passes", "Number of guided passes at most, after the unguided one. Each is a whole sampling run.",
         default=2, low=1, high=20),
     PROBES,

@@ -18,7 +18,7 @@ from ..dg_core.trace import RunTrace
 from .host.steering import WRAPPER_KEY, function_of, outermost, sample_density_guided
 from .host.model_access import Predict, derivative_method, network_dtype
 from .host.plots import blank_image, curves_image
-from .host.inputs import CATEGORY, Socket, Switch, samples_of, schemas
+from .host.inputs import CATEGORY, Socket, Widget, samples_of, schemas
 
 PROBE_SEED_OFFSET = 0x3C6EF372FE94F82B
 OWN_LEVELS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}  # function: the host's name
@@ -34,7 +34,7 @@ class DensityTrace(io.ComfyNode):
         SAMPLER,
         Socket("sigmas", "The schedule: noise levels sigma, descending.", io.Sigmas),
         Socket("latent_image", "The latent to start from, without a noise mask.", io.Latent),
-        Switch(
+        Widget(
             "exact_trace", "Off: records what is known for free. On: also the log-density at every step, at two to four times "
             "the model's time.", default=False, neutral=False),
     )

@@ -13,13 +13,13 @@ from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.log_density import ProbedModel, read_log_density, require_noise_floor, rounding_cost
 from .host.model_access import check_latent, derivative_method, known_method, run_in_guider
 from .host.plots import curves_image
-from .host.inputs import CATEGORY, PROBES, Floats, Number, Seed, Socket, Whole, batch_index_of, samples_of, schemas
+from .host.inputs import CATEGORY, PROBES, Floats, Number, Seed, Socket, batch_index_of, samples_of, schemas
 
 ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
 GUIDER = Socket(
     "guider", "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance in "
     "it does not. With a CFG above 1 compare only numbers of the same settings.", io.Guider)
-STEPS = Whole(
+STEPS = Number(
     "steps", f"Number of noise levels N at which the model is evaluated. From {ENOUGH_STEPS} on the error falls with the "
     "square root of N; below it grows fast.", default=32, low=2, high=1000)
 SEED = Seed("seed", "Seed of the probes. Changing it changes the estimate slightly.")

@@ -8,7 +8,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..dg_core.prior import scale_noise
-from .host.inputs import CATEGORY, QUANTILE, Number, Socket, Switch, check_fields, schemas
+from .host.inputs import CATEGORY, QUANTILE, Number, Socket, Widget, check_fields, schemas
 
 INPUTS = (
     replace(
@@ -18,7 +18,7 @@ INPUTS = (
     Number(
         "scale", "Extra factor on the noise, after the quantile. Larger adds detail; stay near 1.",
         default=1.0, neutral=1.0, low=0.0, high=10.0, step=0.001, round=0.0001),
-    Switch(
+    Widget(
         "match_quantile", "On: the noise of every image gets the norm of the quantile, so that seeds start alike. Off: the "
         "noise is only multiplied by scale.", default=True, neutral="off, with scale 1"),
 )

@@ -40,7 +40,6 @@ from .host.inputs import (
     NumberText,
     Seed,
     Socket,
-    Whole,
     batch_index_of,
     check_fields,
     require,
@@ -57,7 +56,7 @@ WINDOWS = {
 }
 VARIATION_INDEX = Numbers(
     "variation_index", "Which variation of the seed each image of the batch gets, from 0; equal numbers give equal noise.",
-    each=Whole("variation_index", "", default=0, low=0, high=2**31 - 1), unlinked="one for each starting noise")
+    each=Number("variation_index", "", default=0, low=0, high=2**31 - 1), unlinked="one for each starting noise")
 VARY = Choice(
     "vary", "What changes. fine details: texture (noise late in the sampling). structure: composition and shapes (noise "
     "early). everything: both. custom: from start_percent to end_percent.",
@@ -78,16 +77,15 @@ INPUTS = (
         "step. hutchinson: more exact; 1 + noise pieces calls in a step with noise. exact: measures at the very place; 1 + 2 x "
         "noise pieces calls.",
         options=tuple(CORRECTIONS), default="expected", neutral="any, with strength 0"),
-    Whole(
+    Number(
         "probes", "Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by itself and each "
         "at the cost of model calls. 1 is enough up to strength 1.",
         shown="noise pieces", default=1, low=1, high=MAX_PROBES),
     VARIATION_INDEX,
 )
 ROW_QUANTILES = NumberText(
-    "quantiles", "The quantile q of each row, separated by commas, from 0.001 to 0.999. No unit.",
-    each=QUANTILE, default="0.3, 0.5, 0.7", neutral="0.5")
-VARIATIONS = Whole("variations", "Number of variations in each row.", default=4, low=1, high=64)
+    "quantiles", "The quantile of each row, separated by commas.", each=QUANTILE, default="0.3, 0.5, 0.7", neutral="0.5")
+VARIATIONS = Number("variations", "Number of variations in each row.", default=4, low=1, high=64)
 
 
 @dataclass(frozen=True)

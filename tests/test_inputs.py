@@ -5,7 +5,7 @@ import math
 import pytest
 from density_guidance.benchmarks import make_locales
 from density_guidance.nodes import NODES
-from density_guidance.nodes.host.inputs import Choice, Number, Numbers, Whole
+from density_guidance.nodes.host.inputs import Choice, Number, Numbers
 
 DECLARED = [pytest.param(declared, id=f"{node.__name__}-{declared.name}") for node in NODES for declared in node.INPUTS]
 
@@ -26,7 +26,7 @@ def test_the_schema_has_the_declared_inputs(node):
     assert [(i.id, i.tooltip) for i in inputs] == [(d.name, d.tooltip) for d in node.INPUTS]
 
 
-@of_kind(Number, Whole)
+@of_kind(Number)
 def test_what_the_widget_offers_is_what_the_check_takes(declared):
     widget = declared.schema()
     for value in (widget.min, widget.max, widget.default):

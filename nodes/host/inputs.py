@@ -1,7 +1,7 @@
 """The inputs of the nodes, each declared once.
 
-From a declaration come the schema, the check of a value with its error, the tooltip (and with it the English locale) and the
-row of the help page. Inputs of several nodes are declared here, others in the file of their node.
+From a declaration come the schema, the check of a value with its error, the tooltip and the English locale's, and the row of
+the help page. Inputs that several nodes share are declared below, others in the file of their node.
 """
 
 import math
@@ -82,7 +82,7 @@ WANTED = {  # what an object of each type has, and where to get one
 
 @dataclass(frozen=True, kw_only=True)
 class Widget(Input):
-    """An input with a value of its own."""
+    """An input with a value of its own: a switch where the default is a bool, else a text."""
 
     default: float | str | bool
     neutral: float | str | bool | None = None  # with which it does nothing
@@ -90,66 +90,53 @@ class Widget(Input):
     shown: str = ""  # its name on the node, where that is not the id
 
     def facts(self):
-        write = {True: "on", False: "off"}.get if isinstance(self.default, bool) else str
-        if isinstance(self.default, float):
-            write = "{:g}".format
-        if self.neutral is None:
-            return [f"Default: {write(self.default)}"]
         if self.neutral == self.default:
-            return [f"Default: {write(self.default)} (neutral)"]
-        neutral = self.neutral if isinstance(self.neutral, str) else write(self.neutral)
-        return [f"Default: {write(self.default)}", f"Neutral: {neutral}"]
+            return [f"Default: {_written(self.default)} (neutral)"]
+        return [f"Default: {_written(self.default)}", *([] if self.neutral is None else [f"Neutral: {_written(self.neutral)}"])]
 
-    def _input(self, kind, **options):
+    def schema(self):
+        return self._widget(io.Boolean if isinstance(self.default, bool) else io.String)
+
+    def _widget(self, kind, **options):
         return kind.Input(self.name, display_name=self.shown or None, optional=self.optional, tooltip=self.tooltip,
                           default=self.default, **options)
 
 
+def _written(value):
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Number(Widget):
-    """A float from `low` to `high`."""
+    """A number from `low` to `high`, a whole one where the default is."""
 
     low: float
     high: float
-    step: float = 0.01
+    step: float = 0.01  # of the widget, as `round`; not of whole numbers
     round: float = 0.001
     unit: str = ""
     symbol: str = ""
 
     def facts(self):
         unit = f"Unit: {self.unit}" if self.unit else f"Symbol: {self.symbol}, no unit" if self.symbol else "No unit"
-        return [unit, f"Range: {self.low:g} to {self.high:g}", *super().facts()]
+        counts = isinstance(self.default, int) and not self.unit
+        return [*([] if counts else [unit]), f"Range: {self.low:g} to {self.high:g}", *super().facts()]
 
     def schema(self):
-        return self._input(io.Float, min=self.low, max=self.high, step=self.step, round=self.round)
+        if isinstance(self.default, int):
+            return self._widget(io.Int, min=self.low, max=self.high)
+        return self._widget(io.Float, min=self.low, max=self.high, step=self.step, round=self.round)
 
     def check(self, value, name: str = ""):
-        """`value` as a float; `name`: for the error, in place of the input's."""
-        return require_number(name or self.name, value, self.low, self.high)
+        """`value` as a float or an int; `name`: for the error, in place of the input's."""
+        require = require_whole if isinstance(self.default, int) else require_number
+        return require(name or self.name, value, self.low, self.high)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole(Widget):
-    """A whole number from `low` to `high`."""
-
-    low: int
-    high: int
-    unit: str = ""
-
-    def facts(self):
-        unit = [f"Unit: {self.unit}"] if self.unit else []
-        return [*unit, f"Range: {self.low} to {self.high}", *super().facts()]
-
-    def schema(self):
-        return self._input(io.Int, min=self.low, max=self.high)
-
-    def check(self, value, name: str = ""):
-        """`value` as an int; `name`: for the error, in place of the input's."""
-        return require_whole(name or self.name, value, self.low, self.high)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seed(Whole):
+class Seed(Number):
     """A seed, which the page can draw anew after each run."""
 
     default: int = 0
@@ -161,7 +148,7 @@ class Seed(Whole):
         return [f"Neutral: {self.neutral}"]
 
     def schema(self):
-        return self._input(io.Int, min=self.low, max=self.high, control_after_generate=True)
+        return self._widget(io.Int, min=self.low, max=self.high, control_after_generate=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +158,7 @@ class Choice(Widget):
     options: tuple[str, ...]
 
     def schema(self):
-        return self._input(io.Combo, options=list(self.options))
+        return self._widget(io.Combo, options=list(self.options))
 
     def check(self, value):
         if value not in self.options:
@@ -180,26 +167,13 @@ class Choice(Widget):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Switch(Widget):
-    """On or off."""
-
-    def schema(self):
-        return self._input(io.Boolean)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text(Widget):
-    """A line of text."""
-
-    def schema(self):
-        return self._input(io.String)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NumberText(Text):
+class NumberText(Widget):
     """Numbers in a text, separated by commas or lines; `each`: what each of them has to be, if more than finite."""
 
     each: Number | None = None
+
+    def facts(self):
+        return [*(self.each.facts()[:2] if self.each else []), *super().facts()]
 
     def check(self, value):
         """The numbers, a list of floats."""
@@ -226,7 +200,7 @@ class Numbers(Socket):
     """A FLOATS socket: a list of numbers, which `each` checks; `item`: what each is for."""
 
     kind: type = Floats
-    each: Number | Whole
+    each: Number
     item: str = "image"
 
     def check(self, value):
@@ -302,7 +276,7 @@ CURVE = Numbers(
     "curve", "When guidance acts: its strength from the beginning to the end of the guided range, evenly spaced in log-SNR. "
     "Only ratios count; the whole shift stays the same. The node shows the curve as a plot.",
     each=Number("curve", "", default=1.0, low=0.0, high=math.inf), item="point", unlinked="evenly")
-PROBES = Whole(
+PROBES = Number(
     "probes", "Number of random probes at each evaluation. The error falls with the square root of it. Each probe costs a "
     "model call with its derivative, about two plain calls; or three plain calls where the model gives no derivative.",
     default=1, low=1, high=64)
@@ -321,8 +295,8 @@ def samples_of(name, latent):
     """The tensor of a LATENT input (several in one for video with audio); raises ValueError, naming the input, for others."""
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if not (torch.is_tensor(samples) or getattr(samples, "is_nested", False)):
-        raise ValueError(f"{name} is a {type(latent).__name__} without samples; connect a LATENT, for instance of VAEEncode, of "
-                         "an empty latent or of a sampler")
+        raise ValueError(f"{name} is a {type(latent).__name__} without samples; connect a LATENT, from VAEEncode, an empty "
+                         "latent or a sampler")
     return samples
 
 
