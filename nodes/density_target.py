@@ -25,8 +25,8 @@ ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "sa
 INPUTS = (
     Choice(
         "target", "What to reach at the last noise level above 0. 'bits per dimension': value is -log2 p / D itself. 'shift "
-        "from the unguided run': value is the change from what the same noise gives without guidance. 'same for the whole batch': "
-        "every image gets one value.",
+        "from the unguided run': value is the change from what the same noise gives without guidance. 'same for the whole "
+        "batch': every image gets one value.",
         options=(ABSOLUTE, SHIFT, SAME), default=SHIFT, neutral=f"{SHIFT}, with value 0"),
     Number(
         "value", "The amount of detail; larger means more. Not used for 'same for the whole batch'.",
