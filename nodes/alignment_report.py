@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ROWS = 8  # of the profile in the report
 ENOUGH_STEPS = 30
 GAP = 0.1  # of the cosines of both ways, above what few steps and probes leave on a model that is a score
-LEGEND = 8  # images with a label of their own in the image
+LEGEND = 8  # images with a label of their own in the plot
 
 
 def verdict(check: "Check") -> str:

@@ -3,55 +3,49 @@
 import torch
 from comfy_api.latest import io
 
-from ..dg_core.units import require_whole
 from .builtin import demo, exact
 from .builtin.pixels import CHANNELS
-from .host.inputs import CATEGORY, Floats, samples_of, sigmas_of
+from .host.inputs import CATEGORY, Choice, Floats, Number, Socket, samples_of, schemas, sigmas_of
 
-SIZES = [64, 48, 32]
+CLASSES = ["paving", "snow", "rock", "undergrowth", "grass", "sand", "earth"]  # in the order of the weights' file
+ANY = "any"
+PREDICTION = Choice(
+    "prediction", "Which kind of model it pretends to be: eps (like SD1.5, SDXL), v (like SD2) or flow (like SD3, Flux). The "
+    "density is the same.", options=tuple(exact.PREDICTIONS), default="flow", neutral="any")
+SIZE = Choice("size", "Width and height of the images, in pixels.", options=("64", "48", "32"), default="64")
+COMPONENT = Number(
+    "component", "Number of the emoji, of 128, that the conditioning asks for, like a prompt. -1 asks for all.",
+    default=-1, neutral=-1, low=-1, high=127)
+CLASS_NAME = Choice("class_name", "What positive asks for. any asks for nothing in particular.",
+                    options=(*CLASSES, ANY), default="rock", neutral=ANY)
+BATCH_SIZE = Number("batch_size", "Number of images in the latent, each with its own noise.", default=4, low=1, high=64)
 
 
 class LoadExactDensityModel(io.ComfyNode):
+    INPUTS = (PREDICTION, SIZE, COMPONENT, BATCH_SIZE)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="LoadExactDensityModel",
             display_name="Load Exact Density Model",
             category=CATEGORY,
-            description="A small built-in model of emoji pictures whose log-density is known exactly. Needs no "
-                        "download; use it to see what density guidance does before you use it on your own model.",
-            inputs=[
-                io.Combo.Input(
-                    "prediction", options=list(exact.PREDICTIONS), default="flow",
-                    tooltip="Which kind of model it pretends to be: eps (like SD1.5, SDXL), v (like SD2) or flow (like "
-                            "SD3, Flux). The density is the same; neutral: any."),
-                io.Combo.Input(
-                    "size", options=[str(s) for s in SIZES], default="64",
-                    tooltip="Width and height of the pictures in pixels. 64 is the default."),
-                io.Int.Input(
-                    "component", default=-1, min=-1, max=127,
-                    tooltip="Number of the picture, of the 128 that the density is made of, that the conditioning asks for, "
-                            "like a prompt. -1 (neutral) asks for all."),
-                io.Int.Input(
-                    "batch_size", default=4, min=1, max=64,
-                    tooltip="Number of pictures in the latent output, each with its own noise. 4 is the default."),
-            ],
+            description="A small built-in model of emojis whose log-density is known exactly. Try density guidance on it "
+                        "before you use it on your own model. Needs no download.",
+            inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Model.Output(display_name="model",
-                                tooltip="A model like any other: KSampler, CFG and patches work."),
+                                tooltip="A model like any other: samplers, CFG and patches work."),
                 io.Vae.Output(display_name="vae", tooltip="Turns its latents into images; the latents are the pixels."),
-                io.Conditioning.Output(display_name="conditioning", tooltip="The picture asked for by component."),
+                io.Conditioning.Output(display_name="conditioning", tooltip="The emoji asked for by component."),
                 io.Latent.Output(display_name="latent", tooltip="An empty latent of the right size."),
             ],
         )
 
     @classmethod
     def execute(cls, prediction, size, component, batch_size):
-        for name, value, options in (("prediction", prediction, list(exact.PREDICTIONS)),
-                                     ("size", size, [str(s) for s in SIZES])):
-            if value not in options:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(options)}")
-        model, vae = exact.load(prediction, int(size))
+        model, vae = exact.load(PREDICTION.check(prediction), int(SIZE.check(size)))
+        component, batch_size = COMPONENT.check(component), BATCH_SIZE.check(batch_size)
         density = model.model.density
         weights = density.log_weights.exp()[None] if component < 0 else density.one_hot(component)
         latent = {"samples": torch.zeros(batch_size, exact.CHANNELS, density.size, density.size)}
@@ -59,22 +53,24 @@ class LoadExactDensityModel(io.ComfyNode):
 
 
 class ExactLogDensity(io.ComfyNode):
+    INPUTS = (
+        Socket("model", "The model of Load Exact Density Model, patched or not.", io.Model),
+        Socket("latent", "What a sampler returned for the sigmas below.", io.Latent),
+        Socket("sigmas", "The noise levels sigma that made the latent. The density is read at the last one, which must be "
+                         "above 0: cut the last step off with SplitSigmas.", io.Sigmas),
+    )
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="ExactLogDensity",
             display_name="Exact Log-Density",
             category=CATEGORY,
-            description="Reads the exact log-density of pictures of the exact-density model, in bits per dimension: larger "
-                        "means more detail. The pictures must be sampled down to a noise level above 0.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model of LoadExactDensityModel, patched or not."),
-                io.Latent.Input("latent", tooltip="What a sampler returned for the sigmas below."),
-                io.Sigmas.Input("sigmas", tooltip="The noise levels sigma that made the latent; the density is read at the "
-                                                  "last one, which must be above 0 (cut the last step with SplitSigmas)."),
-            ],
+            description="Reads how much detail images of the exact-density model have, exactly, in bits per dimension: larger "
+                        "means more. Sample them to a noise level above 0.",
+            inputs=schemas(cls.INPUTS),
             outputs=[
-                Floats.Output(display_name="bits_per_dim", tooltip="-log2 p / D of every image of the latent."),
+                Floats.Output(display_name="bits_per_dim", tooltip="-log2 p / D of each image. For Density Contact Sheet."),
                 io.String.Output(display_name="report", tooltip="The same numbers as text."),
             ],
         )
@@ -85,29 +81,22 @@ class ExactLogDensity(io.ComfyNode):
         return io.NodeOutput(bits, "\n".join(f"image {i}: {b:.4f} bits per dimension" for i, b in enumerate(bits)))
 
 
-CLASSES = ["paving", "snow", "rock", "undergrowth", "grass", "sand", "earth"]  # in the order of the weights' file
-ANY = "any"
-BATCHES = 1, 64
-
-
 class LoadDemoModel(io.ComfyNode):
+    INPUTS = (CLASS_NAME, BATCH_SIZE)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="LoadDemoModel",
             display_name="Load Demo Model",
             category=CATEGORY,
-            description="A small trained diffusion model of ground seen from above, 64 x 64 pixels, with the architecture of "
-                        "Stable Diffusion. Needs no download; CFG, attention patches and LoRAs made for it work.",
-            inputs=[
-                io.Combo.Input(
-                    "class_name", options=[*CLASSES, ANY], default="rock",
-                    tooltip="What the positive conditioning asks for. any (neutral) asks for nothing in particular."),
-                io.Int.Input("batch_size", default=4, min=BATCHES[0], max=BATCHES[1],
-                             tooltip="Number of pictures in the latent output, each with its own noise. 4 is the default."),
-            ],
+            description="A small trained diffusion model of ground seen from above, 64 x 64 pixels: see what density guidance "
+                        "does to a trained network, in seconds on a CPU. Needs no download.",
+            inputs=schemas(cls.INPUTS),
             outputs=[
-                io.Model.Output(display_name="model", tooltip="A v-prediction model; Stable Diffusion's noise levels, drawn out to more noise."),
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model; v-prediction, with Stable Diffusion's noise levels and more noise beyond."),
                 io.Vae.Output(display_name="vae", tooltip="Turns its latents into images; the latents are the pixels."),
                 io.Conditioning.Output(display_name="positive", tooltip="The class asked for by class_name."),
                 io.Conditioning.Output(display_name="negative", tooltip="No class, for classifier-free guidance."),
@@ -117,11 +106,8 @@ class LoadDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, class_name, batch_size):
-        names = [*CLASSES, ANY]
-        if class_name not in names:
-            raise ValueError(f"class_name is {class_name!r}; it must be one of {', '.join(names)}")
-        require_whole("batch_size", batch_size, *BATCHES)
+        chosen, batch_size = CLASS_NAME.options.index(CLASS_NAME.check(class_name)), BATCH_SIZE.check(batch_size)
         model, vae, _, context = demo.load()
         latent = {"samples": torch.zeros(batch_size, CHANNELS, demo.SIZE, demo.SIZE)}
-        positive, negative = ([[context[i:i + 1], {}]] for i in (names.index(class_name), len(CLASSES)))
+        positive, negative = ([[context[i:i + 1], {}]] for i in (chosen, len(CLASSES)))
         return io.NodeOutput(model, vae, positive, negative, latent)

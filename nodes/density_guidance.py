@@ -3,74 +3,59 @@
 import comfy.patcher_extension
 from comfy_api.latest import io, ui
 
-from .host.inputs import CATEGORY, curve_input, floats, guidance_inputs, mask_input, mask_of, per_image_inputs, require
+from .host.inputs import CATEGORY, CURVE, DETAIL_SHIFTS, LEVELS, MASK, QUANTILES, WINDOW, Socket, schemas
 from .host.plots import curve_image
 from .host.steering import GuidanceSettings, GuidedSampler, run_guided, solver_sampler
 
-
-def _settings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve):
-    return GuidanceSettings(quantile, detail_shift, start_percent, end_percent,
-                            floats("quantiles", quantiles), floats("detail_shifts", detail_shifts), mask_of(mask),
-                            floats("curve", curve))
+SAMPLER = Socket(
+    "sampler", "The sampler to guide, any of ComfyUI's.", io.Sampler,
+    unlinked="the pack's own third-order solver, one model call per step, which meets the asked-for shift best")
+MODEL = Socket("model", "The model whose sampling is guided. Its weights are not changed.", io.Model)
 
 
 def _output(result, settings):
-    """The node's output, with the curve as a picture in the node where there is one."""
+    """The node's output, with the curve as a plot on the node where there is one."""
     return io.NodeOutput(result, ui=None if settings.curve is None else ui.PreviewImage(curve_image(settings.curve)))
 
 
 class DensityGuidanceSampler(io.ComfyNode):
+    INPUTS = (*LEVELS, *WINDOW, SAMPLER, QUANTILES, DETAIL_SHIFTS, MASK, CURVE)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="DensityGuidanceSampler",
             display_name="Density Guidance Sampler",
             category=CATEGORY,
-            description="A sampler that steers how much detail the image gets, by its log-density, at no extra model "
-                        "call. Connect it to SamplerCustomAdvanced or SamplerCustom.",
-            inputs=[
-                *guidance_inputs(),
-                io.Sampler.Input(
-                    "sampler", optional=True,
-                    tooltip="The sampler to guide, any of ComfyUI's. Not connected (neutral): the pack's own third-order "
-                            "solver, one model call per step, which meets the asked-for shift most exactly."),
-                *per_image_inputs(),
-                mask_input(),
-                curve_input(),
-            ],
+            description="Turns detail up or down, at no extra model call. A sampler: connect it to SamplerCustomAdvanced or "
+                        "SamplerCustom.",
+            inputs=schemas(cls.INPUTS),
             outputs=[io.Sampler.Output(
                 display_name="sampler",
-                tooltip="The guided sampler. With quantile 0.5 and detail_shift 0 it does exactly what the connected "
-                        "one does.")],
+                tooltip="The guided sampler. With neutral settings it does exactly what the connected one does.")],
         )
 
     @classmethod
     def execute(cls, quantile, detail_shift, start_percent, end_percent, sampler=None, quantiles=None,
                 detail_shifts=None, mask=None, curve=None):
-        settings = _settings(
-            quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
+        settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
         if sampler is None:
             return _output(solver_sampler(settings), settings)
-        require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
-        return _output(GuidedSampler(sampler, settings), settings)
+        return _output(GuidedSampler(SAMPLER.check(sampler), settings), settings)
 
 
 class DensityGuidanceModel(io.ComfyNode):
+    INPUTS = (MODEL, *LEVELS, *WINDOW, QUANTILES, DETAIL_SHIFTS, MASK, CURVE)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="DensityGuidanceModel",
             display_name="Density Guidance (model)",
             category=CATEGORY,
-            description="Steers how much detail images get, as a patch of the model: for KSampler, and for nodes of "
-                        "other packs that sample by themselves.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model whose sampling is guided. Its weights are not changed."),
-                *guidance_inputs(),
-                *per_image_inputs(),
-                mask_input(),
-                curve_input(),
-            ],
+            description="Turns detail up or down, as a patch of the model: for KSampler, and for nodes of other packs that "
+                        "sample by themselves.",
+            inputs=schemas(cls.INPUTS),
             outputs=[io.Model.Output(
                 display_name="model",
                 tooltip="The model with guidance. It acts after CFG and after every other patch of the prediction.")],
@@ -79,9 +64,8 @@ class DensityGuidanceModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, quantile, detail_shift, start_percent, end_percent, quantiles=None, detail_shifts=None,
                 mask=None, curve=None):
-        settings = _settings(
-            quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
-        require("model", model, "add_wrapper", "a MODEL")
+        settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
+        MODEL.check(model)
         if settings.neutral:
             return _output(model, settings)
 

@@ -16,13 +16,32 @@ from ..dg_core.log_density import Evaluate, bits_of_state, log_start, state_of_b
 from ..dg_core.schedule import Schedule
 from ..dg_core.statistics import compute_dtype
 from ..dg_core.target import Reached, TrackedRuns, reach
-from ..dg_core.units import bits_per_dim_to_nats, require_number, require_whole
-from .host.inputs import CATEGORY, PROBES
+from ..dg_core.units import bits_per_dim_to_nats
+from .host.inputs import BITS, CATEGORY, PROBES, Choice, Number, check_fields, schemas
 from .host.model_access import Predict, middle_level, open_probe, path_of, require_one_part
 from .host.steering import GuidanceSettings, sample_density_guided
 
 ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "same for the whole batch"
-MAX_PASSES, REFERENCE_IMAGES = (1, 20), (-1, 4095)
+INPUTS = (
+    Choice(
+        "target", "What to reach at the last noise level above 0. 'bits per dimension': value is -log2 p / D itself. 'shift "
+        "from the unguided run': value is the change from what the same noise gives without guidance. 'same for the whole "
+        "batch': every image gets one value.",
+        options=(ABSOLUTE, SHIFT, SAME), default=SHIFT, neutral=f"{SHIFT}, with value 0"),
+    Number(
+        "value", "The amount of detail; larger means more. Not used for 'same for the whole batch'.",
+        unit=BITS, default=0.0, neutral="0, as a shift", low=-20.0, high=20.0, round=0.0001),
+    Number(
+        "reference_image", "For 'same for the whole batch'. Number of the image, from 0, whose unguided value every image "
+        "gets; -1 takes the median of the batch.", default=-1, neutral=-1, low=-1, high=4095),
+    Number(
+        "tolerance", "A pass that misses by more is followed by another one. The error of the tracked value comes on top; more "
+        "probes lower it.", unit=BITS, default=0.002, low=0.0, high=1.0, step=0.001, round=0.00001),
+    Number(
+        "max_passes", "Number of guided passes at most, after the unguided one. Each is a whole sampling run.",
+        default=2, low=1, high=20),
+    PROBES,
+)
 UNCERTAIN = 10  # times the tolerance
 PROBE_SEED_OFFSET = 0x6A09E667F3BCC908  # the probes of a run are not those of a readout with the same seed
 
@@ -39,13 +58,7 @@ class TargetSettings:
     probes: int = 1
 
     def __post_init__(self) -> None:
-        if self.target not in (ABSOLUTE, SHIFT, SAME):
-            raise ValueError(f"target is {self.target!r}; it must be one of: {ABSOLUTE}, {SHIFT}, {SAME}")
-        require_number("value", self.value, -20.0, 20.0)
-        require_number("tolerance", self.tolerance, 0.0, 1.0)
-        require_whole("max_passes", self.max_passes, *MAX_PASSES)
-        require_whole("probes", self.probes, *PROBES)
-        require_whole("reference_image", self.reference_image, *REFERENCE_IMAGES)
+        check_fields(self, INPUTS)
 
     @property
     def neutral(self) -> bool:
@@ -63,45 +76,20 @@ class TargetSettings:
 
 
 class DensityTargetSampler(io.ComfyNode):
+    INPUTS = INPUTS
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="DensityTargetSampler",
             display_name="Density Target Sampler",
             category=CATEGORY,
-            description="A sampler that ends at an exact log-density: a number of bits per dimension, a shift, or the same "
-                        "for every image of a batch. Tracks the density while it samples, with derivatives of the model: "
-                        "an unguided run, and one or more guided ones.",
-            inputs=[
-                io.Combo.Input(
-                    "target", options=[ABSOLUTE, SHIFT, SAME], default=SHIFT,
-                    tooltip="What to reach, at the last noise level above 0: value as -log2 p / D itself; as a difference "
-                            "to what the same noise gives without guidance (neutral with value 0); or every image alike."),
-                io.Float.Input(
-                    "value", default=0.0, min=-20.0, max=20.0, step=0.01, round=0.0001,
-                    tooltip="Bits per dimension (-log2 p / D); more means more detail. Not used for the same for the whole "
-                            "batch. As a shift 0 is neutral."),
-                io.Int.Input(
-                    "reference_image", default=-1, min=REFERENCE_IMAGES[0], max=REFERENCE_IMAGES[1],
-                    tooltip="For the same for the whole batch: the number of the image, from 0, whose unguided value all get. "
-                            "-1 (neutral): the median of the batch."),
-                io.Float.Input(
-                    "tolerance", default=0.002, min=0.0, max=1.0, step=0.001, round=0.00001,
-                    tooltip="Bits per dimension by which a pass may miss before another one corrects it. The error of the "
-                            "tracked value itself comes on top; more probes lower it. 0.002 is the default."),
-                io.Int.Input(
-                    "max_passes", default=2, min=MAX_PASSES[0], max=MAX_PASSES[1],
-                    tooltip="Number of guided passes, at most, after the unguided one; each is a whole sampling run, with as "
-                            "many model calls per step as probes asks for. 2 is the default."),
-                io.Int.Input(
-                    "probes", default=1, min=PROBES[0], max=PROBES[1],
-                    tooltip="Number of random probes of the divergence per step. Each costs a model call with its "
-                            "derivative, which takes about two plain ones; or three calls where the model gives no "
-                            "derivative. 1 is the default and the least."),
-            ],
+            description="Gives images an exact amount of detail: a number, a change, or the same for a whole batch. Measures "
+                        "while it samples, so a run costs several plain ones. A sampler: connect it to SamplerCustomAdvanced.",
+            inputs=schemas(cls.INPUTS),
             outputs=[io.Sampler.Output(
                 display_name="sampler",
-                tooltip="The sampler, for SamplerCustomAdvanced or DensityTrace. What it achieved is in the log and in the "
+                tooltip="The sampler, for SamplerCustomAdvanced or Density Trace. What it reached is in the log and in the "
                         "trace.")],
         )
 

@@ -19,7 +19,7 @@ from ..dg_core.target import Run
 from ..dg_core.trace import RunTrace
 from .density_target import TargetResult, sample_to_target
 from .host.advice import function_of, innermost
-from .host.inputs import CATEGORY, require, samples_of
+from .host.inputs import CATEGORY, Socket, Widget, samples_of, schemas
 from .host.model_access import Predict, middle_level, open_probe, path_of
 from .host.plots import blank_image, curves_image
 from .host.steering import sample_density_guided
@@ -29,27 +29,30 @@ PROBE_SEED_OFFSET = 0x3C6EF372FE94F82B
 OWN_LEVELS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}  # function: the host's name
 
 
+SAMPLER = Socket("sampler", "Any sampler but dpm_fast and dpm_adaptive, guided or not.", io.Sampler)
+
+
 class DensityTrace(io.ComfyNode):
+    INPUTS = (
+        Socket("noise", "The starting noise, for instance of RandomNoise.", io.Noise),
+        Socket("guider", "The model with its prompt, from BasicGuider or CFGGuider.", io.Guider),
+        SAMPLER,
+        Socket("sigmas", "The schedule: noise levels sigma, descending.", io.Sigmas),
+        Socket("latent_image", "The latent to start from, without a noise mask.", io.Latent),
+        Widget(
+            "exact_trace", "Off: records what is known for free. On: also the log-density at every step, at two to four times "
+            "the model's time.", default=False, neutral=False),
+    )
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="DensityTrace",
             display_name="Density Trace",
             category=CATEGORY,
-            description="SamplerCustomAdvanced with a record: the same picture, and what happened to the log-density on the "
-                        "way. Takes no extra model call unless exact_trace is on.",
-            inputs=[
-                io.Noise.Input("noise", tooltip="The starting noise, for instance of RandomNoise."),
-                io.Guider.Input("guider", tooltip="The model with its prompt, from BasicGuider or CFGGuider."),
-                io.Sampler.Input("sampler", tooltip="Any sampler but dpm_fast and dpm_adaptive, guided or not."),
-                io.Sigmas.Input("sigmas", tooltip="The noise levels sigma, descending."),
-                io.Latent.Input("latent_image", tooltip="The latent to start from, without a noise mask."),
-                io.Boolean.Input(
-                    "exact_trace", default=False,
-                    tooltip="Off (neutral): only what is known for free. On: also the log-density itself at every step, with "
-                            "one random probe each: one more model call per step, with its derivative, which takes about two "
-                            "plain ones; or three more where the model gives no derivative. At the start up to 5 besides."),
-            ],
+            description="Shows what guidance does and when: SamplerCustomAdvanced with a record of the log-density. The image "
+                        "is the same; no extra model call unless exact_trace is on.",
+            inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Latent.Output(display_name="output", tooltip="What the sampler returned."),
                 io.Latent.Output(display_name="denoised_output", tooltip="The last prediction of the finished image."),
@@ -60,7 +63,7 @@ class DensityTrace(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image, exact_trace):
-        require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
+        SAMPLER.check(sampler)
         _check(sampler, latent_image)
         traced = _TracedSampler(sampler, exact_trace)
         output, denoised = _sample(noise, guider, traced, sigmas, latent_image)

@@ -11,8 +11,7 @@ from comfy_api.latest import io
 from ..dg_core import divergence
 from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.log_density import Readout, read_log_density, require_noise_floor, rounding_cost
-from ..dg_core.units import require_whole
-from .host.inputs import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of
+from .host.inputs import CATEGORY, PROBES, Floats, Number, Seed, Socket, batch_index_of, samples_of, schemas
 from .host.model_access import (
     GuiderModel,
     Probe,
@@ -25,59 +24,47 @@ from .host.model_access import (
 )
 from .host.plots import curves_image
 
-STEPS = 2, 1000
 ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
+GUIDER = Socket(
+    "guider", "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance in "
+    "it does not. With a CFG above 1 compare only numbers of the same settings.", io.Guider)
+STEPS = Number(
+    "steps", f"Number of noise levels N at which the model is evaluated. From {ENOUGH_STEPS} on the error falls with the "
+    "square root of N; below it grows fast.", default=32, low=2, high=1000)
+SEED = Seed("seed", "Seed of the probes. Changing it changes the estimate slightly.")
+NOISE_FLOOR = Number(
+    "noise_floor", "Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is added. Must "
+    "lie in the model's range.", default=0.05, low=0.0001, high=100.0, round=0.0001)
 
 
 class LogDensity(io.ComfyNode):
+    INPUTS = (
+        GUIDER, Socket("latent", "The images to read, from VAEEncode or a sampler. A mask is ignored.", io.Latent),
+        STEPS, PROBES, SEED, NOISE_FLOOR,
+    )
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="LogDensity",
             display_name="Log-Density",
             category=CATEGORY,
-            description="Reads how much detail a latent holds under a model: its log-density in bits per dimension, with an "
-                        "error bar. For any image that you can encode.",
-            inputs=[
-                io.Guider.Input(
-                    "guider", tooltip="The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt "
-                                      "count; density guidance in it does not. With a CFG above 1 the number belongs to no "
-                                      "calibrated density: compare it only with numbers of the same settings."),
-                io.Latent.Input("latent", tooltip="The images to read, from VAEEncode or a sampler. A mask is ignored."),
-                io.Int.Input(
-                    "steps", default=32, min=STEPS[0], max=STEPS[1],
-                    tooltip="Number of noise levels at which the model is evaluated, N. From 16 on the error falls with the "
-                            "square root of N; below it grows fast. 32 is the default, a good start."),
-                io.Int.Input(
-                    "probes", default=1, min=PROBES[0], max=PROBES[1],
-                    tooltip="Number of random probes per evaluation, for the divergence. Each costs a model call with its "
-                            "derivative, which takes about two plain ones; or three calls where the model gives no "
-                            "derivative. The error falls with the square root of their number. 1 is the default "
-                            "and the least."),
-                io.Int.Input(
-                    "seed", default=0, min=SEEDS[0], max=SEEDS[1], control_after_generate=True,
-                    tooltip="Seed of the probes. Another seed gives another draw of the error, the same seed the same "
-                            "number. No unit; neutral: any."),
-                io.Float.Input(
-                    "noise_floor", default=0.05, min=0.0001, max=100.0, step=0.01, round=0.0001,
-                    tooltip="Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is "
-                            "added: the latent is taken as it is. Must lie in the model's range. No unit; 0.05 is the "
-                            "default."),
-            ],
+            description="Measures how much detail an image has for your model, in bits per dimension, with an error bar. Works "
+                        "with every image that you can encode.",
+            inputs=schemas(cls.INPUTS),
             outputs=[
                 Floats.Output(display_name="bits_per_dim",
-                              tooltip="-log2 p / D of every image: larger means more detail, the direction of detail_shift."),
+                              tooltip="-log2 p / D of each image: larger means more detail, as with detail_shift."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="Values with standard errors, the squared norm of eps over D, and how they were computed."),
-                io.Image.Output(display_name="plot", tooltip="Rate of log-density against log-SNR, one curve for each image."),
+                    tooltip="Each value with its standard error, the squared norm of eps over D, and how they were computed."),
+                io.Image.Output(display_name="plot", tooltip="Rate of log-density against log-SNR, a curve for each image."),
             ],
         )
 
     @classmethod
     def execute(cls, guider, latent, steps, probes, seed, noise_floor):
-        steps, probes = require_whole("steps", steps, *STEPS), require_whole("probes", probes, *PROBES)
-        seed = require_whole("seed", seed, *SEEDS)
+        steps, probes, seed = STEPS.check(steps), PROBES.check(probes), SEED.check(seed)
         samples = samples_of("latent", latent)
         levels = levels_of(guider, samples, noise_floor, steps)
         indices = batch_index_of("latent", latent, len(samples))
@@ -93,7 +80,7 @@ class LogDensity(io.ComfyNode):
 
 def levels_of(guider: Any, samples: torch.Tensor, noise_floor: float, steps: int) -> list[float]:
     """The noise levels s of a readout, ascending from `noise_floor`; raises ValueError before any model call."""
-    patcher = require("guider", guider, "model_patcher", "a GUIDER, for instance of CFGGuider or BasicGuider").model_patcher
+    patcher = GUIDER.check(guider).model_patcher
     check_latent(patcher, samples)
     sampling = patcher.get_model_object("model_sampling")
     path = path_of(sampling)

@@ -1,6 +1,6 @@
 """Prior guidance, as a noise source and as a model patch: the starting noise at a quantile of its log-density."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.patcher_extension
 import comfy.sampler_helpers
@@ -8,8 +8,23 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..dg_core.prior import scale_noise
-from ..dg_core.units import require_number
-from .host.inputs import CATEGORY, require
+from .host.inputs import CATEGORY, QUANTILE, Number, Socket, Widget, check_fields, schemas
+
+INPUTS = (
+    replace(
+        QUANTILE, neutral="any, with match_quantile off",
+        text="Quantile of the noise's own log-density, which sets the norm of the noise. Below 0.5: larger noise, more detail; "
+             "above 0.5: smaller noise, smoother. 0.5 is the median. A gentle control."),
+    Number(
+        "scale", "Extra factor on the noise, after the quantile. Larger adds detail; stay near 1.",
+        default=1.0, neutral=1.0, low=0.0, high=10.0, step=0.001, round=0.0001),
+    Widget(
+        "match_quantile", "On: the noise of every image gets the norm of the quantile, so that seeds start alike. Off: the "
+        "noise is only multiplied by scale.", default=True, neutral="off, with scale 1"),
+)
+NOISE = Socket(
+    "noise", "The noise to scale, for instance of RandomNoise. Its seed is kept; DisableNoise stays as it is.", io.Noise)
+MODEL = Socket("model", "The model whose starting noise is scaled. Its weights are not changed.", io.Model)
 
 
 @dataclass(frozen=True)
@@ -24,8 +39,7 @@ class PriorSettings:
     match_quantile: bool = True
 
     def __post_init__(self):
-        require_number("quantile", self.quantile, 0.001, 0.999)
-        require_number("scale", self.scale, 0.0, 10.0)
+        check_fields(self, INPUTS)
 
     def apply(self, noise, noise_mask=None):
         """Scaled copy of `noise` (B, ...); with a noise mask of the host, only the masked part."""
@@ -50,48 +64,30 @@ class ScaledNoise:
         return self._settings.apply(noise, input_latent.get("noise_mask"))
 
 
-def _inputs():
-    return [
-        io.Float.Input(
-            "quantile", default=0.5, min=0.001, max=0.999, step=0.01, round=0.001,
-            tooltip="Quantile q of the noise's own log-density, which gives its norm r. 0.5 is the default, the median norm; "
-                    "above it a smaller norm and a smoother image, below it more detail. No unit. Neutral: any, with "
-                    "match_quantile off."),
-        io.Float.Input(
-            "scale", default=1.0, min=0.0, max=10.0, step=0.001, round=0.0001,
-            tooltip="Extra factor on the noise n, after the quantile. 1 is neutral; larger gives more detail. No unit."),
-        io.Boolean.Input(
-            "match_quantile", default=True,
-            tooltip="On: give the noise of every image the norm of the quantile, so that seeds start alike. "
-                    "Off: only multiply by scale; with scale 1 that is neutral."),
-    ]
-
-
 class PriorGuidanceScale(io.ComfyNode):
+    INPUTS = (NOISE, *INPUTS)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="PriorGuidanceScale",
             display_name="Prior Guidance Scale",
             category=CATEGORY,
-            description="Scales the starting noise of every image to a quantile of its log-density: the simplest "
-                        "detail control, with no change to the sampling itself.",
-            inputs=[
-                io.Noise.Input("noise", tooltip="The noise to scale, for instance of RandomNoise. Its seed is kept; "
-                                                "DisableNoise stays as it is."),
-                *_inputs(),
-            ],
+            description="Scales the starting noise: larger noise gives more detail, smaller noise less. The gentlest detail "
+                        "control; the sampling itself does not change.",
+            inputs=schemas(cls.INPUTS),
             outputs=[io.Noise.Output(display_name="noise", tooltip="The scaled noise, for SamplerCustomAdvanced.")],
         )
 
     @classmethod
     def execute(cls, noise, quantile, scale, match_quantile):
         settings = PriorSettings(quantile, scale, match_quantile)
-        require("noise", noise, "generate_noise", "a NOISE, for instance of RandomNoise")
-        return io.NodeOutput(ScaledNoise(noise, settings))
+        return io.NodeOutput(ScaledNoise(NOISE.check(noise), settings))
 
 
 class PriorGuidanceModel(io.ComfyNode):
+    INPUTS = (MODEL, *INPUTS)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -99,18 +95,14 @@ class PriorGuidanceModel(io.ComfyNode):
             display_name="Prior Guidance (model)",
             category=CATEGORY,
             description="Prior Guidance Scale as a patch of the model: for KSampler, which makes its own noise.",
-            inputs=[
-                io.Model.Input("model",
-                               tooltip="The model whose starting noise is scaled. Its weights are not changed."),
-                *_inputs(),
-            ],
+            inputs=schemas(cls.INPUTS),
             outputs=[io.Model.Output(display_name="model", tooltip="The model with scaled starting noise.")],
         )
 
     @classmethod
     def execute(cls, model, quantile, scale, match_quantile):
         settings = PriorSettings(quantile, scale, match_quantile)
-        require("model", model, "add_wrapper", "a MODEL")
+        MODEL.check(model)
 
         def scale_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
             shapes = kwargs.get("latent_shapes") or [noise.shape]

@@ -1,7 +1,7 @@
 """Score alignment of a guider's model: does scaling the starting noise change the final log-density?"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.patcher_extension
 import comfy.sample
@@ -14,11 +14,25 @@ from comfy_api.latest import io
 from ..dg_core import alignment, divergence
 from ..dg_core.levels import noise_levels, snapped
 from ..dg_core.schedule import NoisePath, Schedule, log_snr
-from ..dg_core.units import require_number, require_whole
 from . import alignment_report
 from .alignment_report import ENOUGH_STEPS
 from .host.advice import adds_noise, name_of
-from .host.inputs import CATEGORY, PROBES, SEEDS, Floats, batch_index_of, require, samples_of, sigmas_of
+from .host.inputs import (
+    CATEGORY,
+    DETAIL_SHIFT,
+    END_PERCENT,
+    PROBES,
+    Choice,
+    Floats,
+    Number,
+    Seed,
+    Socket,
+    batch_index_of,
+    check_fields,
+    samples_of,
+    schemas,
+    sigmas_of,
+)
 from .host.model_access import (
     GuiderModel,
     Probe,
@@ -34,78 +48,68 @@ from .host.wrappers import outermost, without_guidance
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
 FAR = 2.0  # times the noise level of end_percent: alignment is not read there
-METHODS = (WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE)
+GUIDER = Socket("guider", "Model, prompt and CFG, as for SamplerCustomAdvanced. Every patch counts, but not density guidance.",
+                io.Guider)
+NOISE = Socket("noise", "The starting noise whose scaling is examined, for instance of RandomNoise.", io.Noise)
+SAMPLER = Socket("sampler", "Only for finite scale: any sampler.", io.Sampler, unlinked="the pack's own solver")
+INPUTS = (
+    Choice(
+        "method", "How scaling is examined. with score: follows the change along the run, about 3 model calls per step. "
+        "without score: about 5, with random probes. both: compares the two. finite scale: a finite difference of two whole "
+        "runs, with slightly less and slightly more noise; takes any sampler.",
+        options=(WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE), default=WITH_SCORE, neutral=WITH_SCORE),
+    replace(END_PERCENT, low=0.05, default=0.95, neutral=None,
+            text="Alignment is read here, because near zero noise the score is unreliable; the image is finished all the "
+                 "same. 1 reads at the last sigma above 0."),
+    replace(PROBES, text="Number of random probes per step, for without score. The error falls with the square root of it; "
+                         "each costs 4 model calls."),
+    Seed("seed", "Seed of the probes only; the noise has its own."),
+    replace(DETAIL_SHIFT, default=0.02, step=0.01, round=0.0001, optional=True,
+            text="The change of detail that the output scale should make; positive: more. 0.1 at most is met well."),
+    Number("scale_step", "For finite scale: h, compares the noise times 1 - h and 1 + h. Smaller is closer to the derivative, "
+                         "until rounding takes over: take 0.05 in float16 and bfloat16.",
+           symbol="h", default=0.01, low=0.0001, high=0.2, step=0.001, round=0.0001, optional=True),
+)
 
 
 class ScoreAlignmentCheck(io.ComfyNode):
+    INPUTS = (
+        GUIDER, NOISE,
+        Socket("latent_image", "The empty latent: size and number of images. Without a noise mask.", io.Latent),
+        Socket("sigmas", f"The schedule of noise levels sigma, from the model's maximum down; {ENOUGH_STEPS} steps are usually "
+                         "enough. Between its ends noise levels are placed where the density changes; finite scale keeps the "
+                         "schedule's own.", io.Sigmas),
+        *INPUTS, SAMPLER,
+    )
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="ScoreAlignmentCheck",
             display_name="Score Alignment Check",
             category=CATEGORY,
-            description="Tells, for your own model, prompt and seed, whether scaling the starting noise (prior "
-                        "guidance) changes the log-density of the result steadily, and by how much. Samples the image "
-                        "once meanwhile.",
-            inputs=[
-                io.Guider.Input("guider",
-                                tooltip="Model, prompt and CFG, as for SamplerCustomAdvanced. Every patch counts."),
-                io.Noise.Input("noise",
-                               tooltip="The starting noise whose scaling is examined, for instance of RandomNoise."),
-                io.Latent.Input("latent_image", tooltip="The empty latent to sample into: gives size and number of "
-                                                        "images. Without a noise mask."),
-                io.Sigmas.Input("sigmas", tooltip="The noise schedule sigma, from the model's maximum down; "
-                                                  f"{ENOUGH_STEPS} steps are usually enough. Between its ends noise "
-                                                  "levels are placed where the density changes; finite scale keeps them."),
-                io.Combo.Input(
-                    "method", options=list(METHODS), default=WITH_SCORE,
-                    tooltip="with score: 3 model calls per step or the like. without score: 5, works for any "
-                            "continuous flow, with probe noise. both: compares them. finite scale: two runs with "
-                            "slightly less and more noise and any sampler. Neutral: with score."),
-                io.Float.Input(
-                    "end_percent", default=0.95, min=0.05, max=1.0, step=0.01, round=0.001,
-                    tooltip="Share of the sampling after which alignment is read; the image is finished all the same. "
-                            "The score is ill-conditioned near zero noise. 0.95 is the default; 1 reads at the last sigma "
-                            "above 0."),
-                io.Int.Input(
-                    "probes", default=1, min=PROBES[0], max=PROBES[1],
-                    tooltip="Number of random probes per step for the way without the score: n probes divide its noise by "
-                            "sqrt(n), at 4 calls each. 1 is the default."),
-                io.Int.Input(
-                    "seed", default=0, min=SEEDS[0], max=SEEDS[1], control_after_generate=True,
-                    tooltip="Seed of the probes only; the noise has its own. No unit; neutral: any."),
-                io.Float.Input(
-                    "detail_shift", default=0.02, min=-2.0, max=2.0, step=0.01, round=0.0001, optional=True,
-                    tooltip="Wanted change in bits per dimension (-log2 p / D); positive: more detail. The scale "
-                            "output is the noise scale that should reach it. 0 is neutral: scale 1."),
-                io.Float.Input(
-                    "scale_step", default=0.01, min=0.0001, max=0.2, step=0.001, round=0.0001, optional=True,
-                    tooltip="h of the finite scale method: it compares noise times 1 - h and 1 + h. Smaller is closer "
-                            "to the derivative, until rounding takes over. No unit; 0.01 is the default."),
-                io.Sampler.Input(
-                    "sampler", optional=True,
-                    tooltip="The sampler of the finite scale method, any of ComfyUI's; the other methods have their "
-                            "own solver. Not connected (neutral): the pack's solver."),
-            ],
+            description="Does scaling the starting noise (prior guidance) change the detail, for your model, prompt and seed? "
+                        "Says yes or no and by how much, and samples the image meanwhile.",
+            inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Boolean.Output(display_name="aligned",
-                                  tooltip="True where scaling works for every image of the batch."),
+                                  tooltip="True if scaling works for every image of the batch. Connect it to a switch."),
                 io.Float.Output(display_name="cosine",
                                 tooltip="Smallest cosine of the batch, from -1 to 1: above 0 is aligned. No unit."),
                 io.String.Output(display_name="report",
-                                 tooltip="Numbers for every image, the profile, the cost, and what to do."),
+                                 tooltip="The numbers of each image, where alignment is lost, the cost, and what to do."),
                 io.Image.Output(display_name="plot",
-                                tooltip="Cosine against log-SNR, a line for each image, and the verdict."),
+                                tooltip="Cosine against log-SNR, a line for each image. Only where it ends matters."),
                 io.Latent.Output(display_name="latent",
-                                 tooltip="The finished sample, which had to be computed anyway."),
+                                 tooltip="The finished sample."),
                 io.Float.Output(
                     display_name="scale",
-                    tooltip="Noise scale for the wanted detail_shift, for PriorGuidanceScale with match_quantile off; "
-                            "the mean over the batch. 1 where an image is not aligned or would need more than "
-                            f"{alignment.SCALE_RANGE[0]:g} to {alignment.SCALE_RANGE[1]:g}."),
+                    tooltip="The noise scale that makes detail_shift, for Prior Guidance Scale with match_quantile off; the "
+                            "mean over the batch. 1 if an image is not aligned or no scale from "
+                            f"{alignment.SCALE_RANGE[0]:g} to {alignment.SCALE_RANGE[1]:g} reaches it."),
                 Floats.Output(
                     display_name="response",
-                    tooltip="Predicted change of bits per dimension for 1% more noise, for every image."),
+                    tooltip="Predicted change in bits per dimension for 1% more noise, for each image."),
             ],
         )
 
@@ -143,13 +147,7 @@ class CheckSettings:
     scale_step: float = 0.01
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
-        require_number("end_percent", self.end_percent, 0.05, 1.0)
-        require_whole("probes", self.probes, *PROBES)
-        require_whole("seed", self.seed, *SEEDS)
-        require_number("detail_shift", self.detail_shift, -2.0, 2.0)
-        require_number("scale_step", self.scale_step, 0.0001, 0.2)
+        check_fields(self, INPUTS)
 
 
 @dataclass(frozen=True)
@@ -179,8 +177,7 @@ def examine(guider, noise, latent, sigmas, settings, sampler=None):
 
     sampler: a SAMPLER, of the finite scale method alone. Raises ValueError, naming the input, before any model call.
     """
-    if sampler is not None:
-        require("sampler", sampler, "sample", "a SAMPLER, for instance of KSamplerSelect")
+    SAMPLER.check(sampler)
     run = _Run.prepare(guider, noise, latent, sigmas, settings)
     return run.finite_scale(sampler) if settings.method == FINITE_SCALE else run.derivatives()
 
@@ -200,8 +197,8 @@ class _Run:
     @classmethod
     def prepare(cls, guider, noise, latent, sigmas, settings):
         """Raises ValueError, before any model call, where an input does not fit."""
-        require("guider", guider, "model_patcher", "a GUIDER, for instance of CFGGuider or BasicGuider")
-        require("noise", noise, "generate_noise", "a NOISE, for instance of RandomNoise")
+        GUIDER.check(guider)
+        NOISE.check(noise)
         samples = samples_of("latent_image", latent)
         if latent.get("noise_mask") is not None:
             raise ValueError(

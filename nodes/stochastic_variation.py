@@ -1,14 +1,13 @@
 """Variations of an image at an unchanged log-density, as a sampler, and the batch for a grid of them."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
 from ..dg_core.schedule import Schedule
-from ..dg_core.units import require_whole
 from ..dg_core.variation import (
     CORRECTIONS,
     MAX_PROBES,
@@ -16,20 +15,27 @@ from ..dg_core.variation import (
     ImageNoise,
     Variation,
     indices_of,
-    require_correction,
-    require_strength,
 )
 from .host.inputs import (
     CATEGORY,
+    DETAIL_SHIFTS,
+    END_PERCENT,
+    LEVELS,
+    MASK,
+    QUANTILE,
+    QUANTILES,
+    START_PERCENT,
+    Choice,
     Floats,
+    Number,
+    Numbers,
+    NumberText,
+    Seed,
+    Socket,
     batch_index_of,
-    floats,
-    level_inputs,
-    mask_input,
-    mask_of,
-    numbers,
-    per_image_inputs,
+    check_fields,
     require,
+    schemas,
 )
 from .host.masks import amount_of
 from .host.model_access import require_one_part
@@ -42,10 +48,38 @@ WINDOWS = {
     "structure": {"VE": (0.0, 0.3), "flow": (0.0, 0.3)},
     "everything": {"VE": (0.0, 1.0), "flow": (0.0, 1.0)},
 }
-VARY = [*WINDOWS, CUSTOM]
-MAX_SEED = 2**64 - 1
-MAX_INDEX = 2**31 - 1
-MAX_VARIATIONS = 64
+VARIATION_INDEX = Numbers(
+    "variation_index", "Which variation of the seed each image of the batch gets, from 0; equal numbers give equal noise.",
+    each=Number("variation_index", "", default=0, low=0, high=2**31 - 1), unlinked="one for each starting noise")
+VARY = Choice(
+    "vary", "What changes. fine details: texture (noise late in the sampling). structure: composition and shapes (noise "
+    "early). everything: both. custom: from start_percent to end_percent.",
+    options=(*WINDOWS, CUSTOM), default="fine details", neutral="any, with strength 0")
+VARIATION_SEED = Seed(
+    "variation_seed", "Which variation: change it and keep the seed of the noise. Each image of a batch has noise of its own, "
+    "from this seed and its starting noise.", neutral="any, with strength 0")
+INPUTS = (
+    VARY,
+    Number(
+        "strength", "How much noise. 1 is as much as an SDE sampler adds, 0 gives the plain image. Start with 0.5 to 1.",
+        symbol="c", default=0.5, neutral=0.0, low=0.0, high=MAX_STRENGTH, step=0.05),
+    replace(START_PERCENT, text="For custom: noise begins here; 0 is pure noise."),
+    replace(END_PERCENT, text="For custom: noise ends here; 1 is the finished image. The last step to zero noise gets none."),
+    VARIATION_SEED,
+    Choice(
+        "correction", "How the change of detail by the noise is undone. expected: no extra model call, noise in every second "
+        "step. hutchinson: more exact; 1 + noise pieces calls in a step with noise. exact: measures at the very place; 1 + 2 x "
+        "noise pieces calls.",
+        options=tuple(CORRECTIONS), default="expected", neutral="any, with strength 0"),
+    Number(
+        "probes", "Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by itself and each "
+        "at the cost of model calls. 1 is enough up to strength 1.",
+        shown="noise pieces", default=1, low=1, high=MAX_PROBES),
+    VARIATION_INDEX,
+)
+ROW_QUANTILES = NumberText(
+    "quantiles", "The quantile of each row, separated by commas.", each=QUANTILE, default="0.3, 0.5, 0.7", neutral="0.5")
+VARIATIONS = Number("variations", "Number of variations in each row.", default=4, low=1, high=64)
 
 
 @dataclass(frozen=True)
@@ -62,15 +96,9 @@ class VariationSettings:
     variation_index: tuple[float, ...] | None = None  # one for each image, in the place of its starting noise
 
     def __post_init__(self):
-        if self.vary not in VARY:
-            raise ValueError(f"vary is {self.vary!r}; it must be one of {', '.join(VARY)}")
+        check_fields(self, INPUTS)
         if self.vary == CUSTOM:
             require_window(self.start_percent, self.end_percent)
-        require_strength(self.strength)
-        require_whole("variation_seed", self.variation_seed, 0, MAX_SEED)
-        require_correction(self.correction, self.probes)
-        for i, value in enumerate(self.variation_index or ()):
-            require_whole(f"variation_index, for image {i},", value, 0, MAX_INDEX)
 
     def of_run(
         self, guider: Any, schedule: Schedule, latent: torch.Tensor, start: torch.Tensor, mask: torch.Tensor | None,
@@ -106,97 +134,55 @@ class VariationSettings:
 
 
 class StochasticDetailVariation(io.ComfyNode):
+    INPUTS = (*LEVELS, *INPUTS[:-1], QUANTILES, DETAIL_SHIFTS, VARIATION_INDEX, MASK)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="StochasticDetailVariation",
             display_name="Stochastic Detail Variation",
             category=CATEGORY,
-            description="A sampler that gives variations of an image, in its texture or in its structure, with as much "
-                        "detail as it had: noise along the surfaces of equal log-density. Connect it to "
-                        "SamplerCustomAdvanced or SamplerCustom.",
-            inputs=[
-                *level_inputs(),
-                io.Combo.Input(
-                    "vary", options=VARY, default="fine details",
-                    tooltip="When noise is added: late for fine details, early for structure. custom takes start_percent "
-                            "and end_percent. Neutral: any, with strength 0."),
-                io.Float.Input(
-                    "strength", default=0.5, min=0.0, max=MAX_STRENGTH, step=0.05, round=0.001,
-                    tooltip="Strength c of the noise, as a multiple of the reverse SDE's. 0 is neutral: the plain image; 1 "
-                            "is as much as an SDE sampler adds. No unit."),
-                io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
-                    tooltip="For custom: share of the sampling at which noise begins. 0 (neutral) is pure noise."),
-                io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
-                    tooltip="For custom: share of the sampling at which noise ends. 1 (neutral) is the finished image. The "
-                            "last step to zero noise gets none."),
-                io.Int.Input(
-                    "variation_seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
-                    tooltip="Which variation. Each image of a batch has noise of its own, from this seed and the noise "
-                            "that it starts from. No unit; neutral: any, with strength 0."),
-                io.Combo.Input(
-                    "correction", options=list(CORRECTIONS), default="expected",
-                    tooltip="How the change of log-density by the noise is undone. expected: at no extra model call, with "
-                            "noise in every second step. hutchinson: 1 + probes calls in a step with noise, more exact. "
-                            "exact: 1 + 2 probes calls. Neutral: any, with strength 0."),
-                io.Int.Input(
-                    "probes", default=1, min=1, max=MAX_PROBES,
-                    tooltip="Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by "
-                            "itself; every one costs model calls. 1 is the default and the least, and enough up to strength "
-                            "1."),
-                *per_image_inputs(),
-                Floats.Input(
-                    "variation_index", optional=True,
-                    tooltip="Which variation of the seed each image of the batch gets, from 0; images with the same number "
-                            "get the same noise. No unit. Not connected (neutral): one for each starting noise."),
-                mask_input(),
-            ],
+            description="Varies the texture or the structure of an image and keeps its amount of detail. A sampler: connect it "
+                        "to SamplerCustomAdvanced or SamplerCustom.",
+            inputs=schemas(cls.INPUTS),
             outputs=[io.Sampler.Output(
                 display_name="sampler",
-                tooltip="The sampler. With strength 0 it does exactly what Density Guidance Sampler does without a sampler "
+                tooltip="The sampler. With strength 0 it does exactly what Density Guidance Sampler does with no sampler "
                         "connected.")],
         )
 
     @classmethod
     def execute(cls, quantile, detail_shift, vary, strength, start_percent, end_percent, variation_seed, correction,
                 probes, quantiles=None, detail_shifts=None, variation_index=None, mask=None):
-        settings = GuidanceSettings(quantile, detail_shift, quantiles=floats("quantiles", quantiles),
-                                    detail_shifts=floats("detail_shifts", detail_shifts), mask=mask_of(mask))
+        settings = GuidanceSettings(quantile, detail_shift, quantiles=quantiles, detail_shifts=detail_shifts, mask=mask)
         return io.NodeOutput(solver_sampler(settings, VariationSettings(
-            vary, strength, start_percent, end_percent, variation_seed, correction, probes,
-            floats("variation_index", variation_index))))
+            vary, strength, start_percent, end_percent, variation_seed, correction, probes, variation_index)))
 
 
 class VariationGrid(io.ComfyNode):
+    INPUTS = (
+        Socket("latent", "The latent to vary; its first image is taken.", io.Latent), ROW_QUANTILES, VARIATIONS)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="VariationGrid",
             display_name="Variation Grid",
             category=CATEGORY,
-            description="Repeats one latent for a grid of quantiles (rows) and variations (columns), all from the same "
-                        "starting noise, to be sampled as one batch.",
-            inputs=[
-                io.Latent.Input("latent", tooltip="The latent to vary; the first image of it is taken."),
-                io.String.Input(
-                    "quantiles", default="0.3, 0.5, 0.7",
-                    tooltip="The quantile q of each row, separated by commas, between 0.001 and 0.999. 0.5 is neutral. No "
-                            "unit."),
-                io.Int.Input("variations", default=4, min=1, max=MAX_VARIATIONS,
-                             tooltip="Number of variations in each row. 4 is the default."),
-            ],
+            description="Makes the batch for a grid out of one latent: a row for each quantile, a column for each variation, "
+                        "all from the same starting noise.",
+            inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The batch, row by row, for the sampler."),
-                Floats.Output(display_name="quantiles", tooltip="Quantile q of each image, for the input quantiles of the "
-                                                                "variation node."),
+                Floats.Output(display_name="quantiles", tooltip="Quantile q of each image, for quantiles of Stochastic Detail "
+                                                                "Variation."),
                 Floats.Output(display_name="variation_index",
-                              tooltip="Number of each image in its row, for the input variation_index of the variation node."),
+                              tooltip="Number of each image in its row, for variation_index of Stochastic Detail Variation: "
+                                      "every row has the same noise in a column."),
                 io.Float.Output(display_name="levels", is_output_list=True,
-                                tooltip="The quantile q of each row, for the labels of a contact sheet."),
+                                tooltip="Quantile q of each row, for levels of Density Contact Sheet."),
                 io.Int.Output(display_name="columns",
-                              tooltip="Number of images in a row, for the batch size of RebatchImages."),
+                              tooltip="Number of images in a row, for batch_size of Rebatch Images."),
             ],
         )
 
@@ -205,11 +191,8 @@ class VariationGrid(io.ComfyNode):
         require("latent", latent, "keys", "a LATENT")
         samples, mask = latent.get("samples"), latent.get("noise_mask")
         if not torch.is_tensor(samples) or samples.is_nested or not len(samples):
-            raise ValueError("latent has no image, or packs several parts into one; connect a LATENT with an image of one part")
-        rows = numbers("quantiles", quantiles)
-        for value in rows:
-            GuidanceSettings(quantile=value)
-        variations = require_whole("variations", variations, 1, MAX_VARIATIONS)
+            raise ValueError("latent is empty or combines video and audio; connect a single image or video latent")
+        rows, variations = ROW_QUANTILES.check(quantiles), VARIATIONS.check(variations)
         count = len(rows) * variations
         indices = batch_index_of("latent", latent, len(samples))
         first = 0 if indices is None else int(indices[0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ..dg_core.variation import CORRECTIONS, MAX_STRENGTH
 from ..nodes import DensityTargetSampler, PriorGuidanceModel, PriorGuidanceScale, StochasticDetailVariation
 from ..nodes.density_target import ABSOLUTE, SAME, SHIFT
-from ..nodes.stochastic_variation import MAX_SEED, VARY
+from ..nodes.stochastic_variation import VARIATION_SEED, VARY
 from . import host_runs as h
 from . import tiny_models
 
@@ -41,8 +41,8 @@ guidance = st.fixed_dictionaries({
     "mask": masks, "curve": st.none() | st.lists(st.floats(0, 8), min_size=1, max_size=5).filter(any)})
 variation = st.fixed_dictionaries({
     "node": st.just("StochasticDetailVariation"), "quantile": quantile, "detail_shift": detail_shift, "window": windows,
-    "quantiles": quantiles, "mask": masks, "vary": st.sampled_from(VARY), "strength": st.floats(0, MAX_STRENGTH),
-    "seed": st.integers(0, MAX_SEED), "correction": st.sampled_from(list(CORRECTIONS)), "probes": st.integers(1, 2)})
+    "quantiles": quantiles, "mask": masks, "vary": st.sampled_from(VARY.options), "strength": st.floats(0, MAX_STRENGTH),
+    "seed": st.integers(0, VARIATION_SEED.high), "correction": st.sampled_from(list(CORRECTIONS)), "probes": st.integers(1, 2)})
 target = st.fixed_dictionaries({
     "node": st.just("DensityTargetSampler"), "target": st.sampled_from([ABSOLUTE, SHIFT, SAME]),
     "value": st.just(0.0) | st.floats(-20, 20), "reference": st.integers(-1, 3)})

@@ -31,7 +31,7 @@ PRIOR = [
 
 
 class Bridge(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.IMG_TO_IMG):
-    """A model that goes from picture to picture: no Gaussian noise path."""
+    """A model that goes from image to image: no Gaussian noise path."""
 
 
 class Strange(comfy.model_sampling.ModelSamplingDiscrete):
@@ -170,7 +170,7 @@ def test_a_run_without_a_guided_step_is_said_in_the_log(caplog):
 
 
 @pytest.mark.parametrize("way", ["euler", None, "patch"])
-def test_an_empty_noise_mask_leaves_the_picture(way):
+def test_an_empty_noise_mask_leaves_the_image(way):
     """One of all images, or of some: there is nothing to guide, and nothing to divide by."""
     model = h.exact_model("eps")
     samples = torch.rand(2, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(3))
@@ -244,9 +244,14 @@ def test_contact_sheet_of_unequal_lists(lists, words):
     fails(words, h.outputs, nodes.DensityContactSheet, images, ["q"], [32], **lists)
 
 
-@pytest.mark.parametrize("component", [-2, 128])
-def test_loader_component(component):
-    if component < 0:
-        assert nodes.LoadExactDensityModel.define_schema().inputs[2].min == -1
-        return
-    fails(["component", str(component), "127"], h.outputs, nodes.LoadExactDensityModel, "flow", "32", component, 1)
+@pytest.mark.parametrize("name, component, batch_size, words", [
+    ("component", -2, 1, ["-2", "-1", "127"]), ("component", 128, 1, ["128", "-1", "127"]),
+    ("batch_size", 0, 0, ["0", "1", "64"]), ("batch_size", 0, 65, ["65", "1", "64"])])
+def test_numbers_of_the_loader(name, component, batch_size, words):
+    fails([name, *words], h.outputs, nodes.LoadExactDensityModel, "flow", "32", component, batch_size)
+
+
+@pytest.mark.parametrize("size", [0, 4096])
+def test_size_of_the_contact_sheet(size):
+    images = [torch.zeros(1, 8, 8, 3)]
+    fails(["picture_size", str(size), "32", "2048"], h.outputs, nodes.DensityContactSheet, images, ["q"], [size])

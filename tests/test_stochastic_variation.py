@@ -419,12 +419,12 @@ def test_grid_is_what_its_rows_would_be():
 def test_grid_repeats_the_mask_and_names_bad_input():
     latent = {**h.empty_latent(2), "noise_mask": torch.ones(2, 1, h.SIZE, h.SIZE)}
     assert h.outputs(VariationGrid, latent, "0.5", 4)[0]["noise_mask"].shape == (4, 1, h.SIZE, h.SIZE)
-    for text, word in (("0.5, 2", "quantile is 2"), ("a", "quantiles has 'a'"), ("", "quantiles is empty"),
+    for text, word in (("0.5, 2", "quantiles, row 1, is 2"), ("a", "quantiles has 'a'"), ("", "quantiles is empty"),
                        (0.5, "quantiles is 0.5; write numbers")):
         with pytest.raises(ValueError, match=word):
             h.outputs(VariationGrid, latent, text, 2)
     for bad in ({}, {"samples": torch.zeros(0, 3, 8, 8)}):
-        with pytest.raises(ValueError, match="latent has no image"):
+        with pytest.raises(ValueError, match="latent is empty"):
             h.outputs(VariationGrid, bad, "0.5", 2)
     for indices in ([], [0, 1, 2]):
         with pytest.raises(ValueError, match="latent has 2 images and a batch_index for"):

@@ -1,14 +1,287 @@
-"""Inputs that several nodes share, and the category."""
+"""The inputs of the nodes, each declared once.
+
+From a declaration come the schema, the check of a value with its error, the tooltip and the English locale's, and the row of
+the help page. Inputs that several nodes share are declared below, others in the file of their node.
+"""
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from comfy_api.latest import io
 
+from ...dg_core.units import require_number, require_whole
+
 CATEGORY = "sampling/density guidance"
+BITS = "bits per dimension (-log2 p / D)"
+SHARE = "share of the sampling"
+NUMBERS = "write numbers separated by commas, like 0.05, 0.5, 0.95"
 Floats = io.Custom("FLOATS")
-SEEDS = 0, 0xFFFFFFFFFFFFFFFF
-PROBES = 1, 64  # of the divergence, at each model evaluation
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a node. Subclasses say which widget or socket it is, and what values are right."""
+
+    name: str  # its id in workflows
+    text: str  # what it does, in sentences
+
+    def facts(self) -> list[str]:
+        """What else there is to know: symbol, unit, range, default."""
+        return []
+
+    @property
+    def tooltip(self) -> str:
+        return " ".join([self.text, *(f"{fact}." for fact in self.facts())])
+
+    @property
+    def row(self) -> str:
+        """The row of the help page's table, in Markdown."""
+        shown = getattr(self, "shown", "")
+        name = f"`{self.name}`" + (f", shown as *{shown}*" if shown else "")
+        return f"| {name} | {'<br>'.join([self.text, *self.facts()])} |"
+
+    def schema(self) -> io.Input:
+        """The input as the host wants it."""
+        raise NotImplementedError
+
+    def check(self, value):
+        """Return `value`, converted where need be; raise ValueError, naming the input, the value and what would be right."""
+        return value
+
+
+@dataclass(frozen=True)
+class Socket(Input):
+    """An input that takes a link, of one of the host's types."""
+
+    kind: type  # for instance io.Model
+    unlinked: str = ""  # what holds while nothing is connected; the link is optional where this is said
+    symbol: str = ""
+
+    def facts(self):
+        return [*([f"Symbol: {self.symbol}"] if self.symbol else []),
+                *([f"Not connected (neutral): {self.unlinked}"] if self.unlinked else [])]
+
+    def schema(self):
+        widget = {"force_input": True} if issubclass(self.kind, io.Float) else {}
+        return self.kind.Input(self.name, optional=bool(self.unlinked), tooltip=self.tooltip, **widget)
+
+    def check(self, value):
+        return value if value is None and self.unlinked else require(self.name, value, *WANTED[self.kind])
+
+
+WANTED = {  # what an object of each type has, and where to get one
+    io.Guider: ("model_patcher", "a GUIDER, for instance of CFGGuider or BasicGuider"),
+    io.Latent: ("keys", "a LATENT"),
+    io.Model: ("add_wrapper", "a MODEL"),
+    io.Noise: ("generate_noise", "a NOISE, for instance of RandomNoise"),
+    io.Sampler: ("sample", "a SAMPLER, for instance of KSamplerSelect"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widget(Input):
+    """An input with a value of its own: a switch where the default is a bool, else a text."""
+
+    default: float | str | bool
+    neutral: float | str | bool | None = None  # with which it does nothing
+    optional: bool = False
+    shown: str = ""  # its name on the node, where that is not the id
+
+    def facts(self):
+        if self.neutral == self.default:
+            return [f"Default: {_written(self.default)} (neutral)"]
+        return [f"Default: {_written(self.default)}", *([] if self.neutral is None else [f"Neutral: {_written(self.neutral)}"])]
+
+    def schema(self):
+        return self._widget(io.Boolean if isinstance(self.default, bool) else io.String)
+
+    def _widget(self, kind, **options):
+        return kind.Input(self.name, display_name=self.shown or None, optional=self.optional, tooltip=self.tooltip,
+                          default=self.default, **options)
+
+
+def _written(value):
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number(Widget):
+    """A number from `low` to `high`, a whole one where the default is."""
+
+    low: float
+    high: float
+    step: float = 0.01  # of the widget, as `round`; not of whole numbers
+    round: float = 0.001
+    unit: str = ""
+    symbol: str = ""
+
+    def facts(self):
+        unit = f"Unit: {self.unit}" if self.unit else f"Symbol: {self.symbol}, no unit" if self.symbol else "No unit"
+        counts = isinstance(self.default, int) and not self.unit
+        return [*([] if counts else [unit]), f"Range: {self.low:g} to {self.high:g}", *super().facts()]
+
+    def schema(self):
+        if isinstance(self.default, int):
+            return self._widget(io.Int, min=self.low, max=self.high)
+        return self._widget(io.Float, min=self.low, max=self.high, step=self.step, round=self.round)
+
+    def check(self, value, name: str = ""):
+        """`value` as a float or an int; `name`: for the error, in place of the input's."""
+        require = require_whole if isinstance(self.default, int) else require_number
+        return require(name or self.name, value, self.low, self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seed(Number):
+    """A seed, which the page can draw anew after each run."""
+
+    default: int = 0
+    low: int = 0
+    high: int = 2**64 - 1
+    neutral: str = "any"
+
+    def facts(self):
+        return [f"Neutral: {self.neutral}"]
+
+    def schema(self):
+        return self._widget(io.Int, min=self.low, max=self.high, control_after_generate=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Widget):
+    """One of some words."""
+
+    options: tuple[str, ...]
+
+    def schema(self):
+        return self._widget(io.Combo, options=list(self.options))
+
+    def check(self, value):
+        if value not in self.options:
+            raise ValueError(f"{self.name} is {value!r}; it must be one of {', '.join(self.options)}")
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberText(Widget):
+    """Numbers in a text, separated by commas or lines; `each`: what each of them has to be, if more than finite."""
+
+    each: Number | None = None
+
+    def facts(self):
+        return [*(self.each.facts()[:2] if self.each else []), *super().facts()]
+
+    def check(self, value):
+        """The numbers, a list of floats."""
+        if not isinstance(value, str):
+            raise ValueError(f"{self.name} is {value!r}; {NUMBERS}")
+        words = [word.strip() for word in value.replace("\n", ",").split(",") if word.strip()]
+        if not words:
+            raise ValueError(f"{self.name} is empty; {NUMBERS}")
+        numbers = [self._number(word) for word in words]
+        return numbers if self.each is None else [self.each.check(v, f"{self.name}, row {i},") for i, v in enumerate(numbers)]
+
+    def _number(self, word):
+        try:
+            number = float(word)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{self.name} has {word!r}; {NUMBERS}")
+        return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers(Socket):
+    """A FLOATS socket: a list of numbers, which `each` checks; `item`: what each is for."""
+
+    kind: type = Floats
+    each: Number
+    item: str = "image"
+
+    def check(self, value):
+        """The numbers as a tuple, None as None."""
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError(f"{self.name} is {value!r}; connect a list with a number for each {self.item}, for instance the "
+                             "all_values of DensityLevels")
+        return tuple(self.each.check(v, f"{self.name}, for {self.item} {i},") for i, v in enumerate(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask(Socket):
+    """A MASK socket."""
+
+    kind: type = io.Mask
+
+    def check(self, value):
+        """A tensor (N, height, width) of numbers from 0 to 1, None as None."""
+        if value is None:
+            return None
+        if not torch.is_tensor(value) or value.ndim < 2 or not value.numel():
+            shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+            raise ValueError(f"{self.name} is {shape}; connect a MASK: (number of masks, height, width)")
+        low, high = value.min().item(), value.max().item()
+        if not (0 <= low and high <= 1):
+            raise ValueError(f"{self.name} has numbers from {low:g} to {high:g}; they must be from 0 to 1")
+        return value.reshape(-1, *value.shape[-2:])
+
+
+def schemas(inputs: Iterable[Input]) -> list[io.Input]:
+    """The inputs as a schema wants them."""
+    return [declared.schema() for declared in inputs]
+
+
+def check_fields(settings: object, inputs: Iterable[Input]) -> None:
+    """Check the fields of a frozen dataclass that bear an input's name, and keep what the checks return.
+
+    Raises ValueError, naming the input, where one is not right.
+    """
+    for declared in inputs:
+        if hasattr(settings, declared.name):
+            object.__setattr__(settings, declared.name, declared.check(getattr(settings, declared.name)))
+
+
+QUANTILE = Number(
+    "quantile", "Below 0.5 adds detail, above 0.5 smooths, 0.5 does nothing. Acts less on larger images.",
+    symbol="q", default=0.5, neutral=0.5, low=0.001, high=0.999)
+DETAIL_SHIFT = Number(
+    "detail_shift",
+    "Positive adds detail, negative smooths, on top of quantile. Means the same at every resolution. Trained models amplify "
+    "the change; use Density Target Sampler when the number matters. A short guided range allows only a small shift.",
+    unit=BITS, default=0.0, neutral=0.0, low=-2.0, high=2.0, step=0.05)
+START_PERCENT = Number(
+    "start_percent", "Guidance begins here; 0 is pure noise. Begin late to change texture and keep the composition.",
+    unit=SHARE, default=0.0, neutral=0.0, low=0.0, high=1.0)
+END_PERCENT = Number(
+    "end_percent", "Guidance ends here; 1 is the finished image. The last step to zero noise is never guided.",
+    unit=SHARE, default=1.0, neutral=1.0, low=0.0, high=1.0)
+QUANTILES = Numbers(
+    "quantiles", "One quantile for each image of the batch, in place of quantile; a single number goes to all. Connect "
+    "all_values of Density Levels.",
+    symbol="q", each=QUANTILE, unlinked="quantile")
+DETAIL_SHIFTS = Numbers(
+    "detail_shifts", f"One shift for each image of the batch, in {BITS}, in place of detail_shift; a single number goes to "
+    "all.", each=DETAIL_SHIFT, unlinked="detail_shift")
+MASK = Mask(
+    "mask", "Where the node acts and how strongly, from 0 to 1. Any size, soft edges; one mask for all, or one per image (per "
+    "frame of a video). quantile and detail_shift then mean this region. Chain two nodes for two regions.",
+    symbol="w", unlinked="everywhere")
+CURVE = Numbers(
+    "curve", "When guidance acts: its strength from the beginning to the end of the guided range, evenly spaced in log-SNR. "
+    "Only ratios count; the whole shift stays the same. The node shows the curve as a plot.",
+    each=Number("curve", "", default=1.0, low=0.0, high=math.inf), item="point", unlinked="evenly")
+PROBES = Number(
+    "probes", "Number of random probes at each evaluation. The error falls with the square root of it. Each probe costs a "
+    "model call with its derivative, about two plain calls; or three plain calls where the model gives no derivative.",
+    default=1, low=1, high=64)
+LEVELS = QUANTILE, DETAIL_SHIFT
+WINDOW = START_PERCENT, END_PERCENT
 
 
 def require(name, value, attribute, hint):
@@ -22,8 +295,8 @@ def samples_of(name, latent):
     """The tensor of a LATENT input (several in one for video with audio); raises ValueError, naming the input, for others."""
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if not (torch.is_tensor(samples) or getattr(samples, "is_nested", False)):
-        raise ValueError(f"{name} is a {type(latent).__name__} without samples; connect a LATENT, for instance of VAEEncode, of "
-                         "an empty latent or of a sampler")
+        raise ValueError(f"{name} is a {type(latent).__name__} without samples; connect a LATENT, from VAEEncode, an empty "
+                         "latent or a sampler")
     return samples
 
 
@@ -43,108 +316,3 @@ def sigmas_of(values):
         shape = f"of shape {tuple(values.shape)}" if torch.is_tensor(values) else f"a {type(values).__name__}"
         raise ValueError(f"sigmas are {shape}; connect SIGMAS, a row of noise levels, for instance of BasicScheduler")
     return values.tolist()
-
-
-def floats(name, values):
-    """A FLOATS input as a tuple, None as None; raises ValueError, naming the input, unless it is a list with a number."""
-    if values is None:
-        return None
-    if not isinstance(values, (list, tuple)) or not values:
-        raise ValueError(f"{name} is {values!r}; connect a list with a number for each image, for instance the "
-                         "all_values of DensityLevels")
-    return tuple(values)
-
-
-def numbers(name, text):
-    """The numbers of a text, separated by commas or lines; raises ValueError, naming the input, where there are none."""
-    if not isinstance(text, str):
-        raise ValueError(f"{name} is {text!r}; write numbers separated by commas, like 0.05, 0.5, 0.95")
-    found = []
-    for word in text.replace("\n", ",").split(","):
-        if not word.strip():
-            continue
-        try:
-            number = float(word)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"{name} has {word.strip()!r}; write numbers separated by commas, like 0.05, 0.5, 0.95")
-        found.append(number)
-    if not found:
-        raise ValueError(f"{name} is empty; write numbers separated by commas, like 0.05, 0.5, 0.95")
-    return found
-
-
-def per_image_inputs():
-    """quantiles and detail_shifts, one number for each image of the batch."""
-    return [
-        Floats.Input(
-            "quantiles", optional=True,
-            tooltip="Quantiles q, one for each image of the batch, in the place of quantile; a single number goes to all. "
-                    "No unit, 0.5 is neutral. Not connected (neutral): quantile."),
-        Floats.Input(
-            "detail_shifts", optional=True,
-            tooltip="Shifts in bits per dimension (-log2 p / D), one for each image of the batch, in the place of "
-                    "detail_shift; a single number goes to all. 0 is neutral. Not connected (neutral): detail_shift."),
-    ]
-
-
-def mask_of(value):
-    """A MASK input as a tensor (N, height, width), None as None; raises ValueError unless its numbers are from 0 to 1."""
-    if value is None:
-        return None
-    if not torch.is_tensor(value) or value.ndim < 2 or not value.numel():
-        shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
-        raise ValueError(f"mask is {shape}; connect a MASK: (number of masks, height, width)")
-    low, high = value.min().item(), value.max().item()
-    if not (0 <= low and high <= 1):
-        raise ValueError(f"mask has numbers from {low:g} to {high:g}; they must be from 0 to 1")
-    return value.reshape(-1, *value.shape[-2:])
-
-
-def mask_input():
-    """mask: where guidance acts."""
-    return io.Mask.Input(
-        "mask", optional=True,
-        tooltip="Where the node acts and how strongly, w from 0 to 1: any size, soft edges, one mask for all or one per image "
-                "(per frame of a video). quantile and detail_shift then count this region. No unit. Not connected (neutral): "
-                "everywhere.")
-
-
-def curve_input():
-    """curve: when guidance acts."""
-    return Floats.Input(
-        "curve", optional=True,
-        tooltip="How the strength is spread over the guided part of the sampling: numbers from its beginning to its end, "
-                "evenly spaced in log-SNR. No unit: only their ratios count, and the whole shift stays the same. The node "
-                "shows it as a plot. Not connected (neutral): evenly.")
-
-
-def guidance_inputs():
-    """quantile, detail_shift, start_percent, end_percent."""
-    return [
-        *level_inputs(),
-        io.Float.Input(
-            "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
-            tooltip="Share of the sampling at which guidance begins. 0 (neutral) is pure noise. Guidance late in the "
-                    "sampling changes texture only."),
-        io.Float.Input(
-            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
-            tooltip="Share of the sampling at which guidance ends. 1 (neutral) is the finished image. The last step to "
-                    "zero noise is never guided."),
-    ]
-
-
-def level_inputs():
-    """quantile and detail_shift."""
-    return [
-        io.Float.Input(
-            "quantile", default=0.5, min=0.001, max=0.999, step=0.01, round=0.001,
-            tooltip="How typical the image should be, as a quantile q of the rate at which log-density changes. "
-                    "0.5 is neutral; below 0.5 gives more detail, above 0.5 a smoother image. No unit."),
-        io.Float.Input(
-            "detail_shift", default=0.0, min=-2.0, max=2.0, step=0.05, round=0.001,
-            tooltip="Extra detail in bits per dimension (-log2 p / D), added to what the quantile gives. 0 is neutral; "
-                    "positive gives more detail. Means the same amount at every resolution. A short guided range allows "
-                    "only a small shift."),
-    ]

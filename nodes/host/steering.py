@@ -1,7 +1,6 @@
 """One sampling run under density guidance: the settings, their control of a run, and the wrapper that applies it in the host."""
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,9 +15,9 @@ from ...dg_core.control import SMOOTHEST, Control, GuidedSteps, gain_of, guided_
 from ...dg_core.schedule import NoisePath, Schedule
 from ...dg_core.solver import solve
 from ...dg_core.statistics import compute_dtype, dimension
-from ...dg_core.units import require_number
 from ...dg_core.variation import Variation
 from .advice import advice, name_of
+from .inputs import CURVE, DETAIL_SHIFTS, LEVELS, MASK, QUANTILES, WINDOW, check_fields
 from .masks import weights_of
 from .model_access import path_of, require_one_part
 from .wrappers import outermost
@@ -26,8 +25,8 @@ from .wrappers import outermost
 
 def require_window(start_percent: float, end_percent: float) -> None:
     """Raise ValueError unless both are shares of the sampling, the first smaller than the second."""
-    require_number("start_percent", start_percent, 0.0, 1.0)
-    require_number("end_percent", end_percent, 0.0, 1.0)
+    for declared, value in zip(WINDOW, (start_percent, end_percent)):
+        declared.check(value)
     if start_percent >= end_percent:
         raise ValueError(
             f"start_percent is {start_percent} and end_percent is {end_percent}; "
@@ -52,10 +51,6 @@ def steps_of_percents(model_sampling: Any, schedule: Schedule, start_percent: fl
         schedule, model_sampling.percent_to_sigma(start_percent), model_sampling.percent_to_sigma(end_percent))
 
 
-QUANTILES = (0.001, 0.999)
-DETAIL_SHIFTS = (-2.0, 2.0)
-
-
 @dataclass(frozen=True)
 class GuidanceSettings:
     """The inputs that the guidance nodes share. Raises ValueError, naming the input, where one is out of range."""
@@ -70,14 +65,9 @@ class GuidanceSettings:
     curve: tuple[float, ...] | None = None  # strength from the beginning to the end of the guided range
 
     def __post_init__(self) -> None:
-        require_number("quantile", self.quantile, *QUANTILES)
-        require_number("detail_shift", self.detail_shift, *DETAIL_SHIFTS)
-        for i, value in enumerate(self.quantiles or ()):
-            require_number(f"quantiles, for image {i},", value, *QUANTILES)
-        for i, value in enumerate(self.detail_shifts or ()):
-            require_number(f"detail_shifts, for image {i},", value, *DETAIL_SHIFTS)
+        check_fields(self, (*LEVELS, QUANTILES, DETAIL_SHIFTS, MASK, CURVE))
         if self.curve is not None:
-            strength_curve([require_number("curve", v, 0.0, math.inf) for v in self.curve])
+            strength_curve(self.curve)
         require_window(self.start_percent, self.end_percent)
 
     @property
