@@ -1,5 +1,7 @@
 """The two models that come with the pack, and the readout of the exact one."""
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 
@@ -25,7 +27,7 @@ class LoadExactDensityModel(io.ComfyNode):
     INPUTS = (PREDICTION, SIZE, COMPONENT, BATCH_SIZE)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadExactDensityModel",
             display_name="Load Exact Density Model",
@@ -43,7 +45,7 @@ class LoadExactDensityModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, prediction, size, component, batch_size):
+    def execute(cls, prediction: str, size: str, component: int, batch_size: int) -> io.NodeOutput:
         model, vae = exact.load(PREDICTION.check(prediction), int(SIZE.check(size)))
         component, batch_size = COMPONENT.check(component), BATCH_SIZE.check(batch_size)
         density = model.model.density
@@ -61,7 +63,7 @@ class ExactLogDensity(io.ComfyNode):
     )
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ExactLogDensity",
             display_name="Exact Log-Density",
@@ -76,7 +78,7 @@ class ExactLogDensity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent, sigmas):
+    def execute(cls, model: Any, latent: dict[str, Any], sigmas: torch.Tensor) -> io.NodeOutput:
         bits = exact.read(model, samples_of("latent", latent), sigmas_of(sigmas))
         return io.NodeOutput(bits, "\n".join(f"image {i}: {b:.4f} bits per dimension" for i, b in enumerate(bits)))
 
@@ -85,7 +87,7 @@ class LoadDemoModel(io.ComfyNode):
     INPUTS = (CLASS_NAME, BATCH_SIZE)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadDemoModel",
             display_name="Load Demo Model",
@@ -105,7 +107,7 @@ class LoadDemoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, class_name, batch_size):
+    def execute(cls, class_name: str, batch_size: int) -> io.NodeOutput:
         chosen, batch_size = CLASS_NAME.options.index(CLASS_NAME.check(class_name)), BATCH_SIZE.check(batch_size)
         model, vae, _, context = demo.load()
         latent = {"samples": torch.zeros(batch_size, CHANNELS, demo.SIZE, demo.SIZE)}

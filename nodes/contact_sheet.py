@@ -26,7 +26,7 @@ class DensityLevels(io.ComfyNode):
     INPUTS = (VALUES,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DensityLevels",
             display_name="Density Levels",
@@ -42,7 +42,7 @@ class DensityLevels(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, values):
+    def execute(cls, values: str) -> io.NodeOutput:
         found = VALUES.check(values)
         return io.NodeOutput(found, found)
 
@@ -59,7 +59,7 @@ class DensityContactSheet(io.ComfyNode):
     )
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DensityContactSheet",
             display_name="Density Contact Sheet",

@@ -1,5 +1,7 @@
 """Density guidance as a sampler and as a model patch."""
 
+from typing import Any
+
 import comfy.patcher_extension
 from comfy_api.latest import io, ui
 
@@ -22,7 +24,7 @@ class DensityGuidanceSampler(io.ComfyNode):
     INPUTS = (*LEVELS, *WINDOW, SAMPLER, QUANTILES, DETAIL_SHIFTS, MASK, CURVE)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DensityGuidanceSampler",
             display_name="Density Guidance Sampler",
@@ -36,8 +38,11 @@ class DensityGuidanceSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, quantile, detail_shift, start_percent, end_percent, sampler=None, quantiles=None,
-                detail_shifts=None, mask=None, curve=None):
+    def execute(
+        cls, quantile: float, detail_shift: float, start_percent: float, end_percent: float, sampler: Any = None,
+        quantiles: list[float] | None = None, detail_shifts: list[float] | None = None, mask: torch.Tensor | None = None,
+        curve: list[float] | None = None,
+    ) -> io.NodeOutput:
         settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
         if sampler is None:
             return _output(solver_sampler(settings), settings)
@@ -48,7 +53,7 @@ class DensityGuidanceModel(io.ComfyNode):
     INPUTS = (MODEL, *LEVELS, *WINDOW, QUANTILES, DETAIL_SHIFTS, MASK, CURVE)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DensityGuidanceModel",
             display_name="Density Guidance (model)",
@@ -62,8 +67,11 @@ class DensityGuidanceModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, quantile, detail_shift, start_percent, end_percent, quantiles=None, detail_shifts=None,
-                mask=None, curve=None):
+    def execute(
+        cls, model: Any, quantile: float, detail_shift: float, start_percent: float, end_percent: float,
+        quantiles: list[float] | None = None, detail_shifts: list[float] | None = None, mask: torch.Tensor | None = None,
+        curve: list[float] | None = None,
+    ) -> io.NodeOutput:
         settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
         MODEL.check(model)
         if settings.neutral:

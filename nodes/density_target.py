@@ -79,7 +79,7 @@ class DensityTargetSampler(io.ComfyNode):
     INPUTS = INPUTS
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DensityTargetSampler",
             display_name="Density Target Sampler",
@@ -94,7 +94,9 @@ class DensityTargetSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, target, value, reference_image, tolerance, max_passes, probes):
+    def execute(
+        cls, target: str, value: float, reference_image: int, tolerance: float, max_passes: int, probes: int,
+    ) -> io.NodeOutput:
         settings = TargetSettings(target, value, reference_image, tolerance, max_passes, probes)
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_to_target, {"settings": settings}))
 

@@ -45,7 +45,7 @@ class DensityTrace(io.ComfyNode):
     )
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DensityTrace",
             display_name="Density Trace",
@@ -62,7 +62,9 @@ class DensityTrace(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, noise, guider, sampler, sigmas, latent_image, exact_trace):
+    def execute(
+        cls, noise: Any, guider: Any, sampler: Any, sigmas: torch.Tensor, latent_image: dict[str, Any], exact_trace: bool,
+    ) -> io.NodeOutput:
         SAMPLER.check(sampler)
         _check(sampler, latent_image)
         traced = _TracedSampler(sampler, exact_trace)

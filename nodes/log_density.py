@@ -44,7 +44,7 @@ class LogDensity(io.ComfyNode):
     )
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LogDensity",
             display_name="Log-Density",
@@ -63,7 +63,9 @@ class LogDensity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, guider, latent, steps, probes, seed, noise_floor):
+    def execute(
+        cls, guider: Any, latent: dict[str, Any], steps: int, probes: int, seed: int, noise_floor: float,
+    ) -> io.NodeOutput:
         steps, probes, seed = STEPS.check(steps), PROBES.check(probes), SEED.check(seed)
         samples = samples_of("latent", latent)
         levels = levels_of(guider, samples, noise_floor, steps)

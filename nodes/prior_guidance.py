@@ -1,6 +1,7 @@
 """Prior guidance, as a noise source and as a model patch: the starting noise at a quantile of its log-density."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.patcher_extension
 import comfy.sampler_helpers
@@ -38,7 +39,7 @@ class PriorSettings:
     scale: float = 1.0
     match_quantile: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, INPUTS)
 
     def apply(self, noise, noise_mask=None):
@@ -68,7 +69,7 @@ class PriorGuidanceScale(io.ComfyNode):
     INPUTS = (NOISE, *INPUTS)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PriorGuidanceScale",
             display_name="Prior Guidance Scale",
@@ -80,7 +81,7 @@ class PriorGuidanceScale(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, noise, quantile, scale, match_quantile):
+    def execute(cls, noise: Any, quantile: float, scale: float, match_quantile: bool) -> io.NodeOutput:
         settings = PriorSettings(quantile, scale, match_quantile)
         return io.NodeOutput(ScaledNoise(NOISE.check(noise), settings))
 
@@ -89,7 +90,7 @@ class PriorGuidanceModel(io.ComfyNode):
     INPUTS = (MODEL, *INPUTS)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PriorGuidanceModel",
             display_name="Prior Guidance (model)",
@@ -100,7 +101,7 @@ class PriorGuidanceModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, quantile, scale, match_quantile):
+    def execute(cls, model: Any, quantile: float, scale: float, match_quantile: bool) -> io.NodeOutput:
         settings = PriorSettings(quantile, scale, match_quantile)
         MODEL.check(model)
 

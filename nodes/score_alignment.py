@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.patcher_extension
 import comfy.sample
@@ -83,7 +84,7 @@ class ScoreAlignmentCheck(io.ComfyNode):
     )
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ScoreAlignmentCheck",
             display_name="Score Alignment Check",
@@ -114,8 +115,10 @@ class ScoreAlignmentCheck(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, guider, noise, latent_image, sigmas, method, end_percent, probes, seed, detail_shift=0.02,
-                scale_step=0.01, sampler=None):
+    def execute(
+        cls, guider: Any, noise: Any, latent_image: dict[str, Any], sigmas: torch.Tensor, method: str, end_percent: float,
+        probes: int, seed: int, detail_shift: float = 0.02, scale_step: float = 0.01, sampler: Any = None,
+    ) -> io.NodeOutput:
         settings = CheckSettings(method, end_percent, probes, seed, detail_shift, scale_step)
         check = examine(guider, noise, latent_image, sigmas, settings, sampler)
         dim = check.samples[0].numel()
@@ -146,7 +149,7 @@ class CheckSettings:
     detail_shift: float = 0.02
     scale_step: float = 0.01
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, INPUTS)
 
 

@@ -95,7 +95,7 @@ class VariationSettings:
     probes: int = 1
     variation_index: tuple[float, ...] | None = None  # one for each image, in the place of its starting noise
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, INPUTS)
         if self.vary == CUSTOM:
             require_window(self.start_percent, self.end_percent)
@@ -137,7 +137,7 @@ class StochasticDetailVariation(io.ComfyNode):
     INPUTS = (*LEVELS, *INPUTS[:-1], QUANTILES, DETAIL_SHIFTS, VARIATION_INDEX, MASK)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="StochasticDetailVariation",
             display_name="Stochastic Detail Variation",
@@ -152,8 +152,11 @@ class StochasticDetailVariation(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, quantile, detail_shift, vary, strength, start_percent, end_percent, variation_seed, correction,
-                probes, quantiles=None, detail_shifts=None, variation_index=None, mask=None):
+    def execute(
+        cls, quantile: float, detail_shift: float, vary: str, strength: float, start_percent: float, end_percent: float,
+        variation_seed: int, correction: str, probes: int, quantiles: list[float] | None = None,
+        detail_shifts: list[float] | None = None, variation_index: list[float] | None = None, mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
         settings = GuidanceSettings(quantile, detail_shift, quantiles=quantiles, detail_shifts=detail_shifts, mask=mask)
         return io.NodeOutput(solver_sampler(settings, VariationSettings(
             vary, strength, start_percent, end_percent, variation_seed, correction, probes, variation_index)))
@@ -164,7 +167,7 @@ class VariationGrid(io.ComfyNode):
         Socket("latent", "The latent to vary; its first image is taken.", io.Latent), ROW_QUANTILES, VARIATIONS)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="VariationGrid",
             display_name="Variation Grid",
@@ -187,7 +190,7 @@ class VariationGrid(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent, quantiles, variations):
+    def execute(cls, latent: dict[str, Any], quantiles: list[float], variations: int) -> io.NodeOutput:
         require("latent", latent, "keys", "a LATENT")
         samples, mask = latent.get("samples"), latent.get("noise_mask")
         if not torch.is_tensor(samples) or samples.is_nested or not len(samples):
