@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -73,7 +74,10 @@ class DensityContactSheet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, label, picture_size, bits_per_dim=None, levels=None, column_label=("seed",)):
+    def execute(
+        cls, images: list[torch.Tensor], label: list[str], picture_size: list[int], bits_per_dim: list[list[float]] | None = None,
+        levels: list[float] | None = None, column_label: Sequence[str] = ("seed",),
+    ) -> io.NodeOutput:
         size = SIZE.check(picture_size[0])
         if bits_per_dim is not None and len(bits_per_dim) == 1 and len(bits_per_dim[0]) == sum(map(len, images)):
             numbers_left = iter(bits_per_dim[0])  # of a grid that was sampled as one batch
@@ -98,7 +102,9 @@ class DensityContactSheet(io.ComfyNode):
         return io.NodeOutput(sheet, ui={"table": [json.dumps(table)]})
 
 
-def draw_sheet(rows, labels, columns, bits_per_dim, width):
+def draw_sheet(
+    rows: list[torch.Tensor], labels: list[str], columns: list[str], bits_per_dim: list[list[float]] | None, width: int
+) -> torch.Tensor:
     """The contact sheet as an IMAGE (1, H, W, 3); rows: batches (B, H, W, 3) in [0, 1]."""
     height = round(width * rows[0].shape[1] / rows[0].shape[2])
     caption = CAPTION if bits_per_dim else 0
@@ -117,7 +123,7 @@ def draw_sheet(rows, labels, columns, bits_per_dim, width):
         for j, image in enumerate(big):
             x = ROW_LABEL + j * (width + MARGIN)
             sheet.paste(Image.fromarray(np.uint8((image.cpu().numpy() * 255).clip(0, 255).round())), (x, y))
-            if caption:
+            if bits_per_dim:
                 draw.text((x + width // 2, y + height + caption // 2), f"{bits_per_dim[i][j]:.3f} bits/dim", "black",
                           small, anchor="mm")
     return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import comfy.patcher_extension
+import torch
 from comfy_api.latest import io, ui
 
 from .host.inputs import CATEGORY, CURVE, DETAIL_SHIFTS, LEVELS, MASK, QUANTILES, WINDOW, Socket, schemas
@@ -15,7 +16,7 @@ SAMPLER = Socket(
 MODEL = Socket("model", "The model whose sampling is guided. Its weights are not changed.", io.Model)
 
 
-def _output(result, settings):
+def _output(result: Any, settings: GuidanceSettings) -> io.NodeOutput:
     """The node's output, with the curve as a plot on the node where there is one."""
     return io.NodeOutput(result, ui=None if settings.curve is None else ui.PreviewImage(curve_image(settings.curve)))
 
@@ -77,7 +78,7 @@ class DensityGuidanceModel(io.ComfyNode):
         if settings.neutral:
             return _output(model, settings)
 
-        def guide_run(executor, *args, **kwargs):
+        def guide_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
             return run_guided(settings, executor, *args, **kwargs)
 
         patched = model.clone()

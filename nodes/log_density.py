@@ -1,40 +1,16 @@
 """The log-density of latents under any model, with an error bar."""
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..dg_core import divergence
-from ..dg_core.levels import noise_levels, snapped
-from ..dg_core.log_density import Readout, read_log_density, require_noise_floor, rounding_cost
-from .host.inputs import CATEGORY, PROBES, Floats, Number, Seed, Socket, batch_index_of, samples_of, schemas
-from .host.model_access import (
-    GuiderModel,
-    Probe,
-    check_latent,
-    known_method,
-    open_probe,
-    path_of,
-    run_in_guider,
-    training_table,
-)
+from .host.inputs import CATEGORY, PROBES, Floats, Seed, Socket, batch_index_of, samples_of, schemas
 from .host.plots import curves_image
+from .host.readout import GUIDER, NOISE_FLOOR, STEPS, levels_of, read, report_of
 
-ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
-GUIDER = Socket(
-    "guider", "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance in "
-    "it does not. With a CFG above 1 compare only numbers of the same settings.", io.Guider)
-STEPS = Number(
-    "steps", f"Number of noise levels N at which the model is evaluated. From {ENOUGH_STEPS} on the error falls with the "
-    "square root of N; below it grows fast.", default=32, low=2, high=1000)
 SEED = Seed("seed", "Seed of the probes. Changing it changes the estimate slightly.")
-NOISE_FLOOR = Number(
-    "noise_floor", "Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is added. Must "
-    "lie in the model's range.", default=0.05, low=0.0001, high=100.0, round=0.0001)
 
 
 class LogDensity(io.ComfyNode):
@@ -78,88 +54,3 @@ class LogDensity(io.ComfyNode):
             [f"image {i}" for i in range(len(readout.log_prob))])
         report = report_of(readout, [*how, f"steps {steps}, probes {probes}, seed {seed}, noise floor {levels[0]:.4g}"])
         return io.NodeOutput(readout.bits_per_dim.tolist(), report, plot)
-
-
-def levels_of(guider: Any, samples: torch.Tensor, noise_floor: float, steps: int) -> list[float]:
-    """The noise levels s of a readout, ascending from `noise_floor`; raises ValueError before any model call."""
-    patcher = GUIDER.check(guider).model_patcher
-    check_latent(patcher, samples)
-    sampling = patcher.get_model_object("model_sampling")
-    path = path_of(sampling)
-    s_min, s_max = path.s(float(sampling.sigma_min)), path.s(float(sampling.sigma_max))
-    floor = max(require_noise_floor(noise_floor, s_min, s_max), s_min)
-    levels = noise_levels(floor, s_max, max(2, steps - math.isfinite(s_max)), samples[0].numel())
-    table = training_table(sampling)
-    return levels if table is None else snapped(levels, table)
-
-
-def read(
-    guider: Any, samples: torch.Tensor, levels: list[float], probes: int, seed: int, indices: Sequence[int] | None = None
-) -> tuple[Readout, list[str]]:
-    """(`Readout` of the latent `samples`, sentences on how it was computed); everything runs inside the guider.
-
-    indices: a number for each image, with which its probes are drawn; None: its place in the batch.
-    """
-    def work(model: GuiderModel) -> tuple[Readout, list[str]]:
-        sigma, x = in_the_middle(model, levels, seed)
-        probe = open_probe(guider, model.predict, x, sigma, seed)
-        model.expect(calls(probe.method, probe.dtype))
-        readout = read_log_density(probe.model(probes, indices), model.predict, model.x, levels, model.path)
-        return readout, [f"divergence by {probe.reason}", precision(probe, sigma, x, levels)]
-
-    known = known_method(guider)
-
-    def calls(method: str, dtype: torch.dtype = torch.float32) -> int:
-        per_probe = 3 if method == divergence.DIFFERENCES else 1
-        finite = sum(map(math.isfinite, levels))
-        top = 1  # the evaluation at pure noise, or else the prior's opposite state
-        trial = 0 if known else divergence.TRIAL_CALLS
-        return finite * probes * per_probe + top + trial + (2 * per_probe if rounds(dtype) else 0)
-
-    path = path_of(guider.model_patcher.get_model_object("model_sampling"))
-    sigmas = [path.sigma(s) for s in reversed(levels)]
-    return run_in_guider(guider, samples, work, calls(known[0] if known else divergence.FORWARD), sigmas, seed)
-
-
-def in_the_middle(model: GuiderModel, levels: list[float], seed: int) -> tuple[float, torch.Tensor]:
-    """(sigma, x): a noise level in the middle, and the latent with noise of it, in the host's units."""
-    middle = math.sqrt(levels[0] * min(levels[-1], 100.0))
-    # One of the levels: patches that look at the schedule know no other.
-    s = min((s for s in levels if math.isfinite(s)), key=lambda s: abs(math.log(s / middle)))
-    level = model.path.at(model.path.sigma(s))
-    return level.sigma, level.alpha * model.x + level.std * divergence.rademacher(model.x, seed, -2)
-
-
-def rounds(dtype: torch.dtype) -> bool:
-    """Whether a network's dtype is coarser than float32."""
-    return torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
-
-
-def precision(probe: Probe, sigma: float, x: torch.Tensor, levels: list[float]) -> str:
-    """A sentence on what rounding in the network costs, which is measured at x (B, ...) where it is coarser than float32."""
-    name = str(probe.dtype).removeprefix("torch.")
-    if not rounds(probe.dtype):
-        return f"the network computes in {name}"
-    dithered = x * (1 + torch.finfo(probe.dtype).eps / 2 * divergence.rademacher(x, probe.seed, -3))
-    one, other = (probe.model()(state, sigma, 0).trace for state in (x, dithered))
-    cost = rounding_cost(one, other, levels, x[0].numel())
-    return f"the network computes in {name}, which costs at least {cost:.1g} bits per dimension against float32"
-
-
-def report_of(readout: Readout, lines: list[str]) -> str:
-    """Values, errors and settings as text."""
-    bits, errors = readout.bits_per_dim.tolist(), readout.error_bits_per_dim.tolist()
-    energy = torch.stack(readout.eps_energy).mean(1).tolist()
-    few = sorted({round(k) for k in np.linspace(0, len(energy) - 1, 6)})
-    if len(readout.s) < ENOUGH_STEPS:
-        lines = [f"only {len(readout.s)} noise levels: the error of the way itself, which ± does not count, is large; take "
-                 f"{ENOUGH_STEPS} steps or more", *lines]
-    if not readout.log_prob.isfinite().all():
-        lines = ["the model returned NaN or infinity at some noise level; nothing can be read", *lines]
-    return "\n".join([
-        *(f"image {i}: {b:.5f} ± {e:.5f} bits per dimension" for i, (b, e) in enumerate(zip(bits, errors))),
-        "mean ||eps||^2 / D at s: " + ", ".join(f"{energy[k]:.3f} at {readout.s[k]:.3g}" for k in few)
-        + " (near 1 wherever noise rules, if the model is calibrated)",
-        f"D = {readout.dim}",
-        *lines,
-    ])

@@ -6,6 +6,7 @@ from typing import Any
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.utils
+import torch
 from comfy_api.latest import io
 
 from ..dg_core.prior import scale_noise
@@ -42,7 +43,7 @@ class PriorSettings:
     def __post_init__(self) -> None:
         check_fields(self, INPUTS)
 
-    def apply(self, noise, noise_mask=None):
+    def apply(self, noise: torch.Tensor, noise_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Scaled copy of `noise` (B, ...); with a noise mask of the host, only the masked part."""
         mask = None
         if noise_mask is not None:
@@ -53,12 +54,13 @@ class PriorSettings:
 class ScaledNoise:
     """A noise source of the host whose noise is scaled image by image; keeps seed and batch_index."""
 
-    def __init__(self, noise, settings):
+    def __init__(self, noise: Any, settings: PriorSettings):
         self._noise = noise
         self._settings = settings
         self.seed = noise.seed
 
-    def generate_noise(self, input_latent):
+    def generate_noise(self, input_latent: dict[str, Any]) -> torch.Tensor:
+        """The scaled noise (B, ...) for a LATENT; nested as the latent is."""
         noise = self._noise.generate_noise(input_latent)
         if getattr(noise, "is_nested", False):
             return type(noise)([self._settings.apply(part) for part in noise.unbind()])
@@ -105,7 +107,10 @@ class PriorGuidanceModel(io.ComfyNode):
         settings = PriorSettings(quantile, scale, match_quantile)
         MODEL.check(model)
 
-        def scale_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        def scale_run(
+            executor: Any, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
+            denoise_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any,
+        ) -> Any:
             shapes = kwargs.get("latent_shapes") or [noise.shape]
             if len(shapes) > 1:  # video and audio, packed into one
                 parts = comfy.utils.unpack_latents(noise, shapes)

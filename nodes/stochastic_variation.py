@@ -1,6 +1,7 @@
 """Variations of an image at an unchanged log-density, as a sampler, and the batch for a grid of them."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +94,7 @@ class VariationSettings:
     variation_seed: int = 0
     correction: str = "expected"
     probes: int = 1
-    variation_index: tuple[float, ...] | None = None  # one for each image, in the place of its starting noise
+    variation_index: Sequence[float] | None = None  # one for each image, in the place of its starting noise
 
     def __post_init__(self) -> None:
         check_fields(self, INPUTS)
@@ -207,5 +208,5 @@ class VariationGrid(io.ComfyNode):
                              [float(i) for _ in rows for i in range(variations)], rows, variations)
 
 
-def _repeat_first(tensor, count):
+def _repeat_first(tensor: torch.Tensor, count: int) -> torch.Tensor:
     return tensor[:1].repeat(count, *[1] * (tensor.ndim - 1))

@@ -7,6 +7,7 @@ the help page. Inputs that several nodes share are declared below, others in the
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -33,6 +34,7 @@ class Input:
 
     @property
     def tooltip(self) -> str:
+        """What the page shows beside the input."""
         return " ".join([self.text, *(f"{fact}." for fact in self.facts())])
 
     @property
@@ -46,7 +48,7 @@ class Input:
         """The input as the host wants it."""
         raise NotImplementedError
 
-    def check(self, value):
+    def check(self, value: Any) -> Any:
         """Return `value`, converted where need be; raise ValueError, naming the input, the value and what would be right."""
         return value
 
@@ -55,19 +57,19 @@ class Input:
 class Socket(Input):
     """An input that takes a link, of one of the host's types."""
 
-    kind: type  # for instance io.Model
+    kind: Any  # for instance io.Model
     unlinked: str = ""  # what holds while nothing is connected; the link is optional where this is said
     symbol: str = ""
 
-    def facts(self):
+    def facts(self) -> list[str]:
         return [*([f"Symbol: {self.symbol}"] if self.symbol else []),
                 *([f"Not connected (neutral): {self.unlinked}"] if self.unlinked else [])]
 
-    def schema(self):
+    def schema(self) -> io.Input:
         widget = {"force_input": True} if issubclass(self.kind, io.Float) else {}
         return self.kind.Input(self.name, optional=bool(self.unlinked), tooltip=self.tooltip, **widget)
 
-    def check(self, value):
+    def check(self, value: Any) -> Any:
         return value if value is None and self.unlinked else require(self.name, value, *WANTED[self.kind])
 
 
@@ -89,20 +91,20 @@ class Widget(Input):
     optional: bool = False
     shown: str = ""  # its name on the node, where that is not the id
 
-    def facts(self):
+    def facts(self) -> list[str]:
         if self.neutral == self.default:
             return [f"Default: {_written(self.default)} (neutral)"]
         return [f"Default: {_written(self.default)}", *([] if self.neutral is None else [f"Neutral: {_written(self.neutral)}"])]
 
-    def schema(self):
+    def schema(self) -> io.Input:
         return self._widget(io.Boolean if isinstance(self.default, bool) else io.String)
 
-    def _widget(self, kind, **options):
+    def _widget(self, kind: Any, **options: Any) -> io.Input:
         return kind.Input(self.name, display_name=self.shown or None, optional=self.optional, tooltip=self.tooltip,
                           default=self.default, **options)
 
 
-def _written(value):
+def _written(value: float | str | bool) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -119,20 +121,21 @@ class Number(Widget):
     unit: str = ""
     symbol: str = ""
 
-    def facts(self):
+    def facts(self) -> list[str]:
         unit = f"Unit: {self.unit}" if self.unit else f"Symbol: {self.symbol}, no unit" if self.symbol else "No unit"
         counts = isinstance(self.default, int) and not self.unit
         return [*([] if counts else [unit]), f"Range: {self.low:g} to {self.high:g}", *super().facts()]
 
-    def schema(self):
+    def schema(self) -> io.Input:
         if isinstance(self.default, int):
             return self._widget(io.Int, min=self.low, max=self.high)
         return self._widget(io.Float, min=self.low, max=self.high, step=self.step, round=self.round)
 
-    def check(self, value, name: str = ""):
+    def check(self, value: Any, name: str = "") -> Any:
         """`value` as a float or an int; `name`: for the error, in place of the input's."""
-        require = require_whole if isinstance(self.default, int) else require_number
-        return require(name or self.name, value, self.low, self.high)
+        if isinstance(self.default, int):
+            return require_whole(name or self.name, value, int(self.low), int(self.high))
+        return require_number(name or self.name, value, self.low, self.high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +147,10 @@ class Seed(Number):
     high: int = 2**64 - 1
     neutral: str = "any"
 
-    def facts(self):
+    def facts(self) -> list[str]:
         return [f"Neutral: {self.neutral}"]
 
-    def schema(self):
+    def schema(self) -> io.Input:
         return self._widget(io.Int, min=self.low, max=self.high, control_after_generate=True)
 
 
@@ -157,10 +160,10 @@ class Choice(Widget):
 
     options: tuple[str, ...]
 
-    def schema(self):
+    def schema(self) -> io.Input:
         return self._widget(io.Combo, options=list(self.options))
 
-    def check(self, value):
+    def check(self, value: Any) -> str:
         if value not in self.options:
             raise ValueError(f"{self.name} is {value!r}; it must be one of {', '.join(self.options)}")
         return value
@@ -172,11 +175,11 @@ class NumberText(Widget):
 
     each: Number | None = None
 
-    def facts(self):
+    def facts(self) -> list[str]:
         return [*(self.each.facts()[:2] if self.each else []), *super().facts()]
 
-    def check(self, value):
-        """The numbers, a list of floats."""
+    def check(self, value: Any) -> list[float]:
+        """The numbers; raises ValueError where there are none, or one is not right."""
         if not isinstance(value, str):
             raise ValueError(f"{self.name} is {value!r}; {NUMBERS}")
         words = [word.strip() for word in value.replace("\n", ",").split(",") if word.strip()]
@@ -185,7 +188,7 @@ class NumberText(Widget):
         numbers = [self._number(word) for word in words]
         return numbers if self.each is None else [self.each.check(v, f"{self.name}, row {i},") for i, v in enumerate(numbers)]
 
-    def _number(self, word):
+    def _number(self, word: str) -> float:
         try:
             number = float(word)
         except ValueError:
@@ -199,12 +202,12 @@ class NumberText(Widget):
 class Numbers(Socket):
     """A FLOATS socket: a list of numbers, which `each` checks; `item`: what each is for."""
 
-    kind: type = Floats
+    kind: Any = Floats
     each: Number
     item: str = "image"
 
-    def check(self, value):
-        """The numbers as a tuple, None as None."""
+    def check(self, value: Any) -> tuple[float, ...] | None:
+        """The numbers as a tuple, None as None; raises ValueError where one is not right."""
         if value is None:
             return None
         if not isinstance(value, (list, tuple)) or not value:
@@ -217,9 +220,9 @@ class Numbers(Socket):
 class Mask(Socket):
     """A MASK socket."""
 
-    kind: type = io.Mask
+    kind: Any = io.Mask
 
-    def check(self, value):
+    def check(self, value: Any) -> torch.Tensor | None:
         """A tensor (N, height, width) of numbers from 0 to 1, None as None."""
         if value is None:
             return None
@@ -284,14 +287,14 @@ LEVELS = QUANTILE, DETAIL_SHIFT
 WINDOW = START_PERCENT, END_PERCENT
 
 
-def require(name, value, attribute, hint):
+def require(name: str, value: Any, attribute: str, hint: str) -> Any:
     """Return `value`; raise ValueError, naming the input, unless it has `attribute`."""
     if not hasattr(value, attribute):
         raise ValueError(f"{name} is a {type(value).__name__}; connect {hint}")
     return value
 
 
-def samples_of(name, latent):
+def samples_of(name: str, latent: Any) -> Any:
     """The tensor of a LATENT input (several in one for video with audio); raises ValueError, naming the input, for others."""
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if not (torch.is_tensor(samples) or getattr(samples, "is_nested", False)):
@@ -300,7 +303,7 @@ def samples_of(name, latent):
     return samples
 
 
-def batch_index_of(name, latent, count):
+def batch_index_of(name: str, latent: dict[str, Any], count: int) -> list[int] | None:
     """The batch_index of a LATENT input of `count` images, None where it has none; raises ValueError, naming the input,
     unless it numbers every image."""
     indices = latent.get("batch_index")
@@ -310,7 +313,7 @@ def batch_index_of(name, latent, count):
     return indices
 
 
-def sigmas_of(values):
+def sigmas_of(values: Any) -> list[float]:
     """SIGMAS as a list of floats; raises ValueError for what is no row of numbers."""
     if not torch.is_tensor(values) or values.ndim != 1:
         shape = f"of shape {tuple(values.shape)}" if torch.is_tensor(values) else f"a {type(values).__name__}"

@@ -1,7 +1,7 @@
 """One sampling run under density guidance: the settings, their control of a run, and the wrapper that applies it in the host."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,16 +33,16 @@ def require_window(start_percent: float, end_percent: float) -> None:
             "start_percent must be smaller than end_percent")
 
 
-def require_batch(name: str, values: tuple[float, ...] | None, batch: int) -> None:
+def require_batch(name: str, values: Sequence[float] | None, batch: int) -> None:
     """Raise ValueError unless `values` is None or has one number, or one for each of `batch` images."""
     if values and len(values) not in (1, batch):
         raise ValueError(f"{name} has {len(values)} numbers and the latent has {batch} images; "
                          f"give one number for all, or {batch}")
 
 
-def repeated(values: tuple[float, ...], count: int) -> tuple[float, ...]:
+def repeated(values: Sequence[float], count: int) -> Sequence[float]:
     """A single value `count` times; more are returned as they are."""
-    return values * count if len(values) == 1 else values
+    return [values[0]] * count if len(values) == 1 else values
 
 
 def steps_of_percents(model_sampling: Any, schedule: Schedule, start_percent: float, end_percent: float) -> GuidedSteps | None:
@@ -59,10 +59,10 @@ class GuidanceSettings:
     detail_shift: float = 0.0
     start_percent: float = 0.0
     end_percent: float = 1.0
-    quantiles: tuple[float, ...] | None = None  # one for each image, in the place of quantile
-    detail_shifts: tuple[float, ...] | None = None  # likewise
+    quantiles: Sequence[float] | None = None  # one for each image, in the place of quantile
+    detail_shifts: Sequence[float] | None = None  # likewise
     mask: torch.Tensor | None = field(default=None, compare=False)  # (N, height, width), from 0 to 1: where to guide
-    curve: tuple[float, ...] | None = None  # strength from the beginning to the end of the guided range
+    curve: Sequence[float] | None = None  # strength from the beginning to the end of the guided range
 
     def __post_init__(self) -> None:
         check_fields(self, (*LEVELS, QUANTILES, DETAIL_SHIFTS, MASK, CURVE))

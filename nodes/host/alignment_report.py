@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..dg_core.alignment import SCALE_RANGE, lost_at
-from .host.plots import figure_image
+from ...dg_core.alignment import SCALE_RANGE, lost_at
+from .plots import figure_image
 
 if TYPE_CHECKING:
-    from .score_alignment import Check, CheckSettings
+    from .alignment_run import Check, CheckSettings
 
 ROWS = 8  # of the profile in the report
 ENOUGH_STEPS = 30
