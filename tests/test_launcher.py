@@ -146,6 +146,7 @@ def pytest_runs(monkeypatch, *arguments: str, codes=(0, 0)) -> tuple[list[list[s
         return codes.pop(0)
 
     monkeypatch.setattr(cli, "_wait_for", wait_for)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # this process keeps its own
     monkeypatch.setattr(cli, "prepare", environment.environment)
     return commands, cli.main(["test", *arguments])
 
