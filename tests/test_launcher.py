@@ -146,6 +146,7 @@ def pytest_runs(monkeypatch, *arguments: str, codes=(0, 0)) -> tuple[list[list[s
         return codes.pop(0)
 
     monkeypatch.setattr(cli, "_wait_for", wait_for)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # this process keeps its own
     monkeypatch.setattr(cli, "prepare", environment.environment)
     return commands, cli.main(["test", *arguments])
 
@@ -153,7 +154,7 @@ def pytest_runs(monkeypatch, *arguments: str, codes=(0, 0)) -> tuple[list[list[s
 def test_all_checks_and_tests_run_without_arguments(monkeypatch):
     commands, code = pytest_runs(monkeypatch, codes=[1, 0, 1, 0, 0])
     assert [command[:2] for command in commands[:3]] == [["ruff", "check"], ["ruff", "format"], ["mypy", "--config-file"]]
-    assert commands[3][-4:] == ["-n", "logical", "-m", "not timing"]
+    assert commands[3][-6:] == ["-n", "logical", "--dist", "loadgroup", "-m", "not timing"]
     assert commands[4][-4:] == ["-n", "0", "-m", "timing"]
     assert len(commands) == 5 and code == 1
 
