@@ -22,7 +22,7 @@ from ..nodes import StochasticDetailVariation
 from ..nodes.builtin import demo
 from ..nodes.contact_sheet import draw_sheet
 from ..nodes.host.model_access import path_of
-from ..nodes.score_alignment import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
+from ..nodes.host.alignment_run import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
 from ..testing import held_out
 from ..testing.demo_runs import Demo, band_energy, high_energy, png_bytes, require_pictures
 from ..testing.figures import figure

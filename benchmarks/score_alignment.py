@@ -20,7 +20,7 @@ from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidance
 from ..nodes.builtin import exact as exact_model
 from ..nodes.builtin.exact import PREDICTIONS, SIGMA_MAX, WEIGHTS
 from ..nodes.host.model_access import path_of
-from ..nodes.score_alignment import CheckSettings, examine
+from ..nodes.host.alignment_run import CheckSettings, examine
 from ..testing import host_runs as h
 from ..testing import networks
 from ..testing.figures import figure

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..launcher.environment import PACK
 from ..nodes import PriorGuidanceScale
-from ..nodes import log_density as readout
+from ..nodes.host import readout
 from ..nodes.builtin import demo
 from ..nodes.builtin.pixels import CHANNELS
 

@@ -6,7 +6,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from density_guidance.dg_core import log_density as ld
 from density_guidance.nodes import DensityTargetSampler, ScoreAlignmentCheck
-from density_guidance.nodes import density_target as dt
+from density_guidance.nodes.host import target_run as dt
 from density_guidance.nodes.host.model_access import path_of
 from torch.autograd import forward_ad
 

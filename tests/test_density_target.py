@@ -8,7 +8,7 @@ import pytest
 import torch
 from density_guidance.dg_core import target
 from density_guidance.nodes import DensityTrace, LogDensity
-from density_guidance.nodes import density_target as dt
+from density_guidance.nodes.host import target_run as dt
 from density_guidance.testing import host_runs as h
 from density_guidance.testing.measures import cut_schedule, exact_bits, exact_divergence, target_sampler
 

@@ -11,7 +11,7 @@ from density_guidance.dg_core import divergence
 from density_guidance.dg_core import trace as run_trace
 from density_guidance.dg_core.schedule import VE
 from density_guidance.nodes import DensityTargetSampler, DensityTrace
-from density_guidance.nodes import density_target as dt
+from density_guidance.nodes.host import target_run as dt
 from density_guidance.nodes.host.model_access import path_of
 from density_guidance.testing import host_runs as h
 

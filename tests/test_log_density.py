@@ -8,7 +8,7 @@ import torch
 from density_guidance.dg_core import log_density as ld
 from density_guidance.dg_core.schedule import VE
 from density_guidance.nodes import LogDensity
-from density_guidance.nodes import log_density as node
+from density_guidance.nodes.host import readout as node
 from density_guidance.nodes.host import model_access
 from density_guidance.nodes.host.model_access import path_of
 from density_guidance.testing import host_runs as h

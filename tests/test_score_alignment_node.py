@@ -22,7 +22,7 @@ from density_guidance.nodes import (
 from density_guidance.nodes.builtin import exact
 from density_guidance.nodes.host import model_access, plots
 from density_guidance.nodes.host.model_access import path_of
-from density_guidance.nodes.score_alignment import CheckSettings, examine
+from density_guidance.nodes.host.alignment_run import CheckSettings, examine
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import networks
 from density_guidance.testing.gaussian_oracle import GaussianOracle
