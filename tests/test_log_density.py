@@ -16,6 +16,12 @@ from density_guidance.testing import networks
 FLOOR = {"eps": 0.1, "v": 0.1, "flow": 0.05}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_plots():
+    with h.without_plots():
+        yield
+
+
 def guider_of(model, positive=None):
     return h.outputs(h.custom.BasicGuider, model, h.conditioning() if positive is None else positive)[0]
 
@@ -62,10 +68,10 @@ def rms(error):
 
 @pytest.mark.parametrize("prediction, size, bound", [
     ("flow", 32, 1.5e-4), ("flow", 64, 1.5e-4),
-    ("eps", 32, 1.5e-4), ("v", 32, 1.5e-4), ("eps", 64, 1.5e-4),
+    ("eps", 32, 1.5e-4),
 ])
 def test_exact_divergence_at_32_evaluations(prediction, size, bound):
-    latent, exact = pictures(prediction, 24 if size == 32 else 6, size)
+    latent, exact = pictures(prediction, 12 if size == 32 else 4, size)
     readout = exact_readout(prediction, latent, 32, size)
     assert rms(readout.log_prob - exact) / readout.dim < bound
     if prediction == "flow":
@@ -188,7 +194,7 @@ def test_narrow_networks_read_nearly_the_same(unet_readout, dtype, bound):
 def test_methods_read_the_same(monkeypatch, unet_readout):
     forward, how = unet_readout(torch.float32)
     assert "forward-mode" in how[0]
-    monkeypatch.setattr(model_access.jacobian, "method_of", lambda *_: ("differences", "two-sided differences: as asked"))
+    monkeypatch.setattr(model_access.divergence, "method_of", lambda *_: ("differences", "two-sided differences: as asked"))
     differences, how = unet_readout(torch.float32)
     assert "differences" in how[0]
     traces = torch.stack(forward.traces)
@@ -198,7 +204,7 @@ def test_methods_read_the_same(monkeypatch, unet_readout):
 
 def test_the_method_is_found_out_once(monkeypatch):
     tries = []
-    monkeypatch.setattr(model_access.jacobian, "method_of", lambda *_: tries.append(1) or ("forward", "said"))
+    monkeypatch.setattr(model_access.divergence, "method_of", lambda *_: tries.append(1) or ("forward", "said"))
     guider = guider_of(networks.unet(), networks.unet_conditioning())
     latent = {"samples": torch.ones(1, 4, 16, 16)}
     reports = [h.outputs(LogDensity, guider, latent, 2, 1, 0, 0.05)[1] for _ in range(2)]
