@@ -16,8 +16,8 @@ from ..dg_core import log_density as ld
 from ..dg_core.exact_density import ExactDensity, idct
 from ..dg_core.levels import noise_levels
 from ..dg_core.schedule import FLOW, VE
-from ..nodes.host import target_run as dt
 from ..nodes.builtin import exact as exact_model
+from ..nodes.host import target_run as dt
 from ..testing import host_runs as h
 from ..testing.figures import figure
 from ..testing.measures import cut_schedule, exact_bits, exact_divergence, target_sampler

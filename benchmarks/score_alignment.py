@@ -19,8 +19,8 @@ from ..dg_core.schedule import VE
 from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
 from ..nodes.builtin import exact as exact_model
 from ..nodes.builtin.exact import PREDICTIONS, SIGMA_MAX, WEIGHTS
-from ..nodes.host.model_access import path_of
 from ..nodes.host.alignment_run import CheckSettings, examine
+from ..nodes.host.model_access import path_of
 from ..testing import host_runs as h
 from ..testing import networks
 from ..testing.figures import figure

@@ -12,9 +12,9 @@ from PIL import Image
 
 from ..launcher.environment import PACK
 from ..nodes import PriorGuidanceScale
-from ..nodes.host import readout
 from ..nodes.builtin import demo
 from ..nodes.builtin.pixels import CHANNELS
+from ..nodes.host import readout
 
 PICTURES = PACK / ".host" / "data" / "pictures.safetensors"
 BATCH = 16

@@ -4,6 +4,9 @@ Everything goes through the host's own node classes, in inference mode as the ho
 """
 
 import asyncio
+import contextlib
+import math
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,15 +21,33 @@ import latent_preview
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
-from density_guidance.nodes import DensityGuidanceModel, DensityGuidanceSampler, LoadExactDensityModel
+from density_guidance.nodes import (
+    DensityGuidanceModel,
+    DensityGuidanceSampler,
+    LoadExactDensityModel,
+    StochasticDetailVariation,
+)
 from density_guidance.nodes.host.wrappers import outermost
 
 PREDICTIONS = ["eps", "v", "flow"]
+KINDS = ["eps", "flow"]  # v is the same function as eps: tests/test_exact_model.py
 SIZE = 32
 SEED = 7
 
 # The host collects garbage, at length, whenever a model that it holds as loaded is gone.
 _recent = deque(maxlen=64)
+
+
+@contextlib.contextmanager
+def without_plots():
+    """In it nodes give white images for plots, as where matplotlib is not installed: drawing takes most of a second."""
+    import matplotlib.figure
+
+    sys.modules["matplotlib.figure"] = None
+    try:
+        yield
+    finally:
+        sys.modules["matplotlib.figure"] = matplotlib.figure
 
 
 def kept(model):
@@ -110,6 +131,13 @@ def guided_model(model, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, **li
     return kept(outputs(DensityGuidanceModel, model, quantile, detail_shift, start, end, **lists)[0])
 
 
+def varied(vary="fine details", strength=0.5, correction="expected", quantile=0.5, detail_shift=0.0, seed=1, probes=1,
+           window=(0.0, 1.0), **lists):
+    """StochasticDetailVariation."""
+    return outputs(StochasticDetailVariation, quantile, detail_shift, vary, strength, *window, seed, correction, probes,
+                   **lists)[0]
+
+
 def random_noise(seed=SEED):
     return outputs(custom.RandomNoise, seed)[0]
 
@@ -133,12 +161,14 @@ def picture(*args, **kwargs):
     return sample(*args, **kwargs)[0]["samples"]
 
 
-def ksampler(host_nodes, model, sampler_name, steps=6, scheduler="simple", latent=None, denoise=1.0, positive=None):
+def ksampler(model, sampler_name, steps=6, scheduler="simple", latent=None, denoise=1.0, positive=None):
     """The samples of the host's KSampler node, at CFG 1."""
+    import nodes
+
     latent = empty_latent() if latent is None else latent
     positive = conditioning() if positive is None else positive
     with torch.inference_mode():
-        return host_nodes.KSampler().sample(
+        return nodes.KSampler().sample(
             model, SEED, steps, 1.0, sampler_name, scheduler, positive, conditioning(), latent, denoise)[0]["samples"]
 
 
@@ -220,3 +250,60 @@ def free_run(model, sampler, sigmas, noise, cfg=1.0):
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     with torch.inference_mode():
         return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, None, callback, True, SEED)
+
+
+# --- networks that are one line --------------------------------------------------------------------------------------
+
+
+def half(x, t):
+    """Output of a flow network whose denoised prediction is x / 2; t is 1000 sigma."""
+    return x / (0.002 * t.view(-1, *[1] * (x.ndim - 1)))
+
+
+def towards_a_pattern(x, t):
+    """Output of a flow network whose prediction is nonlinear in x; t is 1000 sigma."""
+    sigma = t.view(-1, 1, 1, 1) / 1000
+    return (x - torch.tanh(1.5 * x + 0.3)) / sigma.clamp(min=1e-3)
+
+
+def noise_of_a_pattern(x, t):
+    """Output of an eps network: bounded, nonlinear in x."""
+    return torch.tanh(x + 0.2) + 0.3 * x
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def soft_disc(size, x=0.5, y=0.5, radius=0.35):
+    """(1, size, size): 1 inside, soft edge, 0 outside."""
+    grid = torch.linspace(0, 1, size)
+    distance = torch.hypot(grid[None, :] - x, grid[:, None] - y)
+    return ((radius - distance) * 8 + 0.5).clamp(0, 1)[None]
+
+
+def resized(mask, shape):
+    """A mask (N, H, W) on an image latent (B, C, height, width): bilinear, repeated over channels and images."""
+    small = torch.nn.functional.interpolate(mask[:, None], size=shape[-2:], mode="bilinear")
+    return small.repeat(math.ceil(shape[0] / len(small)), 1, 1, 1)[:shape[0]].expand(shape)
+
+
+def two_masks():
+    """A noise mask (2, 1, SIZE, SIZE) with another region in each image."""
+    mask = torch.zeros(2, 1, SIZE, SIZE)
+    mask[0, :, 4:20, 8:30] = 1
+    mask[1, :, 16:, :] = 1
+    return mask
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def fails(words, call, *args, **kwargs):
+    """`call` raises a ValueError that says every one of `words`."""
+    try:
+        call(*args, **kwargs)
+    except ValueError as error:
+        missing = [word for word in words if word not in str(error)]
+        assert not missing, f"{error!s} does not say {missing}"
+    else:
+        raise AssertionError(f"no ValueError that says {words}")

@@ -1,6 +1,8 @@
 """A fixed set of runs of every node, and the file that holds what they gave.
 
-Record them again, after a change that is meant to change samples, with `python3 run.py test --record-samples`.
+Record them again, after a change that is meant to change samples, with the environment variable
+DENSITY_GUIDANCE_SAMPLES=record and `python3 run.py test tests/test_recorded_samples.py`; with =all every run is compared,
+those of "v" too.
 """
 
 import json
@@ -77,8 +79,10 @@ def _on_the_exact_model(prediction):
     sigmas = h.schedule(model, STEPS)
     guider = h.outputs(h.custom.BasicGuider, model, h.conditioning(prediction))[0]
 
-    def sample(make_sampler, latent=None, noise=None, patched=None, sigmas=sigmas):
-        return lambda: h.picture(patched() if patched else model, make_sampler(), sigmas, latent=latent, noise=noise and noise())
+    def sample(make_sampler, latent=None, noise=None, patched=None, schedule=None):
+        schedule = (sigmas if schedule is None else schedule).clone()
+        return lambda: h.picture(
+            patched() if patched else model, make_sampler(), schedule.clone(), latent=latent, noise=noise and noise())
 
     settings = {
         "quantile": {"quantile": 0.3},
@@ -102,6 +106,8 @@ def _on_the_exact_model(prediction):
             lambda s=sampler: _guided(s, quantile=0.2, mask=_mask().flip(-1)), inpainting)
     for sampler in ("heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "dpmpp_2m_sde", "lcm", "euler_cfg_pp"):
         found[f"{sampler}: quantile"] = sample(lambda s=sampler: _guided(s, quantile=0.3))
+        if sampler == "uni_pc":  # leaves 0.001 for the 0 of a schedule, and what follows was recorded with that
+            sigmas = torch.cat([sigmas[:-1], torch.tensor([0.001])])
     found["model patch: quantile"] = sample(
         lambda: h.core_sampler("heun"),
         patched=lambda: h.kept(_node("DensityGuidanceModel", model=model, **{**_GUIDANCE, "quantile": 0.3})[0]))
@@ -127,7 +133,7 @@ def _on_the_exact_model(prediction):
                           ("same for the whole batch", 0.0)):
         found[f"target: {target}"] = sample(
             lambda t=target, v=value: _node("DensityTargetSampler", target=t, value=v, reference_image=-1, tolerance=0.002,
-                                            max_passes=2, probes=1)[0], sigmas=sigmas[:-1])
+                                            max_passes=2, probes=1)[0], schedule=sigmas[:-1])
     for name in (None, "euler", "target"):
         found[f"trace: {name or 'own'}"] = lambda n=name: _trace(guider, n, sigmas)
     for method in ("with score", "without score", "both", "finite scale"):

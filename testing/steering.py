@@ -13,19 +13,27 @@ def alpha_of(model, sigma):
     return 1 - sigma if float(probe) == 0.75 else 1.0
 
 
-def guided_steps(model, sigmas):
-    """Numbers of the steps that guidance over the whole run acts on."""
-    return [i for i in range(len(sigmas) - 1) if sigmas[i + 1] > 0 and alpha_of(model, sigmas[i]) > 1e-6]
+def guided_steps(model, sigmas, start=0.0, end=1.0):
+    """Numbers of the steps that guidance from `start` to `end` percent of the sampling acts on."""
+    high, low = map(model.get_model_object("model_sampling").percent_to_sigma, (start, end))
+    return [i for i in range(len(sigmas) - 1)
+            if low < sigmas[i] <= high and sigmas[i + 1] > 0 and alpha_of(model, sigmas[i]) > 1e-6]
 
 
-def steered(model, x, denoised, sigma, quantile, weights=None):
-    """x0~ = x0 - (sigma / alpha) (eta - 1) w eps with eta - 1 = sqrt(2 D) z / <w eps, eps>, D the sum of w; float64."""
+def push(model, sigmas, dim, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0):
+    """(eta - 1) ||eps||^2 = sqrt(2 D) z - detail_shift ln(2) D / L, L the guided steps' length in ln s."""
+    steps = guided_steps(model, sigmas, start, end)
+    s = [sigmas[i] / alpha_of(model, sigmas[i]) for i in (steps[0], steps[-1] + 1)]
+    return (2 * dim) ** 0.5 * scipy.stats.norm.ppf(quantile) - detail_shift * math.log(2) * dim / math.log(s[0] / s[1])
+
+
+def steered(model, x, denoised, sigma, pushed, weights=1.0):
+    """x0~ = x0 - (sigma / alpha) (eta - 1) w eps with eta - 1 = pushed(D) / <w eps, eps>, D the sum of w; float64."""
     x, denoised = x.double(), denoised.double()
     alpha = alpha_of(model, sigma)
     eps = (x - alpha * denoised) / sigma
-    w = torch.ones_like(x) if weights is None else torch.as_tensor(weights).double() * torch.ones_like(x)
-    dim = w.flatten(1).sum(1)
-    strength = (2 * dim).sqrt() * scipy.stats.norm.ppf(quantile) / (w * eps.square()).flatten(1).sum(1)
+    w = torch.as_tensor(weights).double() * torch.ones_like(x)
+    strength = pushed(w.flatten(1).sum(1)) / (w * eps.square()).flatten(1).sum(1)
     return denoised - sigma / alpha * strength.view(-1, *[1] * (x.ndim - 1)) * w * eps
 
 
@@ -46,16 +54,17 @@ def guided_solver_step(model, x, denoised, sigmas, step, quantile, mask=None):
     return strength.view(-1, *[1] * (x.ndim - 1)) * eps * (1 if mask is None else mask)
 
 
-def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=None):
+def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=None, detail_shift=0.0, window=(0.0, 1.0)):
     """How far a recorded run is from guidance of its final prediction.
 
-    sigmas: the schedule. within: None, or the mask outside of which the host replaces the prediction. factors: of the
+    sigmas: the schedule. weights: of a mask. within: None, or the mask outside of which the host replaces the prediction. factors: of the
     strength, {step: number}; 1 where there are none.
     Returns (largest error of the change, relative to it, and share eta - 1 of each guided step, smallest and largest).
     The error is the part of (guided - unguided) that differs from the wanted one, projected on that.
     Raises AssertionError where an unguided step is changed.
     """
-    guided, inside = guided_steps(model, sigmas), 1.0 if within is None else within
+    guided, inside = guided_steps(model, sigmas, *window), 1.0 if within is None else within
+    pushed = lambda dim: push(model, sigmas, dim, quantile, detail_shift, *window)
     assert guided, "the schedule has no step to guide"
     worst, shares = 0.0, []
     for x, sigma, denoised, final in zip(seen.x, seen.sigma, seen.denoised, seen.final):
@@ -65,7 +74,7 @@ def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=
             assert torch.equal(final, denoised), f"changed at sigma {level}, which is not guided"
             continue
         unguided = denoised.double()
-        wanted = (steered(model, x, denoised, level, quantile, weights) - unguided) * inside
+        wanted = (steered(model, x, denoised, level, pushed, 1.0 if weights is None else weights) - unguided) * inside
         wanted *= 1 if factors is None else factors[step]
         change = (final.double() - unguided) * inside
         wanted, change = wanted.flatten(1), change.flatten(1)

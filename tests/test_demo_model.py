@@ -64,8 +64,10 @@ def test_it_predicts_its_own_pictures_from_noise(demo, plain):
     assert (denoised - clean).square().mean() < 0.8 * (white - clean).square().mean()
 
 
-def test_ksampler_makes_pictures_of_the_class(demo, host_nodes):
+def test_ksampler_makes_pictures_of_the_class(demo):
     """Snow is brighter than undergrowth; the pictures are smooth beside noise, and within their range."""
+    import nodes as host_nodes
+
     bright = {}
     for name in ("snow", "undergrowth"):
         model, vae, positive, negative, latent = h.outputs(LoadDemoModel, name, BATCH)

@@ -43,18 +43,11 @@ class Strange(comfy.model_sampling.ModelSamplingDiscrete):
     inverse_noise_scaling = comfy.model_sampling.EPS.inverse_noise_scaling
 
 
-def fails(words, call, *args, **kwargs):
-    with pytest.raises(ValueError) as error:
-        call(*args, **kwargs)
-    missing = [word for word in words if word not in str(error.value)]
-    assert not missing, f"{error.value!s} does not say {missing}"
-
-
 @pytest.mark.parametrize("values, words", GUIDANCE, ids=lambda v: str(v)[:30])
 def test_guidance_settings(values, words):
-    fails(words, h.outputs, nodes.DensityGuidanceSampler, *values, h.core_sampler("euler"))
-    fails(words, h.outputs, nodes.DensityGuidanceSampler, *values)
-    fails(words, h.outputs, nodes.DensityGuidanceModel, h.exact_model("flow"), *values)
+    h.fails(words, h.outputs, nodes.DensityGuidanceSampler, *values, h.core_sampler("euler"))
+    h.fails(words, h.outputs, nodes.DensityGuidanceSampler, *values)
+    h.fails(words, h.outputs, nodes.DensityGuidanceModel, h.exact_model("flow"), *values)
 
 
 @pytest.mark.parametrize("lists, words", [
@@ -65,9 +58,9 @@ def test_guidance_settings(values, words):
     ({"detail_shifts": [0.1, 0.2, "more"]}, ["detail_shifts", "image 2", "'more'", "-2", "2"]),
 ], ids=str)
 def test_guidance_lists(lists, words):
-    fails(words, h.guided_sampler, **lists)
-    fails(words, h.guided_sampler, sampler="euler", **lists)
-    fails(words, h.guided_model, h.exact_model("flow"), **lists)
+    h.fails(words, h.guided_sampler, **lists)
+    h.fails(words, h.guided_sampler, sampler="euler", **lists)
+    h.fails(words, h.guided_model, h.exact_model("flow"), **lists)
 
 
 @pytest.mark.parametrize("way", ["euler", None, "patch"])
@@ -80,21 +73,21 @@ def test_lists_that_do_not_fit_the_batch(way, lists, words):
     sampler = h.core_sampler("euler") if way == "patch" else h.guided_sampler(sampler=way, **lists)
     if way == "patch":
         model = h.guided_model(model, **lists)
-    fails(words, h.sample, model, sampler, h.schedule(model, 3))
+    h.fails(words, h.sample, model, sampler, h.schedule(model, 3))
     assert seen.calls == 0
 
 
 @pytest.mark.parametrize("values, words", PRIOR, ids=lambda v: str(v)[:30])
 def test_prior_settings(values, words):
-    fails(words, h.outputs, nodes.PriorGuidanceScale, h.random_noise(), *values)
-    fails(words, h.outputs, nodes.PriorGuidanceModel, h.exact_model("flow"), *values)
+    h.fails(words, h.outputs, nodes.PriorGuidanceScale, h.random_noise(), *values)
+    h.fails(words, h.outputs, nodes.PriorGuidanceModel, h.exact_model("flow"), *values)
 
 
 @pytest.mark.parametrize("wrong", [object(), "euler", 3.0], ids=str)
 def test_wrong_sockets(wrong):
     kind = type(wrong).__name__
-    fails(["sampler", kind, "KSamplerSelect"], h.outputs, nodes.DensityGuidanceSampler, 0.5, 0.0, 0.0, 1.0, wrong)
-    fails(["noise", kind, "RandomNoise"], h.outputs, nodes.PriorGuidanceScale, wrong, 0.5, 1.0, True)
+    h.fails(["sampler", kind, "KSamplerSelect"], h.outputs, nodes.DensityGuidanceSampler, 0.5, 0.0, 0.0, 1.0, wrong)
+    h.fails(["noise", kind, "RandomNoise"], h.outputs, nodes.PriorGuidanceScale, wrong, 0.5, 1.0, True)
 
 
 def test_no_sampler_means_the_own_solver():
@@ -119,7 +112,7 @@ EVERY_WAY = pytest.mark.parametrize("way", ["euler", "own", "patch"])
 def test_model_samplings_without_a_log_density(way, sampling, words):
     model, seen = h.recording(h.free_model("EPS"))
     model.add_object_patch("model_sampling", sampling())
-    fails(words, h.free_run, *guided_runs(model, way), torch.tensor([10.0, 3.0, 1.0, 0.0]), torch.ones(1, 4, 8, 8))
+    h.fails(words, h.free_run, *guided_runs(model, way), torch.tensor([10.0, 3.0, 1.0, 0.0]), torch.ones(1, 4, 8, 8))
     assert seen.calls == 0
 
 
@@ -134,7 +127,7 @@ def test_neutral_settings_refuse_no_model():
 
 
 @EVERY_WAY
-@pytest.mark.parametrize("prediction", h.PREDICTIONS)
+@pytest.mark.parametrize("prediction", h.KINDS)
 @pytest.mark.parametrize("sigmas, words", [
     ([0.0, 0.1, 0.5, 0.9], ["sigmas", "0.1", "0.9", "descend"]),
     ([0.9, 0.3, 0.5, 0.0], ["sigmas", "0.3", "0.5", "descend"]),
@@ -144,14 +137,14 @@ def test_neutral_settings_refuse_no_model():
 ], ids=["ascending", "up and down", "nan", "infinite", "negative"])
 def test_schedules(way, prediction, sigmas, words):
     model, seen = h.recording(h.exact_model(prediction))
-    fails(words, h.sample, *guided_runs(model, way), torch.tensor(sigmas))
+    h.fails(words, h.sample, *guided_runs(model, way), torch.tensor(sigmas))
     assert seen.calls == 0
 
 
 @EVERY_WAY
 def test_sigmas_of_another_model(way):
     model, seen = h.recording(h.exact_model("flow"))
-    fails(["sigmas", "60.0", "above 1", "scheduler"], h.sample, *guided_runs(model, way),
+    h.fails(["sigmas", "60.0", "above 1", "scheduler"], h.sample, *guided_runs(model, way),
           torch.tensor([60.0, 8.0, 1.0, 0.1]))
     assert seen.calls == 0
 
@@ -160,7 +153,7 @@ def test_sigmas_of_another_model(way):
     ("x0", "32", ["prediction", "'x0'", "eps, v, flow"]), ("eps", "40", ["size", "'40'", "64, 48, 32"]),
     (None, "32", ["prediction", "None"]), ("eps", None, ["size", "None"])])
 def test_choices_of_the_loader(prediction, size, words):
-    fails(words, h.outputs, nodes.LoadExactDensityModel, prediction, size, -1, 1)
+    h.fails(words, h.outputs, nodes.LoadExactDensityModel, prediction, size, -1, 1)
 
 
 def test_a_run_without_a_guided_step_is_said_in_the_log(caplog):
@@ -180,14 +173,14 @@ def test_an_empty_noise_mask_leaves_the_image(way):
         latent = {"samples": samples, "noise_mask": noise_mask}
         patched, sampler = (h.guided_model(model, 0.3, 0.1), "euler") if way == "patch" else (
             model, h.guided_sampler(0.3, 0.1, sampler=way))
-        picture = h.picture(patched, sampler, h.schedule(model, 4), latent)
-        assert torch.isfinite(picture).all()
-        assert torch.allclose(picture[1], samples[1], atol=1e-5)
+        result = h.picture(patched, sampler, h.schedule(model, 4), latent)
+        assert torch.isfinite(result).all()
+        assert torch.allclose(result[1], samples[1], atol=1e-5)
 
 
 def test_the_own_solver_refuses_to_ascend_without_guidance_too():
     model, seen = h.recording(h.exact_model("eps"))
-    fails(["sigmas", "0.1", "10.0", "descend"], h.sample, model, h.guided_sampler(), torch.tensor([0.1, 1.0, 10.0]))
+    h.fails(["sigmas", "0.1", "10.0", "descend"], h.sample, model, h.guided_sampler(), torch.tensor([0.1, 1.0, 10.0]))
     assert seen.calls == 0
 
 
@@ -200,7 +193,7 @@ def test_the_own_solver_refuses_to_ascend_without_guidance_too():
     (" ,\n, ", ["values", "empty", "commas"]),
 ])
 def test_density_levels(values, words):
-    fails(words, h.outputs, nodes.DensityLevels, values)
+    h.fails(words, h.outputs, nodes.DensityLevels, values)
 
 
 def test_density_levels_reads_numbers():
@@ -213,23 +206,23 @@ def test_density_levels_reads_numbers():
     ([0.5, NAN], ["sigmas", "nan", "above 0"]),
 ])
 def test_log_density_needs_a_noise_level(sigmas, words):
-    fails(words, h.outputs, nodes.ExactLogDensity, h.exact_model("eps"), h.empty_latent(), torch.tensor(sigmas))
+    h.fails(words, h.outputs, nodes.ExactLogDensity, h.exact_model("eps"), h.empty_latent(), torch.tensor(sigmas))
 
 
 def test_log_density_needs_the_built_in_model():
     words = ["model", "BaseModel", "LoadExactDensityModel"]
-    fails(words, h.outputs, nodes.ExactLogDensity, h.free_model(), h.empty_latent(), torch.tensor([1.0, 0.5]))
+    h.fails(words, h.outputs, nodes.ExactLogDensity, h.free_model(), h.empty_latent(), torch.tensor([1.0, 0.5]))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 4, 32, 32), (1, 3, 2, 32, 32)], ids=str)
 def test_log_density_of_another_latent(shape):
-    fails(["latent", " x ".join(map(str, shape[1:])), "3 x 32 x 32"], h.outputs, nodes.ExactLogDensity,
+    h.fails(["latent", " x ".join(map(str, shape[1:])), "3 x 32 x 32"], h.outputs, nodes.ExactLogDensity,
           h.exact_model("eps"), {"samples": torch.zeros(shape)}, torch.tensor([1.0, 0.5]))
 
 
 def test_log_density_at_a_sigma_beyond_the_flow():
     """A flow model has no sigma of 1 or more."""
-    fails(["sigmas", "1.0"], h.outputs, nodes.ExactLogDensity, h.exact_model("flow"), h.empty_latent(),
+    h.fails(["sigmas", "1.0"], h.outputs, nodes.ExactLogDensity, h.exact_model("flow"), h.empty_latent(),
           torch.tensor([1.0]))
 
 
@@ -241,17 +234,17 @@ def test_log_density_at_a_sigma_beyond_the_flow():
 ], ids=["rows of numbers", "levels", "too few numbers", "too many numbers"])
 def test_contact_sheet_of_unequal_lists(lists, words):
     images = [torch.zeros(1, 8, 8, 3)] * 2
-    fails(words, h.outputs, nodes.DensityContactSheet, images, ["q"], [32], **lists)
+    h.fails(words, h.outputs, nodes.DensityContactSheet, images, ["q"], [32], **lists)
 
 
 @pytest.mark.parametrize("name, component, batch_size, words", [
     ("component", -2, 1, ["-2", "-1", "127"]), ("component", 128, 1, ["128", "-1", "127"]),
     ("batch_size", 0, 0, ["0", "1", "64"]), ("batch_size", 0, 65, ["65", "1", "64"])])
 def test_numbers_of_the_loader(name, component, batch_size, words):
-    fails([name, *words], h.outputs, nodes.LoadExactDensityModel, "flow", "32", component, batch_size)
+    h.fails([name, *words], h.outputs, nodes.LoadExactDensityModel, "flow", "32", component, batch_size)
 
 
 @pytest.mark.parametrize("size", [0, 4096])
 def test_size_of_the_contact_sheet(size):
     images = [torch.zeros(1, 8, 8, 3)]
-    fails(["picture_size", str(size), "32", "2048"], h.outputs, nodes.DensityContactSheet, images, ["q"], [size])
+    h.fails(["picture_size", str(size), "32", "2048"], h.outputs, nodes.DensityContactSheet, images, ["q"], [size])

@@ -8,13 +8,19 @@ import torch
 from density_guidance.dg_core import log_density as ld
 from density_guidance.dg_core.schedule import VE
 from density_guidance.nodes import LogDensity
-from density_guidance.nodes.host import readout as node
 from density_guidance.nodes.host import model_access
+from density_guidance.nodes.host import readout as node
 from density_guidance.nodes.host.model_access import path_of
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import networks
 
 FLOOR = {"eps": 0.1, "v": 0.1, "flow": 0.05}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_plots():
+    with h.without_plots():
+        yield
 
 
 def guider_of(model, positive=None):
@@ -63,10 +69,10 @@ def rms(error):
 
 @pytest.mark.parametrize("prediction, size, bound", [
     ("flow", 32, 1.5e-4), ("flow", 64, 1.5e-4),
-    ("eps", 32, 1.5e-4), ("v", 32, 1.5e-4), ("eps", 64, 1.5e-4),
+    ("eps", 32, 1.5e-4),
 ])
 def test_exact_divergence_at_32_evaluations(prediction, size, bound):
-    latent, exact = pictures(prediction, 24 if size == 32 else 6, size)
+    latent, exact = pictures(prediction, 12 if size == 32 else 4, size)
     readout = exact_readout(prediction, latent, 32, size)
     assert rms(readout.log_prob - exact) / readout.dim < bound
     if prediction == "flow":

@@ -9,7 +9,7 @@ from comfy_extras.nodes_custom_sampler import DisableNoise
 from density_guidance.nodes import PriorGuidanceModel, PriorGuidanceScale
 from density_guidance.testing import host_runs as h
 
-EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
+EVERY_KIND = pytest.mark.parametrize("prediction", h.KINDS)
 
 
 def scaled(noise=None, quantile=0.5, scale=1.0, match=True):
@@ -22,13 +22,6 @@ def scaled_model(model, quantile=0.5, scale=1.0, match=True):
 
 def norms(noise):
     return torch.linalg.vector_norm(noise.double().flatten(1), dim=1).numpy()
-
-
-def half_mask():
-    mask = torch.zeros(2, 1, h.SIZE, h.SIZE)
-    mask[0, :, 4:20, 8:30] = 1
-    mask[1, :, 16:, :] = 1
-    return mask
 
 
 @pytest.mark.parametrize("quantile", [0.001, 0.05, 0.5, 0.95, 0.999])
@@ -86,9 +79,9 @@ def test_dtype_of_the_latent_is_kept(dtype):
 
 
 def test_mask_limits_the_norm_and_the_change():
-    latent = {**h.empty_latent(), "noise_mask": half_mask()}
+    latent = {**h.empty_latent(), "noise_mask": h.two_masks()}
     plain, noise = h.random_noise().generate_noise(latent), scaled(quantile=0.1).generate_noise(latent)
-    inside = (half_mask() > 0).expand_as(noise)
+    inside = (h.two_masks() > 0).expand_as(noise)
     assert torch.equal(noise[~inside], plain[~inside])
     np.testing.assert_allclose(norms(noise * inside), scipy.stats.chi.ppf(0.9, inside.flatten(1).sum(1)), rtol=1e-6)
 
@@ -114,28 +107,28 @@ def test_parts_of_nested_noise_are_scaled_each():
         np.testing.assert_allclose(norms(scaled_part), scipy.stats.chi.ppf(0.8, part[0].numel()), rtol=1e-6)
 
 
-@EVERY_KIND
-@pytest.mark.parametrize("settings", [(0.1, 1.0, True), (0.9, 1.02, True), (0.5, 1.05, False)], ids=str)
-@pytest.mark.parametrize("latent", ["empty", "img2img", "inpaint"])
-def test_model_patch_in_ksampler_equals_the_noise_source(host_nodes, prediction, settings, latent):
+@pytest.mark.parametrize("prediction, settings, latent", [
+    ("eps", (0.1, 1.0, True), "empty"), ("flow", (0.9, 1.02, True), "img2img"), ("eps", (0.5, 1.05, False), "inpaint"),
+    ("flow", (0.1, 1.0, True), "inpaint"), ("eps", (0.9, 1.02, True), "img2img"), ("flow", (0.5, 1.05, False), "empty")], ids=str)
+def test_model_patch_in_ksampler_equals_the_noise_source(prediction, settings, latent):
     model, denoise = h.exact_model(prediction), 1.0
     samples = {**h.empty_latent(), "batch_index": [4, 2]}
     if latent != "empty":
-        picture = torch.rand(2, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(1)) - 0.5
-        samples, denoise = {"samples": picture}, 0.5
+        image = torch.rand(2, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(1)) - 0.5
+        samples, denoise = {"samples": image}, 0.5
     if latent == "inpaint":
-        samples["noise_mask"] = half_mask()
+        samples["noise_mask"] = h.two_masks()
     schedule = h.schedule(model, 4, denoise=denoise)
     expected = h.picture(model, "euler", schedule, samples, noise=scaled(None, *settings))
-    result = h.ksampler(host_nodes, scaled_model(model, *settings), "euler", 4, latent=samples, denoise=denoise)
+    result = h.ksampler(scaled_model(model, *settings), "euler", 4, latent=samples, denoise=denoise)
     assert torch.equal(result, expected)
-    assert not torch.equal(result, h.ksampler(host_nodes, model, "euler", 4, latent=samples, denoise=denoise))
+    assert not torch.equal(result, h.ksampler(model, "euler", 4, latent=samples, denoise=denoise))
 
 
-def test_neutral_model_patch_changes_no_bit(host_nodes):
+def test_neutral_model_patch_changes_no_bit():
     model = h.exact_model("flow")
-    neutral = h.ksampler(host_nodes, scaled_model(model, match=False), "euler", 3)
-    assert torch.equal(neutral, h.ksampler(host_nodes, model, "euler", 3))
+    neutral = h.ksampler(scaled_model(model, match=False), "euler", 3)
+    assert torch.equal(neutral, h.ksampler(model, "euler", 3))
 
 
 @EVERY_KIND
@@ -147,12 +140,12 @@ def test_first_state_has_the_norm_of_the_quantile(prediction):
     np.testing.assert_allclose(norms(seen.x[0]) / factor, scipy.stats.chi.ppf(0.95, 3 * h.SIZE**2), rtol=1e-6)
 
 
-def test_both_guidances_together(host_nodes):
+def test_both_guidances_together():
     """The patches commute: each acts at its own place."""
     model = h.exact_model("flow")
     one = h.guided_model(scaled_model(model, 0.1), 0.3)
     other = scaled_model(h.guided_model(model, 0.3), 0.1)
-    a, b = (h.ksampler(host_nodes, m, "euler", 4) for m in (one, other))
+    a, b = (h.ksampler(m, "euler", 4) for m in (one, other))
     assert torch.equal(a, b)
     c = h.picture(model, h.guided_sampler(0.3, sampler="euler"), h.schedule(model, 4), noise=scaled(quantile=0.1))
     assert torch.equal(a, c)

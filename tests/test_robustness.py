@@ -16,9 +16,9 @@ from density_guidance.launcher.environment import PACK
 from density_guidance.launcher.host import running_host
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import steering
-from density_guidance.tests.test_workflows import results_of, small_run
+from density_guidance.testing.prompts import results_of, small_run
 
-EXAMPLES = 500
+EXAMPLES = 150  # docs/robustness.json: 5,000
 
 
 def test_random_runs():
@@ -93,7 +93,7 @@ def test_killed_in_mid_run_and_started_again(host_environment, server, tmp_path)
 
         def queue():
             with contextlib.suppress(WorkflowError, OSError):
-                host.client.run(small_run(0.23, "killed", steps=3000, batch_size=8),
+                host.client.run(small_run(0.23, "killed", steps=1000, batch_size=8),
                                 lambda progress: progress.step > 1 and under_way.set(), timeout=60)
 
         worker = threading.Thread(target=queue, daemon=True)

@@ -10,23 +10,17 @@ import numpy as np
 import pytest
 import torch
 from density_guidance.dg_core.variation import CORRECTIONS
-from density_guidance.nodes import StochasticDetailVariation, VariationGrid
+from density_guidance.nodes import VariationGrid
 from density_guidance.nodes.builtin import exact
 from density_guidance.testing import host_runs as h
 from density_guidance.testing.euler_maruyama import fine_details_change
-from density_guidance.tests.test_masks import resized, soft_disc
-from density_guidance.tests.test_samplers import noise_of_a_pattern
 
-EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
+EVERY_KIND = pytest.mark.parametrize("prediction", h.KINDS)
 EVERY_CORRECTION = pytest.mark.parametrize("correction", CORRECTIONS)
-VARIATIONS = 32
+KIND_AND_CORRECTION = pytest.mark.parametrize("prediction, correction", [
+    ("flow", "expected"), ("flow", "hutchinson"), ("eps", "exact")])
+VARIATIONS = 16  # docs/variation.md: 32
 STEPS = 32
-
-
-def varied(vary="fine details", strength=0.5, correction="expected", quantile=0.5, detail_shift=0.0, seed=1, probes=1,
-           window=(0.0, 1.0), **lists):
-    return h.outputs(StochasticDetailVariation, quantile, detail_shift, vary, strength, *window, seed, correction, probes,
-                     **lists)[0]
 
 
 def same_noise(count):
@@ -45,12 +39,12 @@ def nats_per_dim(model, samples, sigmas):
 
 @lru_cache
 def log_density_run(prediction, vary, strength, correction):
-    """(log-density change of 32 variations against the deterministic run, model calls)."""
+    """(log-density change of the variations against the deterministic run, model calls)."""
     model, seen = h.recording(h.exact_model(prediction))
     sigmas = schedule(model)
     plain = h.picture(model, h.guided_sampler(), sigmas, same_noise(1))
     seen.calls = 0
-    pictures = h.picture(model, varied(vary, strength, correction), sigmas, same_noise(VARIATIONS))
+    pictures = h.picture(model, h.varied(vary, strength, correction), sigmas, same_noise(VARIATIONS))
     change = nats_per_dim(model, pictures, sigmas) - nats_per_dim(model, plain, sigmas)
     return change, seen.calls
 
@@ -65,12 +59,11 @@ def euler_maruyama_run(prediction, calls):
 # --- the log-density is kept -------------------------------------------------------------------------------------
 
 
-@EVERY_KIND
-@EVERY_CORRECTION
+@KIND_AND_CORRECTION
 def test_fine_details_keep_the_log_density(prediction, correction):
     """Bias and spread over variation seeds at 32 steps, and Euler-Maruyama at as many model calls, in nats per dimension."""
     change, calls = log_density_run(prediction, "fine details", 0.5, correction)
-    reference = euler_maruyama_run("eps" if prediction == "v" else prediction, calls)  # the same density and schedule
+    reference = euler_maruyama_run(prediction, calls)
     error = change.std(ddof=1) / math.sqrt(VARIATIONS)
     print(f"{prediction} {correction}: bias {change.mean():+.2e} +- {error:.0e}, spread {change.std(ddof=1):.1e}, "
           f"{calls} calls; Euler-Maruyama {reference.mean():+.2e}, {reference.std(ddof=1):.1e}")
@@ -82,8 +75,7 @@ def test_fine_details_keep_the_log_density(prediction, correction):
     assert (calls == STEPS - 1) == (correction == "expected")
 
 
-@EVERY_KIND
-@pytest.mark.parametrize("vary", ["structure", "everything"])
+@pytest.mark.parametrize("prediction, vary", [("eps", "structure"), ("flow", "everything"), ("flow", "structure")])
 def test_other_windows_keep_the_log_density(prediction, vary):
     change, calls = log_density_run(prediction, vary, 0.5, "expected")
     print(f"{prediction} {vary}: bias {change.mean():+.2e}, spread {change.std(ddof=1):.1e}")
@@ -98,14 +90,13 @@ def test_variations_keep_the_guided_level(prediction):
     sigmas = schedule(model)
     guided = nats_per_dim(model, h.picture(model, h.guided_sampler(0.3, 0.2), sigmas, same_noise(1)), sigmas)
     plain = nats_per_dim(model, h.picture(model, h.guided_sampler(), sigmas, same_noise(1)), sigmas)
-    level = nats_per_dim(model, h.picture(model, varied(quantile=0.3, detail_shift=0.2, correction="hutchinson"), sigmas,
-                                          same_noise(8)), sigmas)
+    level = nats_per_dim(model, h.picture(model, h.varied(quantile=0.3, detail_shift=0.2, correction="hutchinson"), sigmas,
+                                          same_noise(4)), sigmas)
     assert abs(guided - plain).min() > 0.1
-    assert level == pytest.approx(np.repeat(guided, 8), abs=5e-3)
+    assert level == pytest.approx(np.repeat(guided, 4), abs=5e-3)
 
 
-@EVERY_KIND
-@EVERY_CORRECTION
+@KIND_AND_CORRECTION
 def test_noise_from_the_first_step_on_keeps_what_guidance_adds(prediction, correction):
     """The change by the quantile, under noise that begins as early as there can be some, is that without noise."""
     model = h.exact_model(prediction)
@@ -116,7 +107,7 @@ def test_noise_from_the_first_step_on_keeps_what_guidance_adds(prediction, corre
         return -np.subtract(*levels)
 
     without = added([h.guided_sampler(), h.guided_sampler(0.2)])
-    under = added([varied("everything", 1.0, correction, quantile) for quantile in (0.5, 0.2)])
+    under = added([h.varied("everything", 1.0, correction, quantile) for quantile in (0.5, 0.2)])
     print(f"{prediction} {correction}: {under / without:.3f}")
     assert under == pytest.approx(without, rel=0.03)
 
@@ -124,38 +115,37 @@ def test_noise_from_the_first_step_on_keeps_what_guidance_adds(prediction, corre
 # --- by region ---------------------------------------------------------------------------------------------------
 
 
-@EVERY_KIND
-@EVERY_CORRECTION
+@KIND_AND_CORRECTION
 def test_a_mask_keeps_the_log_density(prediction, correction):
     """Soft edges, one mask for each half of the batch: bias and spread as without, where the pictures differ enough."""
     model = h.exact_model(prediction)
     sigmas = schedule(model)
-    mask = torch.cat([soft_disc(64)] * 8 + [soft_disc(64, 0.3, 0.7, 0.25)] * 8)
+    mask = torch.cat([h.soft_disc(64)] * 5 + [h.soft_disc(64, 0.3, 0.7, 0.25)] * 5)
     plain = h.picture(model, h.guided_sampler(), sigmas, same_noise(1))
-    pictures = h.picture(model, varied(correction=correction, mask=mask), sigmas, same_noise(16))
+    pictures = h.picture(model, h.varied(correction=correction, mask=mask), sigmas, same_noise(10))
     change = nats_per_dim(model, pictures, sigmas) - nats_per_dim(model, plain, sigmas)
     error = change.std(ddof=1) / math.sqrt(len(change))
     allowed = 2 if correction == "expected" else 1
     assert abs(change.mean()) + 3 * error <= allowed * 5e-3 and change.std(ddof=1) <= allowed * 2e-3
-    inside = resized(mask, pictures.shape) == 1
-    outside = resized(mask, pictures.shape) == 0
+    inside = h.resized(mask, pictures.shape) == 1
+    outside = h.resized(mask, pictures.shape) == 0
     difference = (pictures - plain).abs()
     assert float(difference[inside].mean()) > 5 * float(difference[outside].mean())
-    for half in (pictures[:8], pictures[8:]):
+    for half in (pictures[:5], pictures[5:]):
         assert float(half.std(0).max()) > 0.02
 
 
 @EVERY_CORRECTION
 def test_outside_the_mask_is_the_plain_flow(correction):
     """A density of independent pixels: only the solver's error is left there, which vanishes with the steps."""
-    model = h.free_model("EPS", noise_of_a_pattern)
+    model = h.free_model("EPS", h.noise_of_a_pattern)
     noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    mask = soft_disc(64)
-    inside, outside = ((resized(mask, noise.shape) == v) for v in (1, 0))
+    mask = h.soft_disc(64)
+    inside, outside = ((h.resized(mask, noise.shape) == v) for v in (1, 0))
     errors = []
     for steps in (16, 64):
         sigmas = h.schedule(model, steps)
-        sampler = varied("everything", correction=correction, quantile=0.3, mask=mask)
+        sampler = h.varied("everything", correction=correction, quantile=0.3, mask=mask)
         difference = (h.free_run(model, sampler, sigmas, noise)
                       - h.free_run(model, h.guided_sampler(0.3, mask=mask), sigmas, noise)).abs()
         errors.append(float(difference[outside].mean()))
@@ -170,10 +160,10 @@ def test_masks_that_change_nothing(prediction):
     sigmas = h.schedule(model, 8)
 
     def run(quantile, **more):
-        return h.picture(model, varied("everything", quantile=quantile, **more), sigmas)
+        return h.picture(model, h.varied("everything", quantile=quantile, **more), sigmas)
 
-    guided = h.guided_sampler(0.3, mask=soft_disc(64))
-    assert torch.equal(run(0.3, strength=0.0, mask=soft_disc(64)), h.picture(model, guided, sigmas))
+    guided = h.guided_sampler(0.3, mask=h.soft_disc(64))
+    assert torch.equal(run(0.3, strength=0.0, mask=h.soft_disc(64)), h.picture(model, guided, sigmas))
     assert torch.equal(run(0.3, mask=torch.zeros(1, 8, 8)), h.picture(model, h.guided_sampler(), sigmas))
     for quantile in (0.3, 0.5):
         assert torch.allclose(run(quantile, mask=torch.ones(1, 8, 8)), run(quantile), atol=1e-4)
@@ -190,7 +180,7 @@ def test_mask_within_an_inpainting(prediction):
     mask = torch.zeros(1, h.SIZE, h.SIZE)
     mask[:, 16:] = 1
     result, plain = (h.picture(model, sampler, sigmas, latent) for sampler in (
-        varied("everything", mask=mask), h.guided_sampler()))
+        h.varied("everything", mask=mask), h.guided_sampler()))
     difference = (result - plain).abs()
     assert not difference[..., :16].any()
     assert float(difference[..., 16:, 16:].mean()) > 3 * float(difference[..., :16, 16:].mean())
@@ -207,34 +197,33 @@ def high_share(difference):
 
 
 @lru_cache
-def pictures_of(prediction, vary, strength):
-    """Variations of 16 pictures minus the pictures."""
+def change_of(prediction, vary, strength):
+    """Variations of 6 images minus the images."""
     model = h.exact_model(prediction)
-    sigmas = schedule(model, to_zero=True)
-    plain = h.picture(model, h.guided_sampler(), sigmas, h.empty_latent(16))
-    return h.picture(model, varied(vary, strength), sigmas, h.empty_latent(16)) - plain
+    sigmas = h.schedule(model, 16)
+    plain = h.picture(model, h.guided_sampler(), sigmas, h.empty_latent(6))
+    return h.picture(model, h.varied(vary, strength), sigmas, h.empty_latent(6)) - plain
 
 
 @EVERY_KIND
 def test_presets_change_what_they_say(prediction):
-    fine, structure = (high_share(pictures_of(prediction, vary, 0.5)) for vary in ("fine details", "structure"))
+    fine, structure = (high_share(change_of(prediction, vary, 0.5)) for vary in ("fine details", "structure"))
     print(f"{prediction}: share of high frequencies {fine:.3f} in fine details, {structure:.3f} in structure")
     assert fine >= 0.75
     assert structure <= 0.3
 
 
-@EVERY_KIND
-@pytest.mark.parametrize("vary", ["fine details", "structure"])
+@pytest.mark.parametrize("prediction, vary", [("eps", "fine details"), ("flow", "structure")])
 def test_strength_scales_the_change(prediction, vary):
-    size = [float(pictures_of(prediction, vary, c).square().mean().sqrt()) for c in (0.125, 0.25, 0.5, 1.0, 2.0, 3.0)]
+    """The table of docs/variation.md has more strengths and images."""
+    size = [float(change_of(prediction, vary, c).square().mean().sqrt()) for c in (0.125, 0.5, 1.0, 3.0)]
     assert size[0] > 0 and all(b > a for a, b in zip(size, size[1:])), size
 
 
 # --- neutral, seeds, batches -------------------------------------------------------------------------------------
 
 
-@EVERY_KIND
-@EVERY_CORRECTION
+@KIND_AND_CORRECTION
 def test_neutral_is_the_own_solver_bit_for_bit(prediction, correction):
     model, seen = h.recording(h.exact_model(prediction))
     sigmas = h.schedule(model, 6)
@@ -242,23 +231,21 @@ def test_neutral_is_the_own_solver_bit_for_bit(prediction, correction):
         plain = h.picture(model, h.guided_sampler(quantile, shift), sigmas)
         calls, seen.calls = seen.calls, 0
         for settings in ({"strength": 0.0}, {"vary": "custom", "window": (0.001, 0.002)}):
-            sampler = varied(correction=correction, quantile=quantile, detail_shift=shift, **settings)
+            sampler = h.varied(correction=correction, quantile=quantile, detail_shift=shift, **settings)
             assert torch.equal(h.picture(model, sampler, sigmas), plain)
             assert seen.calls == calls
             seen.calls = 0
-    assert not torch.equal(h.picture(model, varied("everything", correction=correction), sigmas), plain)
+    assert not torch.equal(h.picture(model, h.varied("everything", correction=correction), sigmas), plain)
 
 
-@EVERY_KIND
-def test_same_seed_gives_the_same_picture(prediction):
-    model = h.exact_model(prediction)
+def test_same_seed_gives_the_same_image():
+    model = h.exact_model("flow")
     sigmas = h.schedule(model, 8)
-    first, again, other = (h.picture(model, varied("everything", seed=s), sigmas) for s in (1, 1, 2))
+    first, again, other = (h.picture(model, h.varied("everything", seed=s), sigmas) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@EVERY_KIND
-@EVERY_CORRECTION
+@KIND_AND_CORRECTION
 def test_a_variation_does_not_depend_on_its_batch(prediction, correction):
     """The starting noise makes the variation: alone, in another order, among others. variation_index takes its place."""
     model = h.exact_model(prediction)
@@ -266,7 +253,7 @@ def test_a_variation_does_not_depend_on_its_batch(prediction, correction):
 
     def batch(images, **lists):
         latent = {**h.empty_latent(len(images)), "batch_index": images}
-        return h.picture(model, varied("everything", correction=correction, **lists), sigmas, latent)
+        return h.picture(model, h.varied("everything", correction=correction, **lists), sigmas, latent)
 
     together = batch([0, 1, 2, 3])
     mixed = batch([3, 1])
@@ -282,45 +269,38 @@ def test_a_variation_does_not_depend_on_its_batch(prediction, correction):
 # --- the host's other features -----------------------------------------------------------------------------------
 
 
-@EVERY_KIND
-@EVERY_CORRECTION
+@KIND_AND_CORRECTION
 def test_inpainting(prediction, correction):
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, 8)
     latent = {**h.empty_latent(2), "samples": h.picture(model, "euler", sigmas)}
     latent["noise_mask"] = torch.zeros(2, 1, h.SIZE, h.SIZE)
     latent["noise_mask"][:, :, 8:24, 8:24] = 1
-    samplers = varied("everything", correction=correction), h.guided_sampler()
+    samplers = h.varied("everything", correction=correction), h.guided_sampler()
     result, plain = (h.picture(model, sampler, sigmas, latent) for sampler in samplers)
     outside = (latent["noise_mask"] == 0).expand_as(result)
     assert torch.equal(result[outside], plain[outside])
     assert float((result - plain)[~outside].abs().mean()) > 0.01
 
 
-def half(x, t):
-    """Output of a flow network whose denoised prediction is x / 2; t is 1000 sigma."""
-    return x / (0.002 * t.view(-1, *[1] * (x.ndim - 1)))
-
-
 @EVERY_CORRECTION
-@pytest.mark.parametrize("shape", [(2, 16, 3, 8, 8), (1, 8, 40), (2, 4, 8, 8)], ids=["5-D", "3-D", "4-D"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape, dtype", [((2, 16, 3, 8, 8), torch.float16), ((1, 8, 40), torch.bfloat16),
+                                          ((2, 4, 8, 8), torch.float32)], ids=["video", "audio", "image"])
 def test_latents_of_any_kind(shape, dtype, correction):
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    model = h.free_model("FLOW", half)
+    model = h.free_model("FLOW", h.half)
     sigmas = h.schedule(model, 8)
-    samplers = varied("everything", correction=correction), h.guided_sampler()
+    samplers = h.varied("everything", correction=correction), h.guided_sampler()
     result, plain = (h.free_run(model, sampler, sigmas, noise, cfg=2.0) for sampler in samplers)
     assert result.shape == noise.shape and torch.isfinite(result).all()
     assert float((result - plain).float().std()) > 0.01
 
 
-@EVERY_KIND
-def test_cfg(prediction):
-    model = h.exact_model(prediction)
+def test_cfg():
+    model = h.exact_model("flow")
     sigmas = h.schedule(model, 8)
     conds = {"positive": h.conditioning(component=3), "negative": h.conditioning(component=40), "cfg": 3.0}
-    result, plain = (h.picture(model, s, sigmas, **conds) for s in (varied("everything"), h.guided_sampler()))
+    result, plain = (h.picture(model, s, sigmas, **conds) for s in (h.varied("everything"), h.guided_sampler()))
     assert torch.isfinite(result).all() and not torch.allclose(result, plain, atol=1e-2)
 
 
@@ -329,7 +309,7 @@ def test_interrupt_stops_before_the_next_model_call():
     model.set_model_sampler_post_cfg_function(
         lambda args: comfy.model_management.interrupt_current_processing(seen.calls == 6) or args["denoised"])
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        h.sample(model, varied("everything", correction="exact", probes=8), h.schedule(model, 4))
+        h.sample(model, h.varied("everything", correction="exact", probes=8), h.schedule(model, 4))
     assert seen.calls == 6
 
 
@@ -353,7 +333,7 @@ def test_interrupt_stops_before_the_next_model_call():
 ], ids=str)
 def test_bad_input_is_named(kwargs, words):
     with pytest.raises(ValueError) as error:
-        varied(**kwargs)
+        h.varied(**kwargs)
     assert not [word for word in words if word not in str(error.value)], str(error.value)
 
 
@@ -362,7 +342,7 @@ def test_a_window_without_a_step_is_said_in_the_log(prediction, vary, steps, cap
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, steps)
     with caplog.at_level(logging.WARNING):
-        result = h.picture(model, varied(vary), sigmas)
+        result = h.picture(model, h.varied(vary), sigmas)
     assert vary in caplog.text and "nothing is varied" in caplog.text
     assert torch.equal(result, h.picture(model, h.guided_sampler(), sigmas))
 
@@ -377,7 +357,7 @@ def test_a_second_stage_without_noise_knows_its_images(prediction):
     def staged(images):
         first = h.picture(model, "euler", early, {**h.empty_latent(len(images)), "batch_index": images})
         no_noise = h.core_node("DisableNoise")
-        return h.picture(model, varied(strength=1.0), late, {"samples": first}, noise=no_noise)
+        return h.picture(model, h.varied(strength=1.0), late, {"samples": first}, noise=no_noise)
 
     together, mixed = staged([0, 1, 2]), staged([2, 0])
     assert torch.allclose(mixed[0], together[2], atol=1e-3) and torch.allclose(mixed[1], together[0], atol=1e-3)
@@ -385,15 +365,15 @@ def test_a_second_stage_without_noise_knows_its_images(prediction):
 
 def test_the_bounds_of_the_seed():
     for seed in (0, 2**64 - 1):
-        varied(seed=seed)
+        h.varied(seed=seed)
     with pytest.raises(ValueError, match="variation_seed is 18446744073709551616"):
-        varied(seed=2**64)
+        h.varied(seed=2**64)
 
 
 def test_variation_index_that_does_not_fit_the_batch():
     model, seen = h.recording(h.exact_model("flow"))
     with pytest.raises(ValueError, match="variation_index has 3 numbers and the latent has 2 images"):
-        h.sample(model, varied(variation_index=[0.0, 1.0, 2.0]), h.schedule(model, 3))
+        h.sample(model, h.varied(variation_index=[0.0, 1.0, 2.0]), h.schedule(model, 3))
     assert seen.calls == 0
 
 
@@ -408,10 +388,10 @@ def test_grid_is_what_its_rows_would_be():
     grid, quantiles, index, levels, columns = h.outputs(VariationGrid, latent, "0.3, 0.5", 3)
     assert levels == [0.3, 0.5] and columns == 3 and quantiles == [0.3] * 3 + [0.5] * 3 and index == [0, 1, 2] * 2
     assert grid["samples"].shape == (6, 3, h.SIZE, h.SIZE) and grid["batch_index"] == [4] * 6
-    together = h.picture(model, varied(quantiles=quantiles, variation_index=index), sigmas, grid)
+    together = h.picture(model, h.varied(quantiles=quantiles, variation_index=index), sigmas, grid)
     assert seen.calls == 8
     for row, quantile in enumerate(levels):
-        alone = h.picture(model, varied(quantile=quantile, variation_index=index[:3]), sigmas,
+        alone = h.picture(model, h.varied(quantile=quantile, variation_index=index[:3]), sigmas,
                           {**h.empty_latent(3), "batch_index": [4] * 3})
         assert torch.allclose(together[3 * row:3 * row + 3], alone, atol=1e-4)
 
