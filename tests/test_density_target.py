@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from density_guidance.dg_core import target
+from density_guidance.dg_core.target import Run, reach
 from density_guidance.nodes import DensityTrace, LogDensity
 from density_guidance.nodes.host import target_run as dt
 from density_guidance.testing import host_runs as h
@@ -169,12 +169,12 @@ class _Passes:
     def run(self, target=None, reference=None):
         end = torch.tensor(self._ends[self._count], dtype=torch.float64)
         self._count += 1
-        return target.Run(torch.full((len(end), 1), self._count - 1.0), {}, end, torch.zeros_like(end), None)
+        return Run(torch.full((len(end), 1), self._count - 1.0), {}, end, torch.zeros_like(end), None)
 
 
 def test_an_image_within_tolerance_is_left_alone():
     """Whether its neighbour needs another pass must not change it, though the pass may come nearer."""
-    reached = target.reach(
+    reached = reach(
         _Passes([0.0, 0.0], [0.9, 3.0], [1.0, 1.05]), lambda unguided: torch.ones_like(unguided), 0.2, 2)
     assert reached.x.flatten().tolist() == [1, 2] and reached.achieved.tolist() == [0.9, 1.05]
     assert reached.passes == 2

@@ -225,7 +225,7 @@ def test_predictions_may_be_overwritten_after_they_were_added():
     """Samplers do that to save memory."""
     rows = []
     for overwrite in (False, True):
-        recorded, generator = run_trace.RunTrace(16, VE), torch.Generator().manual_seed(0)
+        recorded, generator = run_trace.RunTrace(VE, 16), torch.Generator().manual_seed(0)
         for sigma in (8.0, 4.0, 2.0, 1.0):
             x, denoised = (torch.randn(1, 16, generator=generator) for _ in range(2))
             recorded.add(sigma * x, denoised, sigma)

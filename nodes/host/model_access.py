@@ -111,7 +111,7 @@ def run_in_guider(
     path_of(patcher.get_model_object("model_sampling"))
     sampler = _Work(function, calls)
     guider.sample(
-        torch.zeros_like(samples) if noise is None else noise, samples, sampler, torch.tensor(sigmas),
+        torch.zeros_like(samples) if noise is None else noise, samples, sampler, torch.tensor(sigmas, dtype=torch.float32),
         callback=latent_preview.prepare_callback(patcher, calls), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
     return sampler.result
 
