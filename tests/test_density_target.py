@@ -82,7 +82,7 @@ def test_exact_divergence_meets_the_target(prediction, shift):
 @pytest.mark.parametrize("target, value", [(dt.SHIFT, 0.3), (dt.ABSOLUTE, 1.0)])
 def test_one_probe_meets_the_target(target, value):
     model = h.exact_model("flow")
-    found, plain = run(model, target_sampler(target, value), 10)
+    found, plain = run(model, target_sampler(target, value), 20)
     wanted = value if target == dt.ABSOLUTE else plain + value
     assert 0 < float(((found - wanted).abs() * LN2).quantile(0.9)) < 3e-3
 
@@ -105,7 +105,7 @@ def test_decoded_equals_encoded():
 @pytest.mark.parametrize("divergence", ["one probe", "exact"])
 def test_a_batch_becomes_alike(divergence):
     model, sampler = h.exact_model("flow"), target_sampler(dt.SAME)
-    found, plain = run(model, sampler if divergence == "one probe" else exact_divergence(sampler, model), 8)
+    found, plain = run(model, sampler if divergence == "one probe" else exact_divergence(sampler, model), 16)
     assert float(found.std()) < 0.1 * float(plain.std())
     assert float(plain.min()) < float(found.mean()) < float(plain.max())
 
@@ -202,6 +202,9 @@ def test_packed_parts_are_refused(monkeypatch):
     assert seen.calls == 0
 
 
+_Run = target.Run
+
+
 class _Passes:
     """Runs whose ends are given, (B,) each, with the number of the pass as image."""
 
@@ -211,7 +214,7 @@ class _Passes:
     def run(self, target=None, reference=None):
         end = torch.tensor(self._ends[self._count], dtype=torch.float64)
         self._count += 1
-        return target.Run(torch.full((len(end), 1), self._count - 1.0), {}, end, torch.zeros_like(end), None)
+        return _Run(torch.full((len(end), 1), self._count - 1.0), {}, end, torch.zeros_like(end), None)
 
 
 def test_an_image_within_tolerance_is_left_alone():
