@@ -40,7 +40,7 @@ def test_exact_divergence_meets_the_target(prediction, shift):
 @pytest.mark.parametrize("target, value", [(dt.SHIFT, 0.3), (dt.ABSOLUTE, 1.0)])
 def test_one_probe_meets_the_target(target, value):
     model = h.exact_model("flow")
-    found, plain = run(model, target_sampler(target, value), 10)
+    found, plain = run(model, target_sampler(target, value), 20)
     wanted = value if target == dt.ABSOLUTE else plain + value
     assert 0 < float(((found - wanted).abs() * LN2).quantile(0.9)) < 3e-3
 
@@ -63,7 +63,7 @@ def test_decoded_equals_encoded():
 @pytest.mark.parametrize("divergence", ["one probe", "exact"])
 def test_a_batch_becomes_alike(divergence):
     model, sampler = h.exact_model("flow"), target_sampler(dt.SAME)
-    found, plain = run(model, sampler if divergence == "one probe" else exact_divergence(sampler, model), 8)
+    found, plain = run(model, sampler if divergence == "one probe" else exact_divergence(sampler, model), 16)
     assert float(found.std()) < 0.1 * float(plain.std())
     assert float(plain.min()) < float(found.mean()) < float(plain.max())
 

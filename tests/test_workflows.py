@@ -123,7 +123,7 @@ def test_server_offers_the_templates(server):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_template_runs(name, server):
     """With its own nodes and links, at few steps and images of the smallest size."""
-    entry = server.client.run(made_small(api_workflow(name)))
+    entry = server.client.run(made_small(api_workflow(name), 3 if name == "trained_detail" else 6))
     assert entry["status"]["status_str"] == "success"
     saved = server.saved_files(entry)
     assert saved and all(path.stat().st_size > 0 for path in saved)
