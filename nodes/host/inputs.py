@@ -284,14 +284,14 @@ LEVELS = QUANTILE, DETAIL_SHIFT
 WINDOW = START_PERCENT, END_PERCENT
 
 
-def require(name, value, attribute, hint):
+def require(name: str, value, attribute: str, hint: str):
     """Return `value`; raise ValueError, naming the input, unless it has `attribute`."""
     if not hasattr(value, attribute):
         raise ValueError(f"{name} is a {type(value).__name__}; connect {hint}")
     return value
 
 
-def samples_of(name, latent):
+def samples_of(name: str, latent: dict) -> torch.Tensor:
     """The tensor of a LATENT input (several in one for video with audio); raises ValueError, naming the input, for others."""
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if not (torch.is_tensor(samples) or getattr(samples, "is_nested", False)):
@@ -300,7 +300,7 @@ def samples_of(name, latent):
     return samples
 
 
-def batch_index_of(name, latent, count):
+def batch_index_of(name: str, latent: dict, count: int) -> list[int] | None:
     """The batch_index of a LATENT input of `count` images, None where it has none; raises ValueError, naming the input,
     unless it numbers every image."""
     indices = latent.get("batch_index")
@@ -310,7 +310,7 @@ def batch_index_of(name, latent, count):
     return indices
 
 
-def sigmas_of(values):
+def sigmas_of(values: torch.Tensor) -> list[float]:
     """SIGMAS as a list of floats; raises ValueError for what is no row of numbers."""
     if not torch.is_tensor(values) or values.ndim != 1:
         shape = f"of shape {tuple(values.shape)}" if torch.is_tensor(values) else f"a {type(values).__name__}"
