@@ -12,13 +12,7 @@ import numpy as np
 import torch
 
 from ..dg_core.prior import prior_norm
-from ..nodes import (
-    DensityTargetSampler,
-    DensityTrace,
-    LogDensity,
-    ScoreAlignmentCheck,
-    StochasticDetailVariation,
-)
+from ..nodes import DensityTargetSampler, DensityTrace, LogDensity, ScoreAlignmentCheck, StochasticDetailVariation
 from ..testing import host_runs as h
 from ..testing import steering, tiny_models
 from ..testing.ways import WAYS, Run
@@ -38,8 +32,15 @@ def picture(name, run):
     family = tiny_models.FAMILIES[name]
     model, seen = h.recording(run.model)
     samples = h.picture(
-        model, run.sampler, h.schedule(model, STEPS), {"samples": tiny_models.latent(name)}, noise=run.noise,
-        positive=tiny_models.conditioning(name, 1), negative=tiny_models.conditioning(name, 2), cfg=family.cfg)
+        model,
+        run.sampler,
+        h.schedule(model, STEPS),
+        {"samples": tiny_models.latent(name)},
+        noise=run.noise,
+        positive=tiny_models.conditioning(name, 1),
+        negative=tiny_models.conditioning(name, 2),
+        cfg=family.cfg,
+    )
     return samples, seen
 
 
@@ -89,18 +90,27 @@ def read(name, dtype):
     """
     run, unguided, _ = plain(name, dtype)
     family, latent, sigmas = tiny_models.FAMILIES[name], {"samples": tiny_models.latent(name)}, h.schedule(run.model, STEPS)
-    guider = h.outputs(h.custom.CFGGuider, run.model, tiny_models.conditioning(name, 1), tiny_models.conditioning(name, 2),
-                       family.cfg)[0]
+    guider = h.outputs(
+        h.custom.CFGGuider, run.model, tiny_models.conditioning(name, 1), tiny_models.conditioning(name, 2), family.cfg
+    )[0]
     finite = lambda samples: bool(torch.isfinite(samples).all())
-    own, still, varied, target = (picture(name, run._replace(sampler=sampler))[0] for sampler in (
-        h.guided_sampler(), variation(0.0, "expected"), variation(0.5, "exact"),
-        h.outputs(DensityTargetSampler, "shift from the unguided run", 0.02, -1, 0.01, 1, 1)[0]))
+    own, still, varied, target = (
+        picture(name, run._replace(sampler=sampler))[0]
+        for sampler in (
+            h.guided_sampler(),
+            variation(0.0, "expected"),
+            variation(0.5, "exact"),
+            h.outputs(DensityTargetSampler, "shift from the unguided run", 0.02, -1, 0.01, 1, 1)[0],
+        )
+    )
     traced = h.outputs(DensityTrace, run.noise, guider, run.sampler, sigmas, latent, True)[0]["samples"]
     bits = h.outputs(LogDensity, guider, {"samples": unguided}, STEPS, 1, 0, 0.3)[0]
     cosine = h.outputs(ScoreAlignmentCheck, guider, run.noise, latent, sigmas, "with score", 0.95, 1, 0)[1]
     return {
-        "StochasticDetailVariation": {"neutral": torch.equal(still, own),
-                                      "finite": finite(varied) and not torch.equal(varied, own)},
+        "StochasticDetailVariation": {
+            "neutral": torch.equal(still, own),
+            "finite": finite(varied) and not torch.equal(varied, own),
+        },
         "DensityTrace": {"neutral": torch.equal(traced, unguided), "finite": finite(traced)},
         "LogDensity": {"finite": bool(np.isfinite(bits).all()), "bits_per_dim": bits},
         "DensityTargetSampler": {"finite": finite(target)},
@@ -143,6 +153,13 @@ def main():
                 families[name]["runs"][dtype] = {node: measure(name, dtype, node) for node in WAYS}
                 families[name]["read"][dtype] = read(name, dtype)
         print(name, json.dumps(families[name], default=str)[:160], flush=True)
-    publish("architectures", {
-        "steps": STEPS, "quantile": QUANTILE, "nodes": list(WAYS), "readers": list(families["sd15"]["read"]["fp32"]),
-        "families": families})
+    publish(
+        "architectures",
+        {
+            "steps": STEPS,
+            "quantile": QUANTILE,
+            "nodes": list(WAYS),
+            "readers": list(families["sd15"]["read"]["fp32"]),
+            "families": families,
+        },
+    )

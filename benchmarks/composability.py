@@ -70,8 +70,9 @@ def acts(name):
     """Whether the method, without the pack, changes the result of a run without it."""
     method = METHODS[name]
     if name == "CFG":
-        without = Method(guider=lambda model, positive, negative: h.core_node(
-            "BasicGuider", model=model, conditioning=positive))
+        without = Method(
+            guider=lambda model, positive, negative: h.core_node("BasicGuider", model=model, conditioning=positive)
+        )
     else:
         without = Method(method.family, batch=method.batch)
     run = Run(h.kept(_built(method.family).clone()), h.core_sampler("euler"), h.random_noise())
@@ -99,7 +100,7 @@ def measure(name, node):
         result["finite"] &= bool(torch.isfinite(guided).all()) and not torch.equal(guided, unguided)
         result["same_calls"] &= seen.calls == before.calls
         start = next(i for i, (a, b) in enumerate(zip(seen.denoised, seen.final)) if not torch.equal(a, b))
-        result["same_method"] &= all(torch.equal(a, b) for a, b in zip(seen.denoised[:start + 1], before.final))
+        result["same_method"] &= all(torch.equal(a, b) for a, b in zip(seen.denoised[: start + 1], before.final))
     return result
 
 
@@ -147,7 +148,7 @@ def measure_own(name):
         "neutral": torch.equal(neutral, plain),
         "finite": bool(torch.isfinite(guided).all()) and not torch.equal(guided, plain),
         "same_calls": seen.calls == before.calls,
-        "same_method": same and all(torch.equal(a, b) for a, b in zip(seen.final[:step + 1], before.final)),
+        "same_method": same and all(torch.equal(a, b) for a, b in zip(seen.final[: step + 1], before.final)),
         "error": float(((change - wanted).norm(dim=1) / wanted.norm(dim=1)).max()),
     }
 
@@ -176,5 +177,7 @@ def main():
         if METHODS[name].sampler == "euler":
             methods[name][OWN] = measure_own(name)
         print(name, methods[name], flush=True)
-    publish("composability", {"steps": STEPS, "quantile": QUANTILE, "cfg": CFG, "nodes": STEERING, "methods": methods,
-                              "two_stages": two_stages()})
+    publish(
+        "composability",
+        {"steps": STEPS, "quantile": QUANTILE, "cfg": CFG, "nodes": STEERING, "methods": methods, "two_stages": two_stages()},
+    )

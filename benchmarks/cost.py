@@ -34,7 +34,8 @@ def detail_daemon(folder):
     if not (folder / f"{MODULE}.py").is_file():
         raise FileNotFoundError(f"{VARIABLE} is {folder}, which has no {MODULE}.py: name the folder of ComfyUI-Detail-Daemon")
     spec = importlib.util.spec_from_file_location(
-        "detail_daemon", folder / "__init__.py", submodule_search_locations=[str(folder)])
+        "detail_daemon", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     sys.modules["detail_daemon"] = package = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
     return getattr(importlib.import_module(f"detail_daemon.{MODULE}"), NODE)
@@ -45,9 +46,22 @@ def ways(model, daemon=None):
     euler = h.core_sampler("euler")
     found = {PLAIN: (model, euler), AGAIN: (model, euler), GUIDED: (model, h.guided_sampler(0.3, 0.1, sampler="euler"))}
     if daemon:
-        found[DAEMON] = model, daemon().go(
-            euler, detail_amount=0.1, start=0.2, end=0.8, bias=0.5, exponent=1.0, start_offset=0.0, end_offset=0.0, fade=0.0,
-            smooth=True, cfg_scale_override=0.0)[0]
+        found[DAEMON] = (
+            model,
+            daemon().go(
+                euler,
+                detail_amount=0.1,
+                start=0.2,
+                end=0.8,
+                bias=0.5,
+                exponent=1.0,
+                start_offset=0.0,
+                end_offset=0.0,
+                fade=0.0,
+                smooth=True,
+                cfg_scale_override=0.0,
+            )[0],
+        )
     found[SCALING] = h.kept(h.outputs(EpsilonScaling, model, 1.005)[0]), euler
     return found
 

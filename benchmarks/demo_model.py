@@ -79,13 +79,15 @@ def nearest(queries, pictures, sides=SIDES, patch=PATCH):
     """
     h = queries.shape[-1]
     edge = (h - patch) // 2
-    both = torch.cat([grey(queries), grey(queries.flip(3))])[:, edge:edge + patch, edge:edge + patch]
+    both = torch.cat([grey(queries), grey(queries.flip(3))])[:, edge : edge + patch, edge : edge + patch]
     best, crops = torch.full((len(queries),), -1.0), torch.zeros_like(queries)
     for picture in tqdm(pictures, "nearest training pictures"):
         for side in sides:
             size = round(SIZE * h / side)
-            small = torch.nn.functional.interpolate(
-                picture[None].float(), (size, size), mode="bilinear", antialias=True)[0] / 127.5 - 1
+            small = (
+                torch.nn.functional.interpolate(picture[None].float(), (size, size), mode="bilinear", antialias=True)[0] / 127.5
+                - 1
+            )
             found = correlations(both, small.mean(0)).flatten(1)
             values, places = found.max(1)
             values, places = values.view(2, -1), places.view(2, -1)
@@ -105,14 +107,20 @@ def measure(levels=LEVELS, crops=CROPS_PER_LEVEL, queries=QUERIES, steps=STEPS, 
         loss = loss_over_noise(demo, levels, crops)
     training, held_out = Pictures(PICTURES, False), Pictures(PICTURES, True)
     looked_up = {
-        "samples": sampled, "held-out pictures": held_out.draw(
-            queries, demo_model.SIZE, torch.Generator().manual_seed(5))[0],
-        "training pictures": training.draw(queries, demo_model.SIZE, torch.Generator().manual_seed(6))[0]}
+        "samples": sampled,
+        "held-out pictures": held_out.draw(queries, demo_model.SIZE, torch.Generator().manual_seed(5))[0],
+        "training pictures": training.draw(queries, demo_model.SIZE, torch.Generator().manual_seed(6))[0],
+    }
     found, crop = nearest(torch.cat(list(looked_up.values())), training.pictures[:searched])
-    results = {"loss": loss, "steps": steps, "queries": queries, "training_pictures": len(training.pictures[:searched]),
-               "held_out_pictures": len(held_out.pictures),
-               "nearest": dict(zip(looked_up, [v.tolist() for v in found.split(queries)])),
-               "training": json.loads((PACK / "training" / "demo_model.json").read_text())}
+    results = {
+        "loss": loss,
+        "steps": steps,
+        "queries": queries,
+        "training_pictures": len(training.pictures[:searched]),
+        "held_out_pictures": len(held_out.pictures),
+        "nearest": dict(zip(looked_up, [v.tolist() for v in found.split(queries)])),
+        "training": json.loads((PACK / "training" / "demo_model.json").read_text()),
+    }
     shown = min(SHOWN, queries)
     return results, torch.stack([sampled[:shown], crop[:shown]])
 
@@ -124,8 +132,11 @@ def plot(results, pictures):
     with figure(DOCS / "demo_model.png", mosaic, figsize=(10, 7)) as (_, axes):
         curve, levels, sheet = (axes[name] for name in ("curve", "levels", "sheet"))
         curve.plot(*zip(*record["loss"]), label="training")
-        curve.plot([row[0] for row in record["held_out"]], [np.mean(row[1:]) for row in record["held_out"]],
-                   label="held out, averaged weights")
+        curve.plot(
+            [row[0] for row in record["held_out"]],
+            [np.mean(row[1:]) for row in record["held_out"]],
+            label="held out, averaged weights",
+        )
         curve.set_xlabel("training step")
         for name, label in (("training", "training images"), ("held_out", "held-out images")):
             levels.errorbar(loss["log_snr"], loss[name], loss[f"{name}_error"], label=label)
@@ -137,8 +148,10 @@ def plot(results, pictures):
         rows = [torch.cat(list(row), 2) for row in pictures]
         sheet.imshow(((torch.cat(rows, 1).movedim(0, 2) + 1) / 2).clamp(0, 1).numpy())
         sheet.set_axis_off()
-        sheet.set_title("samples, and the training crop most like each: "
-                        + ", ".join(f"{v:.2f}" for v in results["nearest"]["samples"][:pictures.shape[1]]))
+        sheet.set_title(
+            "samples, and the training crop most like each: "
+            + ", ".join(f"{v:.2f}" for v in results["nearest"]["samples"][: pictures.shape[1]])
+        )
 
 
 def main():

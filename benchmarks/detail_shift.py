@@ -55,8 +55,9 @@ def scheduler_errors(prediction):
             first = {}
             for name in (OWN, "euler"):
                 states = {}
-                bench.sample(guided(name, quantile), sigmas, noise,
-                             lambda i, denoised, x, total: states.__setitem__(i, x.double()))
+                bench.sample(
+                    guided(name, quantile), sigmas, noise, lambda i, denoised, x, total: states.__setitem__(i, x.double())
+                )
                 if not first:
                     first["unit"] = states[0] / schedule[0]
                     true = oracle.converged(first["unit"], schedule, bench.path, quantile_to_z(quantile))
@@ -65,8 +66,7 @@ def scheduler_errors(prediction):
                 y = states[max(states)] / bench.path.alpha(last)
                 error = (oracle.log_prob(oracle.coefficients(y), s) - expected).abs().max() / oracle.dim
                 errors[scheduler][name] = max(errors[scheduler][name], float(error))
-        print(f"{prediction:5}{scheduler:20}{errors[scheduler][OWN]:10.1e}{errors[scheduler]['euler']:10.1e}",
-              flush=True)
+        print(f"{prediction:5}{scheduler:20}{errors[scheduler][OWN]:10.1e}{errors[scheduler]['euler']:10.1e}", flush=True)
     return errors
 
 
@@ -79,14 +79,21 @@ def mixture_levels(prediction, steps):
     bits = torch.stack([bench.bits(guided(OWN, q), sigmas, noise) for q in LEVELS])
     rising = float((bits.diff(dim=0) < 0).all(0).float().mean())
     print(f"{prediction:5} mixture, {steps} steps: {rising:.0%} of {SEEDS} seeds", flush=True)
-    return {"monotone": rising, "bits_per_dim": bits.mean(1).tolist(),
-            "predicted_shifts": [bench.predicted(q, sigmas) for q in LEVELS]}
+    return {
+        "monotone": rising,
+        "bits_per_dim": bits.mean(1).tolist(),
+        "predicted_shifts": [bench.predicted(q, sigmas) for q in LEVELS],
+    }
 
 
 def measure():
     shifts = {p: sampler_shifts(p) for p in PREDICTIONS}
     return {
-        "quantile": QUANTILE, "steps": STEPS, "accuracy_steps": ACCURACY_STEPS, "levels": LEVELS, "seeds": SEEDS,
+        "quantile": QUANTILE,
+        "steps": STEPS,
+        "accuracy_steps": ACCURACY_STEPS,
+        "levels": LEVELS,
+        "seeds": SEEDS,
         "predicted_bits_per_dim": {p: shifts[p][0] for p in PREDICTIONS},
         "measured_over_predicted": {p: shifts[p][1] for p in PREDICTIONS},
         "scheduler_errors": {p: scheduler_errors(p) for p in PREDICTIONS},

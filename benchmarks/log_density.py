@@ -50,6 +50,7 @@ class Known:
         def predict(x, sigma):
             alpha = path.alpha(sigma)
             return self.density.denoised(x / alpha, sigma / alpha) if alpha > 0 else self._mean.expand_as(x)
+
         return predict
 
     def trace(self, y, s):
@@ -63,6 +64,7 @@ class Known:
             alpha = path.alpha(sigma)
             zero = torch.zeros(len(x), dtype=torch.float64)
             return ld.Evaluation(predict(x, sigma), self.trace(x / alpha, sigma / alpha) if alpha > 0 else zero, zero)
+
         return evaluate
 
 
@@ -71,8 +73,7 @@ def ours(known, kind, y, evaluations, seed=None, top=None):
     path, top = COORDINATES[kind], top or TOP[kind]
     levels = noise_levels(FLOOR[kind], top, evaluations - math.isfinite(top), known.dim)
     predict = known.predict(path)
-    evaluate = known.exact_evaluate(path) if seed is None else ld.ProbedModel(
-        predict, path, divergence.FORWARD, seed=seed)
+    evaluate = known.exact_evaluate(path) if seed is None else ld.ProbedModel(predict, path, divergence.FORWARD, seed=seed)
     return ld.read_log_density(evaluate, predict, y, levels, path)
 
 
@@ -98,8 +99,12 @@ def authors(known, y, s_low, evaluations, seed=None):
 def summary(error):
     """RMS, median and 90% quantile of |error|, nats per dimension."""
     size = error.abs()
-    return {"rms": float(error.square().mean().sqrt()), "median": float(size.median()),
-            "p90": float(size.quantile(0.9)), "images": len(error)}
+    return {
+        "rms": float(error.square().mean().sqrt()),
+        "median": float(size.median()),
+        "p90": float(size.quantile(0.9)),
+        "images": len(error),
+    }
 
 
 def curves():
@@ -111,7 +116,8 @@ def curves():
         rows = found[str(size)] = {name: {} for name in (OURS_PROBE, OURS_EXACT, AUTHORS_PROBE, AUTHORS_EXACT)}
         for n in EVALUATIONS if size == 32 else EVALUATIONS[:3]:
             for name, log_p in (
-                (OURS_PROBE, ours(known, "flow", y, n, 1).log_prob), (OURS_EXACT, ours(known, "flow", y, n).log_prob),
+                (OURS_PROBE, ours(known, "flow", y, n, 1).log_prob),
+                (OURS_EXACT, ours(known, "flow", y, n).log_prob),
                 (AUTHORS_PROBE, authors(known, y, FLOOR["flow"], n, 1)),
                 (AUTHORS_EXACT, authors(known, y, FLOOR["flow"], n)),
             ):
@@ -159,9 +165,11 @@ def control(results):
         plain = exact_bits(model, h.picture(model, h.guided_sampler(), sigmas, latent), sigmas)
         level = float(plain.mean()) - 0.1
         probe, exact = lambda s: s, lambda s: exact_divergence(s, model)
-        runs = {f"{kind}, {name}, {shift:+}": (make, (dt.SHIFT, shift), options)
-                for name, make, options in (("one probe", probe, {}), ("exact divergence", exact, exact_options))
-                for shift in (0.3, -0.3)}
+        runs = {
+            f"{kind}, {name}, {shift:+}": (make, (dt.SHIFT, shift), options)
+            for name, make, options in (("one probe", probe, {}), ("exact divergence", exact, exact_options))
+            for shift in (0.3, -0.3)
+        }
         if kind == "flow":
             runs["flow, one probe, same"] = (probe, (dt.SAME,), {})
             runs["flow, exact divergence, same"] = (exact, (dt.SAME,), exact_options)
@@ -183,10 +191,15 @@ def plot(results):
     with figure(DOCS / "log_density.png", 1, 2, figsize=(10, 4), sharey=True) as (_, axes):
         for axis, (size, rows) in zip(axes, results["curves"].items()):
             for name, row in rows.items():
-                axis.loglog([int(n) for n in row], [r["rms"] for r in row.values()], "o-" if "ours" in name else "s--",
-                            label=name, color="tab:blue" if "ours" in name else "tab:orange",
-                            alpha=1 if "probe" in name else 0.5)
-            axis.set_title(f"D = {3 * int(size)**2:,}")
+                axis.loglog(
+                    [int(n) for n in row],
+                    [r["rms"] for r in row.values()],
+                    "o-" if "ours" in name else "s--",
+                    label=name,
+                    color="tab:blue" if "ours" in name else "tab:orange",
+                    alpha=1 if "probe" in name else 0.5,
+                )
+            axis.set_title(f"D = {3 * int(size) ** 2:,}")
             axis.set_xlabel("model evaluations")
             axis.set_xticks(EVALUATIONS, EVALUATIONS)
             axis.minorticks_off()

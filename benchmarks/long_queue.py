@@ -31,5 +31,12 @@ def memory_after_each(host, count):
 def main():
     with tempfile.TemporaryDirectory() as output, running_host(environment(), Path(output)) as host:
         used = memory_after_each(host, PROMPTS)
-    publish("long_queue", {"prompts": PROMPTS, "mib_when_settled": used[SETTLED - 1] >> 20, "mib_after_last": used[-1] >> 20,
-                           "growth": used[-1] / used[SETTLED - 1] - 1})
+    publish(
+        "long_queue",
+        {
+            "prompts": PROMPTS,
+            "mib_when_settled": used[SETTLED - 1] >> 20,
+            "mib_after_last": used[-1] >> 20,
+            "growth": used[-1] / used[SETTLED - 1] - 1,
+        },
+    )

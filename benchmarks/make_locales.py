@@ -33,9 +33,18 @@ def locale() -> str:
 def tables(node) -> str:
     """The tables of a node's inputs and outputs, in Markdown."""
     outputs = [f"| `{o.display_name}` | {o.tooltip} |" for o in node.define_schema().outputs]
-    return "\n".join([
-        "## Inputs\n", "| input | meaning |", "|---|---|", *(declared.row for declared in node.INPUTS),
-        "\n## Outputs\n", "| output | meaning |", "|---|---|", *outputs])
+    return "\n".join(
+        [
+            "## Inputs\n",
+            "| input | meaning |",
+            "|---|---|",
+            *(declared.row for declared in node.INPUTS),
+            "\n## Outputs\n",
+            "| output | meaning |",
+            "|---|---|",
+            *outputs,
+        ]
+    )
 
 
 def help_page(node) -> tuple[Path, str]:

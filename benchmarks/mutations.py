@@ -47,16 +47,32 @@ MUTATIONS = [
     Mutation("dg_core/adams.py", "kept = kept * (", "kept = 1.0 * (", "stiff_flows"),
     Mutation("dg_core/variation.py", "max(self.steps.first, 1)", "max(self.steps.first, 0)", "variation"),
     # what belongs to which image or element
-    Mutation("nodes/host/steering.py", "[gain for gain, _ in gains]", "[gain for gain, _ in reversed(gains)]", "host_sampling masks"),
+    Mutation(
+        "nodes/host/steering.py", "[gain for gain, _ in gains]", "[gain for gain, _ in reversed(gains)]", "host_sampling masks"
+    ),
     Mutation("nodes/host/masks.py", "mask = mask.unsqueeze(1)", "mask = mask.flip(0).unsqueeze(1)", "masks"),
     Mutation("dg_core/control.py", "noise.mul_(control.weights)", "noise.mul_(1)", "masks"),
-    Mutation("dg_core/variation.py", "across = noise - inner(noise, eps, weight)", "across = noise - 0 * inner(noise, eps, weight)",
-             "variation"),
+    Mutation(
+        "dg_core/variation.py",
+        "across = noise - inner(noise, eps, weight)",
+        "across = noise - 0 * inner(noise, eps, weight)",
+        "variation",
+    ),
     # precision, and what the host sees
     Mutation("dg_core/control.py", "wide = compute_dtype(x.dtype)", "wide = x.dtype", "host_sampling architectures"),
     Mutation("dg_core/statistics.py", "return torch.promote_types(dtype, torch.float32)", "return dtype", "control"),
-    Mutation("nodes/host/steering.py", "change = self.unguided - self.guided", "change = self.guided - self.unguided", "host_sampling masks"),
-    Mutation("nodes/host/wrappers.py", "{k: v for k, v in present.items() if k != WRAPPER_KEY}", "present", "model_access log_density"),
+    Mutation(
+        "nodes/host/steering.py",
+        "change = self.unguided - self.guided",
+        "change = self.guided - self.unguided",
+        "host_sampling masks",
+    ),
+    Mutation(
+        "nodes/host/wrappers.py",
+        "{k: v for k, v in present.items() if k != WRAPPER_KEY}",
+        "present",
+        "model_access log_density",
+    ),
 ]
 
 
@@ -64,11 +80,26 @@ def caught(mutation: Mutation, folder: Path) -> str:
     """The name of the first test that fails with the mutation in a copy of the pack in `folder`; "" where all pass."""
     path = folder / mutation.file
     text = path.read_text(encoding="utf-8")
-    assert text.count(mutation.before) == 1, f"{mutation.before!r} stands {text.count(mutation.before)} times in {mutation.file}"
+    assert text.count(mutation.before) == 1, (
+        f"{mutation.before!r} stands {text.count(mutation.before)} times in {mutation.file}"
+    )
     path.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
     tests = folder / "tests"
-    command = [sys.executable, "-P", "-m", "pytest", "-c", str(tests / "pytest.ini"), "--rootdir", str(tests), "-x", "-q",
-               "-p", "no:xdist", *(str(tests / f"test_{name}.py") for name in mutation.tests.split())]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-c",
+        str(tests / "pytest.ini"),
+        "--rootdir",
+        str(tests),
+        "-x",
+        "-q",
+        "-p",
+        "no:xdist",
+        *(str(tests / f"test_{name}.py") for name in mutation.tests.split()),
+    ]
     variables = {**os.environ, "DENSITY_GUIDANCE_COMFYUI": str(PACK / ".host" / "ComfyUI"), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         result = subprocess.run(command, env=variables, capture_output=True, text=True)

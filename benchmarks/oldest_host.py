@@ -49,9 +49,18 @@ def main():
         missing = missing_nodes(host)
         for i in range(PROMPTS):
             host.client.run(mixed_run(i))
-        pictures = [path for template in templates
-                    for path in host.saved_files(host.client.run(json.loads(template.read_text()))) if path.suffix == ".png"]
-    results = {"comfyui": version(environment), "missing_nodes": missing, "prompts": PROMPTS, "templates": len(templates),
-               "pictures": len(pictures)}
+        pictures = [
+            path
+            for template in templates
+            for path in host.saved_files(host.client.run(json.loads(template.read_text())))
+            if path.suffix == ".png"
+        ]
+    results = {
+        "comfyui": version(environment),
+        "missing_nodes": missing,
+        "prompts": PROMPTS,
+        "templates": len(templates),
+        "pictures": len(pictures),
+    }
     (PACK / "docs" / "oldest_host.json").write_text(json.dumps(results, indent=1) + "\n")
     print(results)

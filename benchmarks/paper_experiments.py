@@ -38,15 +38,30 @@ EARLY, LATE = "structure", "fine details"
 FEWER_SEEDS, BOTH_SEEDS = 32, 16
 STEP_COUNTS = (8, 12, 20, 50)
 PRECISIONS = {
-    "float32": {}, "float16 weights": {"dtype": torch.float16, "compute_dtype": torch.float32},
-    "bfloat16 weights": {"dtype": torch.bfloat16, "compute_dtype": torch.float32}, "bfloat16": {"dtype": torch.bfloat16}}
+    "float32": {},
+    "float16 weights": {"dtype": torch.float16, "compute_dtype": torch.float32},
+    "bfloat16 weights": {"dtype": torch.bfloat16, "compute_dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
 STARTS, PER_START = 8, 8
 RADII = [0.0, 0.06, 0.125, 0.25, 0.5, 1.42]  # of spatial frequency, Nyquist = 1
 SETTINGS = {
-    "seeds": SEEDS, "steps": STEPS, "levels": LEVELS, "alignment_steps": ALIGNMENT_STEPS, "strength": STRENGTH,
-    "fewer_seeds": FEWER_SEEDS, "both_seeds": BOTH_SEEDS, "starts": STARTS, "per_start": PER_START, "radii": RADII,
-    "held_out_crops": held_out.HELD_OUT_CROPS, "features": held_out.FEATURES, "bands": len(held_out.BANDS) - 1,
-    "low": held_out.LOW, "bootstraps": held_out.BOOTSTRAPS}
+    "seeds": SEEDS,
+    "steps": STEPS,
+    "levels": LEVELS,
+    "alignment_steps": ALIGNMENT_STEPS,
+    "strength": STRENGTH,
+    "fewer_seeds": FEWER_SEEDS,
+    "both_seeds": BOTH_SEEDS,
+    "starts": STARTS,
+    "per_start": PER_START,
+    "radii": RADII,
+    "held_out_crops": held_out.HELD_OUT_CROPS,
+    "features": held_out.FEATURES,
+    "bands": len(held_out.BANDS) - 1,
+    "low": held_out.LOW,
+    "bootstraps": held_out.BOOTSTRAPS,
+}
 # what results depend on, beside this file and the weights
 CODE = ["dg_core/*.py", "nodes/**/*.py", "testing/demo_runs.py", "testing/held_out.py", "benchmarks/rivals.py"]
 
@@ -58,13 +73,16 @@ def guided(quantile):
 
 def varied(quantile, vary, seed=1):
     return lambda indices: StochasticDetailVariation.execute(
-        quantile, 0.0, vary, STRENGTH, 0.0, 1.0, seed, "expected", 1, variation_index=indices)[0]
+        quantile, 0.0, vary, STRENGTH, 0.0, 1.0, seed, "expected", 1, variation_index=indices
+    )[0]
 
 
 def detail(demo, result):
     """PNG size in bytes and energy above half of Nyquist, lists over the seeds."""
-    return {"png": png_bytes(demo.images(result.samples)).tolist(),
-            "high": [float(f"{v:.4g}") for v in high_energy(result.samples)]}
+    return {
+        "png": png_bytes(demo.images(result.samples)).tolist(),
+        "high": [float(f"{v:.4g}") for v in high_energy(result.samples)],
+    }
 
 
 def control(seeds=SEEDS, steps=STEPS, levels=LEVELS):
@@ -84,8 +102,11 @@ def control(seeds=SEEDS, steps=STEPS, levels=LEVELS):
                 continue
             result = demo.run(steps=steps, **arguments)
             bits, errors = demo.bits(result, levels)
-            rows[name][str(q)] = {"bits": [round(v, 4) for v in bits], "bits_error": float(f"{np.mean(errors):.2g}"),
-                                  **detail(demo, result)}
+            rows[name][str(q)] = {
+                "bits": [round(v, 4) for v in bits],
+                "bits_error": float(f"{np.mean(errors):.2g}"),
+                **detail(demo, result),
+            }
             print(name, q, {key: f"{np.mean(v):.4g}" for key, v in rows[name][str(q)].items()}, flush=True)
     return rows
 
@@ -96,11 +117,14 @@ def predicted(steps=STEPS):
     sampling = demo.model.get_model_object("model_sampling")
     log_range = guided_steps(Schedule(path_of(sampling), demo.sigmas(steps).tolist())).log_range
     dim = demo.latent["samples"].numel()
-    return {str(q): nats_to_bits_per_dim(predicted_shift(gain_of(q, 0.0, dim, log_range)[0], log_range), dim) for q in QUANTILES}
+    return {
+        str(q): nats_to_bits_per_dim(predicted_shift(gain_of(q, 0.0, dim, log_range)[0], log_range), dim) for q in QUANTILES
+    }
 
 
 def alignment(seeds=SEEDS, both=BOTH_SEEDS, steps=ALIGNMENT_STEPS):
     """Cosine of the score alignment of every seed at its end and on the way, and by both methods for the first ones."""
+
     def cosines(count, method):
         demo, found = Demo(count), []
         for part in tqdm(demo.parts(), f"score alignment, {method}"):
@@ -108,15 +132,23 @@ def alignment(seeds=SEEDS, both=BOTH_SEEDS, steps=ALIGNMENT_STEPS):
             with torch.inference_mode():
                 found.append(examine(demo.guider(part), demo.source, latent, demo.sigmas(steps), CheckSettings(method)))
         return found[0].log_snr, {
-            way: torch.cat([f.cosines[way] for f in found], 1).double().numpy() for way in found[0].cosines}
+            way: torch.cat([f.cosines[way] for f in found], 1).double().numpy() for way in found[0].cosines
+        }
 
     log_snr, by = cosines(seeds, WITH_SCORE)
     _, two = cosines(both, BOTH)
     profile = by[WITH_SCORE]
-    return {"log_snr": log_snr, "cosine": profile[-1].tolist(), "profile": {
-        "mean": np.nanmean(profile, 1).tolist(), "lowest": np.nanmin(profile, 1).tolist(),
-        "highest": np.nanmax(profile, 1).tolist()},
-        WITH_SCORE: two[WITH_SCORE][-1].tolist(), WITHOUT_SCORE: two[WITHOUT_SCORE][-1].tolist()}
+    return {
+        "log_snr": log_snr,
+        "cosine": profile[-1].tolist(),
+        "profile": {
+            "mean": np.nanmean(profile, 1).tolist(),
+            "lowest": np.nanmin(profile, 1).tolist(),
+            "highest": np.nanmax(profile, 1).tolist(),
+        },
+        WITH_SCORE: two[WITH_SCORE][-1].tolist(),
+        WITHOUT_SCORE: two[WITHOUT_SCORE][-1].tolist(),
+    }
 
 
 def variation(starts=STARTS, per_start=PER_START, steps=STEPS):
@@ -138,7 +170,7 @@ def variation(starts=STARTS, per_start=PER_START, steps=STEPS):
     for vary in (EARLY, LATE):
         result = demo.run(varied(0.5, vary), steps, noise)
         rows[vary] = {"bands": bands(grouped(result.samples))}
-        shown = torch.cat([plain[:1], result.samples[:5], plain[1:2], result.samples[per_start:per_start + 5]])
+        shown = torch.cat([plain[:1], result.samples[:5], plain[1:2], result.samples[per_start : per_start + 5]])
         sheet += list(demo.images(shown).split(6))
         print(vary, rows[vary]["bands"], flush=True)
     labels = [f"{when}\nnoise" for when in ("early", "late") for _ in range(2)]
@@ -149,8 +181,7 @@ def variation(starts=STARTS, per_start=PER_START, steps=STEPS):
 def few_steps(seeds=FEWER_SEEDS, counts=STEP_COUNTS):
     """{number of steps: {quantile: measures of detail}}"""
     demo = Demo(seeds)
-    return {str(n): {str(q): detail(demo, demo.run(guided(q), n)) for q in FEW_QUANTILES}
-            for n in tqdm(counts, "few steps")}
+    return {str(n): {str(q): detail(demo, demo.run(guided(q), n)) for q in FEW_QUANTILES} for n in tqdm(counts, "few steps")}
 
 
 def precision(seeds=BOTH_SEEDS, steps=STEPS):
@@ -170,8 +201,14 @@ def precision(seeds=BOTH_SEEDS, steps=STEPS):
 def plot(results):
     with figure(DOCS / "paper_experiments.png", 1, 3, figsize=(13, 4)) as (_, axes):
         for name, by in results["control"].items():
-            axes[0].errorbar([float(q) for q in by], [np.mean(r["bits"]) for r in by.values()],
-                             [sem(r["bits"]) for r in by.values()], marker="o", capsize=3, label=name)
+            axes[0].errorbar(
+                [float(q) for q in by],
+                [np.mean(r["bits"]) for r in by.values()],
+                [sem(r["bits"]) for r in by.values()],
+                marker="o",
+                capsize=3,
+                label=name,
+            )
         axes[0].set(xlabel="quantile", ylabel="bits per dimension")
         for q, r in results["control"]["density guidance"].items():
             axes[1].plot(r["bits"], r["png"], ".", label=f"q {q}")
@@ -191,8 +228,11 @@ def digest(paths):
 
 def main():
     require_pictures()
-    head = {"weights": digest([demo.WEIGHTS]), "settings": SETTINGS,
-            "code": digest(sorted(file for pattern in CODE for file in PACK.glob(pattern)))}
+    head = {
+        "weights": digest([demo.WEIGHTS]),
+        "settings": SETTINGS,
+        "code": digest(sorted(file for pattern in CODE for file in PACK.glob(pattern))),
+    }
     results = read("paper_experiments") or {}
     if {key: results.get(key) for key in head} != head:
         results = head
@@ -202,8 +242,15 @@ def main():
         Image.fromarray((sheet[0].numpy() * 255).round().astype(np.uint8)).save(DOCS / "paper_variation.png")
         return rows
 
-    parts = {"predicted": predicted, "control": control, "alignment": alignment, "variation": varied_and_shown,
-             "rivals": lambda: rivals.compare(SEEDS, STEPS), "few_steps": few_steps, "precision": precision}
+    parts = {
+        "predicted": predicted,
+        "control": control,
+        "alignment": alignment,
+        "variation": varied_and_shown,
+        "rivals": lambda: rivals.compare(SEEDS, STEPS),
+        "few_steps": few_steps,
+        "precision": precision,
+    }
     for name, part in parts.items():
         if name not in results:
             print(f"-- {name}", flush=True)

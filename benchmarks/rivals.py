@@ -38,13 +38,16 @@ OWN = "Density Guidance Sampler, own solver"
 RIVALS = {
     "Density Guidance Sampler, euler": ((0.0, 1.0), lambda demo, steps, v: {"sampler": guided(v)}),
     OWN: ((-0.2, 1.0), lambda demo, steps, v: {"sampler": guided(v, sampler=None)}),
-    "Epsilon Scaling": ((1.0, 1.5), lambda demo, steps, v: {
-        "sampler": euler, "model": EpsilonScaling.execute(demo.model, v)[0]}),
+    "Epsilon Scaling": (
+        (1.0, 1.5),
+        lambda demo, steps, v: {"sampler": euler, "model": EpsilonScaling.execute(demo.model, v)[0]},
+    ),
     # it fails on more than one picture at once
-    "TSR": ((1.0, 0.1), lambda demo, steps, v: {
-        "sampler": euler, "batch": 1, "model": TemporalScoreRescaling.execute(demo.model, v, 1.0)[0]}),
-    "scaled starting noise": ((1.0, 2.0), lambda demo, steps, v: {
-        "sampler": euler, "noise": demo.noise(0.5, v)}),
+    "TSR": (
+        (1.0, 0.1),
+        lambda demo, steps, v: {"sampler": euler, "batch": 1, "model": TemporalScoreRescaling.execute(demo.model, v, 1.0)[0]},
+    ),
+    "scaled starting noise": ((1.0, 2.0), lambda demo, steps, v: {"sampler": euler, "noise": demo.noise(0.5, v)}),
     "euler_ancestral, eta": ((0.0, 1.0), lambda demo, steps, v: {"sampler": ancestral(v)}),
     "euler_ancestral, s_noise": ((0.8, 2.0), lambda demo, steps, v: {"sampler": ancestral(1.0, v)}),
     # two model calls a step: half as many steps
@@ -86,9 +89,15 @@ def compare(seeds, steps):
     def row(strength, size, samples, base=(plain_bytes, plain)):
         change = size / base[0]
         distance, error = held_out.distance(samples)
-        return {"strength": strength, "png": float(size.mean()), "spread": float(size.std() / size.mean()),
-                "change_spread": float(change.std() / change.mean()), "frechet": distance, "frechet_error": error,
-                "composition": composition_change(samples, base[1])}
+        return {
+            "strength": strength,
+            "png": float(size.mean()),
+            "spread": float(size.std() / size.mean()),
+            "change_spread": float(change.std() / change.mean()),
+            "frechet": distance,
+            "frechet_error": error,
+            "composition": composition_change(samples, base[1]),
+        }
 
     rows = {"unguided, euler": row(None, plain_bytes, plain)}
     for name, (search, arguments) in RIVALS.items():
@@ -103,6 +112,12 @@ def compare(seeds, steps):
     low = low_frequencies(plain)
     same_class = torch.stack([low[demo.classes == kind].var(0) for kind in demo.classes.unique()])
     distance, error = held_out.distance(HeldOut.draw(False, seeds, 8))
-    return {"quantile": QUANTILE, "target": float(target), "rows": rows, "held_out_pictures": held_out.pictures,
-            "training_frechet": distance, "training_frechet_error": error,
-            "seeds_apart": float((2 * same_class).mean().sqrt())}
+    return {
+        "quantile": QUANTILE,
+        "target": float(target),
+        "rows": rows,
+        "held_out_pictures": held_out.pictures,
+        "training_frechet": distance,
+        "training_frechet_error": error,
+        "seeds_apart": float((2 * same_class).mean().sqrt()),
+    }

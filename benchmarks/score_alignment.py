@@ -45,8 +45,7 @@ class Flow:
     def __init__(self, component):
         self.density = ExactDensity.load(WEIGHTS, SIZE)
         self.weights = None if component is None else self.density.one_hot(component)
-        self.noise = torch.randn(
-            SEEDS, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        self.noise = torch.randn(SEEDS, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     def differentiate(self, y, s, tangent):
         """(denoised, derivative): d denoised = tangent + s^2 H tangent."""
@@ -57,7 +56,8 @@ class Flow:
         x = self.noise * math.hypot(1, S_START)
         levels = noise_levels(S_END, S_START, evaluations, self.density.dim)[::-1]
         _, profile = alignment.trace_alignment(
-            lambda *a: (*self.differentiate(*a), None), None, x, -x, levels, VE, evaluations - 1)
+            lambda *a: (*self.differentiate(*a), None), None, x, -x, levels, VE, evaluations - 1
+        )
         return profile.alignment[-1]
 
     def authors(self, evaluations):
@@ -144,17 +144,39 @@ def step_errors():
         predict = lambda x: density.denoised(x, s).float()
         exact = v + s**2 * density.hessian_product(x, s, v)
         h = 1e-4 * s
-        exact_t = divergence.probe_trace(p, (s**2 / (2 * h)) * (
-            density.hessian_product(x + h * v, s, p) - density.hessian_product(x - h * v, s, p)))
+        exact_t = divergence.probe_trace(
+            p, (s**2 / (2 * h)) * (density.hessian_product(x + h * v, s, p) - density.hessian_product(x - h * v, s, p))
+        )
         step = divergence.difference_step(x, v, torch.float32, s)
         steps = divergence.trace_steps(x, v, torch.float32, divergence.DIFFERENCES, s)
         rms = lambda error, size: float((error.square().mean() / size.square().mean()).sqrt())
-        first.append([rms(divergence.directional_derivative(predict, x.float(), v.float(), divergence.DIFFERENCES,
-                                                          k * step)[1]
-                          - exact, exact) for k in STEP_FACTORS])
-        second.append([rms(divergence.trace_derivative(
-            predict, x.float(), v.float(), lambda _: [p.float()], divergence.DIFFERENCES,
-            tuple(k * a for a in steps))[2] - exact_t, exact_t) for k in STEP_FACTORS])
+        first.append(
+            [
+                rms(
+                    divergence.directional_derivative(predict, x.float(), v.float(), divergence.DIFFERENCES, k * step)[1]
+                    - exact,
+                    exact,
+                )
+                for k in STEP_FACTORS
+            ]
+        )
+        second.append(
+            [
+                rms(
+                    divergence.trace_derivative(
+                        predict,
+                        x.float(),
+                        v.float(),
+                        lambda _: [p.float()],
+                        divergence.DIFFERENCES,
+                        tuple(k * a for a in steps),
+                    )[2]
+                    - exact_t,
+                    exact_t,
+                )
+                for k in STEP_FACTORS
+            ]
+        )
     for name, rows in (("first", first), ("second", second)):
         results[name] = dict(zip(map(str, STEP_FACTORS), np.median(rows, axis=0).tolist()))
     return results
@@ -167,8 +189,10 @@ def memory():
     plain = peak(lambda: h.sample(model, "euler", h.schedule(model, 3), latent, positive=positive))
     found = {}
     for name, network in (("forward-mode AD", model), ("differences", without_forward_mode(model))):
-        found[name] = {way: peak(lambda: check(network, way, 3, positive=positive, latent=latent)) / plain
-                       for way in ("with score", "without score")}
+        found[name] = {
+            way: peak(lambda: check(network, way, 3, positive=positive, latent=latent)) / plain
+            for way in ("with score", "without score")
+        }
         print(name, found[name], flush=True)
     return found
 
@@ -189,14 +213,21 @@ def plot(results):
         for density, style in (("one Gaussian", "--"), ("whole mixture", "-")):
             for solver, colour in ((OURS, "C0"), (AUTHORS, "C1")):
                 points = results["solvers"][density][solver]
-                left.loglog([ALIGNMENT_CALLS * int(n) for n in points], [rms for rms, _ in points.values()], style, marker=".",
-                            color=colour, label=f"{solver}, {density}")
+                left.loglog(
+                    [ALIGNMENT_CALLS * int(n) for n in points],
+                    [rms for rms, _ in points.values()],
+                    style,
+                    marker=".",
+                    color=colour,
+                    label=f"{solver}, {density}",
+                )
         left.set_xlabel("model calls for each image")
         left.set_ylabel("RMS relative error of A")
         for name, colour in (("first", "C2"), ("second", "C3")):
             points = results["steps"][name]
-            right.loglog([float(k) for k in points], list(points.values()), marker=".", color=colour,
-                         label=f"{name} derivative")
+            right.loglog(
+                [float(k) for k in points], list(points.values()), marker=".", color=colour, label=f"{name} derivative"
+            )
         right.axvline(1, color="grey", linewidth=0.8)
         right.set_xlabel("step of the differences, in units of the chosen one")
         right.set_ylabel("relative error in float32")
@@ -205,7 +236,13 @@ def plot(results):
 
 
 def main():
-    publish("score_alignment", {
-        "memory": memory(), "steps": step_errors(), "solvers": solver_errors(),
-        "host": {p: {n: host_runs(p, n) for n in STEPS} for p in PREDICTIONS}})
+    publish(
+        "score_alignment",
+        {
+            "memory": memory(),
+            "steps": step_errors(),
+            "solvers": solver_errors(),
+            "host": {p: {n: host_runs(p, n) for n in STEPS} for p in PREDICTIONS},
+        },
+    )
     plot(read("score_alignment"))

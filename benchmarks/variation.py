@@ -76,8 +76,12 @@ def kept(prediction):
         change = nats(counted, varied(correction=correction), sigmas, noise)[0] - reference
         em = fine_details_change(bench.model, sigmas.tolist(), STRENGTH, len(calls), VARIATIONS)
         rows[correction] = {
-            "calls": len(calls), "bias": float(change.mean()), "spread": float(change.std()),
-            "euler_maruyama_bias": float(em.mean()), "euler_maruyama_spread": float(em.std())}
+            "calls": len(calls),
+            "bias": float(change.mean()),
+            "spread": float(change.std()),
+            "euler_maruyama_bias": float(em.mean()),
+            "euler_maruyama_spread": float(em.std()),
+        }
         print(prediction, correction, rows[correction], flush=True)
     return rows
 
@@ -126,8 +130,7 @@ def host_samplers(prediction):
     def kept_by(log_density, still):
         return {"bias": float((log_density - nats(bench, still, sigmas, noise)[0]).mean()), "spread": float(log_density.std())}
 
-    rows = {"Stochastic Detail Variation": {
-        "strength": STRENGTH, "distance": wanted, **kept_by(log_density, plain())}}
+    rows = {"Stochastic Detail Variation": {"strength": STRENGTH, "distance": wanted, **kept_by(log_density, plain())}}
     for name, sampler in HOST_SAMPLERS.items():
         low, high = 1e-3, 1.0
         for _ in range(9):  # by bisection, in the logarithm
@@ -144,9 +147,16 @@ def strong(prediction):
     bench = Bench(prediction, -1, VARIATIONS)
     sigmas, noise = bench.sigmas("simple", STEPS), repeated_noise(bench, 1)
     reference = nats(bench, plain(), sigmas, noise)[0]
-    rows = {vary: {correction: [
-        float((nats(bench, varied(vary, c, correction), sigmas, noise)[0] - reference).mean()) for c in VARIATION_STRENGTHS]
-        for correction in CORRECTIONS} for vary in ("fine details", "everything")}
+    rows = {
+        vary: {
+            correction: [
+                float((nats(bench, varied(vary, c, correction), sigmas, noise)[0] - reference).mean())
+                for c in VARIATION_STRENGTHS
+            ]
+            for correction in CORRECTIONS
+        }
+        for vary in ("fine details", "everything")
+    }
     print(prediction, rows, flush=True)
     return rows
 
@@ -170,20 +180,27 @@ def out_of_range(prediction):
 
     euler = comfy.samplers.ksampler("euler")
     limit = 1.5 * float(reach(euler, "simple", 100).max())
-    samplers = {"own solver, no noise": plain(), "euler": euler, **{
-        name: comfy.samplers.ksampler(name) for name in ("euler_ancestral", "dpmpp_2m_sde")}, **{
-        f"{correction} {c:g}": varied("everything", c, correction) for correction in CORRECTIONS for c in STIFF_STRENGTHS}}
+    samplers = {
+        "own solver, no noise": plain(),
+        "euler": euler,
+        **{name: comfy.samplers.ksampler(name) for name in ("euler_ancestral", "dpmpp_2m_sde")},
+        **{f"{correction} {c:g}": varied("everything", c, correction) for correction in CORRECTIONS for c in STIFF_STRENGTHS},
+    }
     rows = {}
     for scheduler, steps in STIFF:
         row = rows[f"{scheduler} {steps}"] = {
-            name: int((~(reach(sampler, scheduler, steps) <= limit)).sum()) for name, sampler in samplers.items()}
+            name: int((~(reach(sampler, scheduler, steps) <= limit)).sum()) for name, sampler in samplers.items()
+        }
         print(prediction, scheduler, steps, row, flush=True)
     return rows
 
 
 def measure():
     return {
-        "steps": STEPS, "strength": STRENGTH, "variations": VARIATIONS, "windows": WINDOWS,
+        "steps": STEPS,
+        "strength": STRENGTH,
+        "variations": VARIATIONS,
+        "windows": WINDOWS,
         "kept": {p: kept(p) for p in PREDICTIONS},
         "host_samplers": {p: host_samplers(p) for p in ("eps", "flow")},
         "diversity": {p: diversity(p) for p in ("eps", "flow")},

@@ -1,12 +1,12 @@
 """Multistep integration of a sum of smooth functions whose values come from the last evaluations, with an order limiter.
 
 An exponential Adams method: each function is interpolated through its last values and integrated against its own weights (see
-`quadrature`). The step is a sum of terms, what one node gives and what each further node adds. Few steps at a high CFG are stiff,
-and there high orders are unstable: where the terms don't fall off, image by image, the limiter leaves them out, down to the step
-of one node, which is stable.
+`quadrature`). The step is a sum of terms, what one node gives and what each further node adds. Few steps at a high CFG are
+stiff, and there high orders are unstable: where the terms don't fall off, image by image, the limiter leaves them out, down
+to the step of one node, which is stable.
 
-Adams methods in predict-evaluate-correct mode: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section III.1.
-The limiter: derived here.
+Adams methods in predict-evaluate-correct mode: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section
+III.1. The limiter: derived here.
 """
 
 from collections.abc import Iterable, Iterator
@@ -48,7 +48,7 @@ class History:
         self._forget_extrapolated()
         # Extrapolating far through two nodes that almost coincide amplifies their difference.
         kept = [j for j, t in enumerate(self._theta) if abs(t - theta) > _MIN_SPACING * (theta - next_theta)]
-        kept = kept[:self._predictor_nodes]
+        kept = kept[: self._predictor_nodes]
         self._theta = [theta, *(self._theta[j] for j in kept)]
         self._values = [value, *(self._values[j] for j in kept)]
 
@@ -70,7 +70,7 @@ class History:
 
     def at(self, theta: float) -> torch.Tensor:
         """The value (B, ...) that the nodes of a prediction lead to at theta."""
-        nodes = self._theta[:self._predictor_nodes]
+        nodes = self._theta[: self._predictor_nodes]
         weights = [float(p[0]) for p in lagrange(nodes, np.array([theta]))]
         return sum((w * value for w, value in zip(weights, self._values)), start=torch.zeros(()))
 
@@ -81,7 +81,7 @@ class History:
         """
         if self.empty:
             return
-        nodes = list(zip(self._theta, self._values))[:self._predictor_nodes + correct]
+        nodes = list(zip(self._theta, self._values))[: self._predictor_nodes + correct]
         if correct:
             nodes[:2] = nodes[1::-1]  # the newest node is theta_to
         theta, values = zip(*nodes)
@@ -93,16 +93,16 @@ class History:
 
     def _forget_extrapolated(self) -> None:
         if self._extrapolated:
-            del self._theta[-self._extrapolated:], self._values[-self._extrapolated:]
+            del self._theta[-self._extrapolated :], self._values[-self._extrapolated :]
             self._extrapolated = 0
 
 
 def limited_sum(terms: Terms, region: torch.Tensor | None = None, shares: tuple[float, float] = SHARES) -> torch.Tensor:
     """The sum of the terms of a series, without those that don't fall off; each is a pair of tensors (B, ...) to be added.
 
-    A term counts in full where its norm is up to shares[0] of that of the term before, and is left out from shares[1] on; with a
-    term, those after it are left out as much. The parts of the first term may cancel, as they do where the data has the variance
-    of the noise, and are measured one by one. region: None, or weights of the elements in the norms.
+    A term counts in full where its norm is up to shares[0] of that of the term before, and is left out from shares[1] on;
+    with a term, those after it are left out as much. The parts of the first term may cancel, as they do where the data has
+    the variance of the noise, and are measured one by one. region: None, or weights of the elements in the norms.
     """
     parts = next(terms)
     total = parts[0] + parts[1]

@@ -68,7 +68,10 @@ class Profile:
 
     @property
     def alignment_without_score(self) -> torch.Tensor:
-        """A from the product rule, (N, B): the first A plus the integral of `curvature` over theta. Raises ValueError without it."""
+        """A from the product rule, (N, B): the first A plus the integral of `curvature` over theta.
+
+        Raises ValueError without it.
+        """
         if self.curvature is None:
             raise ValueError("curvature is None; trace the alignment with probes")
         rising = np.arctan(self.s)[::-1]
@@ -87,7 +90,12 @@ class Differentiate:
     """
 
     def __init__(
-        self, predict: Denoiser, method: str, dtype: torch.dtype = torch.float32, probes: int = 0, seed: int = 0,
+        self,
+        predict: Denoiser,
+        method: str,
+        dtype: torch.dtype = torch.float32,
+        probes: int = 0,
+        seed: int = 0,
         indices: Sequence[int] | None = None,
     ):
         self._predict, self._method, self._dtype = predict, method, dtype
@@ -107,7 +115,8 @@ class Differentiate:
             return denoised, derivative, None
         steps = divergence.trace_steps(x, tangent, self._dtype, self._method, sigma)
         denoised, derivative, t = divergence.trace_derivative(
-            predict, x, tangent, lambda derivative: self._draw(x, derivative), self._method, steps)
+            predict, x, tangent, lambda derivative: self._draw(x, derivative), self._method, steps
+        )
         if self._method != divergence.FORWARD:
             self._stretched.appendleft(derivative)
         return denoised, derivative, t
@@ -119,8 +128,10 @@ class Differentiate:
             self._stretched.appendleft(derivative)
         probes = []
         for _ in range(self._probes):
-            signs = [divergence.random_signs(self._seed, self._drawn, place, self._indices, x)
-                     for place in range(len(self._stretched))]
+            signs = [
+                divergence.random_signs(self._seed, self._drawn, place, self._indices, x)
+                for place in range(len(self._stretched))
+            ]
             probe = divergence.rademacher(x, self._seed, self._drawn, self._indices)
             probes.append(divergence.stratified(probe, self._stretched, signs))
             self._drawn += 1
@@ -134,7 +145,12 @@ def calls_per_evaluation(method: str, probes: int = 0) -> int:
 
 
 def trace_alignment(
-    differentiate: Differentiate, predict: Denoiser, x: torch.Tensor, tangent: torch.Tensor, schedule: Schedule, stop: int,
+    differentiate: Differentiate,
+    predict: Denoiser,
+    x: torch.Tensor,
+    tangent: torch.Tensor,
+    schedule: Schedule,
+    stop: int,
     callback: Callback | None = None,
 ) -> tuple[torch.Tensor, Profile]:
     """(samples, `Profile`): the flow down a schedule, with its tangent as far as node `stop`.
@@ -147,8 +163,10 @@ def trace_alignment(
     """
     sigmas, levels = schedule.sigmas, schedule.levels
     if any(b >= a for a, b in zip(sigmas, sigmas[1:])) or not 1 <= stop < len(sigmas) or not sigmas[stop] > 0:
-        raise ValueError(f"stop is {stop} and sigmas are {sigmas}; the sigmas must descend strictly, and stop must be "
-                         "the index of one above 0 that is not the first")
+        raise ValueError(
+            f"stop is {stop} and sigmas are {sigmas}; the sigmas must descend strictly, and stop must be "
+            "the index of one above 0 that is not the first"
+        )
     wide = sum_dtype(x.device)
     batch = len(x)
     alignment: list[torch.Tensor] = []  # of each node, (B,), as those below
@@ -172,8 +190,11 @@ def trace_alignment(
             level, (eps, t) = levels[i], evaluated
             # <-eps / sin(theta), w>, where the radius sqrt(alpha^2 + std^2) of sin and w cancels
             alignment.append(-divergence.probe_trace(eps, tangent) / level.std)
-            norms.append(torch.linalg.vector_norm(eps.flatten(1), dim=1, dtype=wide)
-                         * torch.linalg.vector_norm(tangent.flatten(1), dim=1, dtype=wide) / level.std)
+            norms.append(
+                torch.linalg.vector_norm(eps.flatten(1), dim=1, dtype=wide)
+                * torch.linalg.vector_norm(tangent.flatten(1), dim=1, dtype=wide)
+                / level.std
+            )
             if t is not None:
                 curvature.append(t.to(wide) * (level.alpha**2 + level.std**2) / level.std)
         if callback is not None:
@@ -182,9 +203,10 @@ def trace_alignment(
     # The last node is reached by a prediction alone; repeating it makes the solver call there and correct.
     if stop == len(sigmas) - 1:
         schedule = Schedule(schedule.path, [*sigmas, sigmas[-1]])
-    s = tuple(level.s for level in levels[:stop + 1])
-    end = solve(model, torch.cat([x, tangent]), schedule, callback=corrected, order=order_of(s),
-                limit_order=False)  # an order that falls with the state would not be differentiated
+    s = tuple(level.s for level in levels[: stop + 1])
+    end = solve(
+        model, torch.cat([x, tangent]), schedule, callback=corrected, order=order_of(s), limit_order=False
+    )  # an order that falls with the state would not be differentiated
     return end[:batch], Profile(s, _table(alignment), _table(norms), _table(curvature) if curvature else None)
 
 

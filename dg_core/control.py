@@ -74,8 +74,9 @@ def guided_steps(schedule: Schedule, sigma_high: float = math.inf, sigma_low: fl
     # Schedules are float32: a window edge that should meet one of them may miss it by a rounding.
     low, high = sigma_low * (1 + ROUNDING), sigma_high * (1 + ROUNDING)
     levels = schedule.levels
-    steps = [i for i, (a, b) in enumerate(zip(levels, levels[1:]))
-             if low < a.sigma <= high and b.sigma > 0 and a.alpha > LEAST_ALPHA]
+    steps = [
+        i for i, (a, b) in enumerate(zip(levels, levels[1:])) if low < a.sigma <= high and b.sigma > 0 and a.alpha > LEAST_ALPHA
+    ]
     if not steps:
         return None
     first, last = steps[0], steps[-1] + 1
@@ -95,7 +96,8 @@ def gain_of(quantile: float, detail_shift: float, dim: float, log_range: float, 
     if abs(detail_shift) > limit:
         raise ValueError(
             f"detail_shift is {detail_shift}, but the guided part of the schedule is too short for it (ln(s_start / "
-            f"s_end) = {log_range:.3g}); it can shift by {limit:.3g} at most: guide a wider range, or ask for less")
+            f"s_end) = {log_range:.3g}); it can shift by {limit:.3g} at most: guide a wider range, or ask for less"
+        )
     wanted = (2 * dim) ** 0.5 * quantile_to_z(quantile) + bits_per_dim_to_nats(detail_shift, dim) / log_range
     smoothest = bits_per_dim_to_nats(SMOOTHEST, dim) / log_range
     return min(wanted, smoothest), wanted > smoothest
@@ -134,12 +136,14 @@ class Steering(Protocol):
 
 @dataclass(frozen=True)
 class Control:
-    """What steers a run by a gain that is known beforehand. Its tensors are on the device of the run, so that a step copies nothing there.
+    """What steers a run by a gain that is known beforehand.
 
-    steps: the `GuidedSteps`. gain: k, one for all images or one for each, (B,).
-    weights: None, or a number from 0 to 1 for each element, broadcastable to x: how strongly it is guided and how much it counts
-    in D and ||eps||^2. The shift stays what is predicted: the rate <score, k w eps> holds <w eps, eps> just as the norm does.
-    curve: None, or the values (K,) of a `strength_curve`, evenly spaced in ln s over the guided steps.
+    Its tensors are on the device of the run, so that a step copies nothing there.
+
+    steps: the `GuidedSteps`. gain: k, one for all images or one for each, (B,). weights: None, or a number from 0 to 1 for
+    each element, broadcastable to x: how strongly it is guided and how much it counts in D and ||eps||^2. The shift stays
+    what is predicted: the rate <score, k w eps> holds <w eps, eps> just as the norm does. curve: None, or the values (K,) of
+    a `strength_curve`, evenly spaced in ln s over the guided steps.
     """
 
     steps: GuidedSteps
@@ -154,8 +158,9 @@ class Control:
         Raises ValueError where there is a gain for each image of another batch.
         """
         if isinstance(self.gain, torch.Tensor) and len(self.gain) not in (1, len(eps_norm2)):
-            raise ValueError(f"{len(self.gain)} numbers for a batch of {len(eps_norm2)} images; give one for all, or "
-                             f"{len(eps_norm2)}")
+            raise ValueError(
+                f"{len(self.gain)} numbers for a batch of {len(eps_norm2)} images; give one for all, or {len(eps_norm2)}"
+            )
         eta = self.gain / eps_norm2.clamp_min(_LEAST_NORM2)
         return eta if self.curve is None else eta * curve_at(self.curve, self.steps, s)
 

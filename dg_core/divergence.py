@@ -72,8 +72,12 @@ def _differences(
 
 
 def trace_derivative(
-    predict: Predict, x: torch.Tensor, v: torch.Tensor, probes: Callable[[torch.Tensor | None], Iterable[torch.Tensor]],
-    method: str, steps: tuple[torch.Tensor, torch.Tensor] | None = None,
+    predict: Predict,
+    x: torch.Tensor,
+    v: torch.Tensor,
+    probes: Callable[[torch.Tensor | None], Iterable[torch.Tensor]],
+    method: str,
+    steps: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(predict(x), D v, t): t is the derivative along v of the Hutchinson trace of D, (B,), the mean over the probes of
     <p, D^2 predict[v, p]>. See `directional_derivative` for predict, x, v and method.
@@ -90,8 +94,10 @@ def trace_derivative(
         a, b = (per_image(step.to(wide), x.ndim) for step in (a, b))
         if method == FORWARD:
             value, slope = _forward(predict, x, v)
-            bends = [(p, (_forward(predict, x + a * v, p)[1] - _forward(predict, x - a * v, p)[1]) / (2 * a))
-                     for p in map(_ordinary, probes(slope))]
+            bends = [
+                (p, (_forward(predict, x + a * v, p)[1] - _forward(predict, x - a * v, p)[1]) / (2 * a))
+                for p in map(_ordinary, probes(slope))
+            ]
         else:
             value, slopes, bends = predict(x).to(wide), [], []
             for p in map(_ordinary, probes(None)):
@@ -159,7 +165,10 @@ def difference_step(
 
 
 def method_of(
-    predict: Predict, x: torch.Tensor, v: torch.Tensor, dtype: torch.dtype = torch.float32,
+    predict: Predict,
+    x: torch.Tensor,
+    v: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
     scale: torch.Tensor | float | None = None,
 ) -> tuple[str, str]:
     """(method, reason): forward-mode AD where it works on this network, else differences. Costs `TRIAL_CALLS`.
@@ -179,8 +188,10 @@ def method_of(
     largest = squared_norm(forward).sum() + 1e-6 * squared_norm(v).sum()
     gap = float((squared_norm(forward - by_differences).sum() / largest).sqrt())
     if not gap <= agreement(dtype):
-        return DIFFERENCES, (f"two-sided differences: forward-mode AD differs from them by {gap:.1%} on this network, "
-                             f"more than the {agreement(dtype):.0%} that rounding explains")
+        return DIFFERENCES, (
+            f"two-sided differences: forward-mode AD differs from them by {gap:.1%} on this network, "
+            f"more than the {agreement(dtype):.0%} that rounding explains"
+        )
     return FORWARD, f"forward-mode AD, which differs from two-sided differences by {gap:.2%}"
 
 

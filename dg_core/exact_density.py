@@ -126,20 +126,24 @@ class ExactDensity:
         one_hot = torch.nn.functional.one_hot(self.index, bands).to(self.means)  # (D, J)
         self.mean_energy = self.means.square() @ one_hot  # (K, J)
         low_means = self.means[:, self.low_slots]
-        self.gram = torch.stack([  # (J, K, r, r): W_k W_k^T of band j
-            (w := self.factors[..., self.low_index == j]) @ w.mT for j in range(bands)
-        ])
-        self.factor_mean = torch.stack([  # (J, K, r): W_k m_k of band j
-            (self.factors[..., self.low_index == j] @ low_means[:, self.low_index == j, None])[..., 0]
-            for j in range(bands)
-        ])
+        self.gram = torch.stack(
+            [  # (J, K, r, r): W_k W_k^T of band j
+                (w := self.factors[..., self.low_index == j]) @ w.mT for j in range(bands)
+            ]
+        )
+        self.factor_mean = torch.stack(
+            [  # (J, K, r): W_k m_k of band j
+                (self.factors[..., self.low_index == j] @ low_means[:, self.low_index == j, None])[..., 0] for j in range(bands)
+            ]
+        )
 
     @classmethod
     def load(cls, path: str | Path, size: int) -> "ExactDensity":
         """Read the tables from a safetensors file."""
         with safe_open(path, framework="pt") as f:
-            return cls(f.get_tensor("log_weights"), f.get_tensor("means"), f.get_tensor("factors"),
-                       f.get_tensor("band_variance"), size)
+            return cls(
+                f.get_tensor("log_weights"), f.get_tensor("means"), f.get_tensor("factors"), f.get_tensor("band_variance"), size
+            )
 
     @property
     def components(self) -> int:
@@ -195,15 +199,13 @@ class ExactDensity:
         texture = e.level.band_precision @ self.band_count
         trace = torch.einsum("bkrq,bkqr->bk", e.level.m_inv, gram2) - texture[:, None]
         pp = e.level.precision.square()
-        centred = ((pp * e.c.square()).sum(1)[:, None] - 2 * (pp * e.c) @ self.means.T + p2 @ self.mean_energy.T)
+        centred = (pp * e.c.square()).sum(1)[:, None] - 2 * (pp * e.c) @ self.means.T + p2 @ self.mean_energy.T
         cross = self._project(pp * e.c) - torch.einsum("bj,jkr->bkr", p2, self.factor_mean)
         gradient_energy = centred - 2 * (cross * e.a).sum(-1) + torch.einsum("bkr,bkrq,bkq->bk", e.a, gram2, e.a)
         score = self._mean_gradient(e, e.resp)
         return ((e.resp * (trace + gradient_energy)).sum(1) - score.square().sum(1)).to(y.dtype)
 
-    def hessian_product(
-        self, y: torch.Tensor, s: Levels, v: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def hessian_product(self, y: torch.Tensor, s: Levels, v: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """H v with H the Hessian of log p_s at y; v and the result have the shape of y."""
         e = self._evaluate(y, s, weights)
         vc = dct(v.to(self.means)).flatten(1)
@@ -215,9 +217,7 @@ class ExactDensity:
         score = self._mean_gradient(e, e.resp)
         return self._image(within + between - score * (score * vc).sum(1, keepdim=True), v)
 
-    def sample(
-        self, count: int, s: float, generator: torch.Generator, weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def sample(self, count: int, s: float, generator: torch.Generator, weights: torch.Tensor | None = None) -> torch.Tensor:
         """`count` exact draws from p_s, (count, 3, size, size), in the tables' dtype; `generator` is on the CPU."""
         w = (self.log_weights.exp() if weights is None else weights[0]).cpu()
         k = torch.multinomial(w, count, replacement=True, generator=generator)
@@ -232,7 +232,8 @@ class ExactDensity:
     def _evaluate(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None) -> _Evaluation:
         if y.ndim != 4 or tuple(y.shape[1:]) != (CHANNELS, self.size, self.size):
             raise ValueError(
-                f"y has shape {tuple(y.shape)}; this density is defined on (B, {CHANNELS}, {self.size}, {self.size})")
+                f"y has shape {tuple(y.shape)}; this density is defined on (B, {CHANNELS}, {self.size}, {self.size})"
+            )
         level = self._noise_level(self._levels(y, s))
         if weights is None:
             log_w = self.log_weights
@@ -247,16 +248,16 @@ class ExactDensity:
         pc = level.precision * c
         u = self._project(pc) - torch.einsum("bj,jkr->bkr", level.band_precision, self.factor_mean)
         a = (level.m_inv @ u[..., None])[..., 0]
-        distance = ((pc * c).sum(1)[:, None] - 2 * pc @ self.means.T + level.band_precision @ self.mean_energy.T
-                    - (u * a).sum(-1))
+        distance = (
+            (pc * c).sum(1)[:, None] - 2 * pc @ self.means.T + level.band_precision @ self.mean_energy.T - (u * a).sum(-1)
+        )
         joint = log_w - 0.5 * (distance + level.log_det + self.dim * math.log(2 * math.pi))
         return _Evaluation(c, level, a, joint.softmax(1), joint.logsumexp(1))
 
     def _levels(self, y: torch.Tensor, s: Levels) -> torch.Tensor:
         s = torch.as_tensor(s, dtype=self.means.dtype, device=self.means.device)
         if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(y))):
-            raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} "
-                             "images")
+            raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} images")
         return s.expand(len(y)) if s.ndim == 0 or len(s) == 1 else s
 
     def _noise_level(self, s: torch.Tensor) -> _NoiseLevel:

@@ -88,7 +88,13 @@ class ProbedModel:
     """
 
     def __init__(
-        self, predict: Denoiser, path: NoisePath, method: str, dtype: torch.dtype = torch.float32, seed: int = 0, probes: int = 1,
+        self,
+        predict: Denoiser,
+        path: NoisePath,
+        method: str,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        probes: int = 1,
         indices: Sequence[int] | None = None,
     ):
         self._predict, self._path = predict, path
@@ -111,7 +117,8 @@ class ProbedModel:
             v = rademacher(x, self._seed, call * self._probes + probe, self._indices)
             step = difference_step(x, alpha * v, self._dtype, sigma)
             denoised, slope = derivative_in_ve(
-                lambda x: self._predict(x, sigma), x / alpha, v.to(x.dtype), alpha, self._method, step)
+                lambda x: self._predict(x, sigma), x / alpha, v.to(x.dtype), alpha, self._method, step
+            )
             diagonal, trace = v * slope, probe_trace(v, slope)
             same = trace.square() / x[0].numel()
             if self._last is not None:
@@ -164,8 +171,10 @@ class LogDensityTrack:
         thetas = [level.theta, *(n.theta for n in self._nodes)][:3]
         turns = [a - b for a, b in zip(thetas, thetas[1:])]
         if any(turn * turns[-1] <= 0 for turn in turns):
-            raise ValueError(f"sigma is {sigma:.6g} after noise levels s {[round(s, 6) for s in self.s[-2:]]}; a track of the "
-                             "log-density takes noise levels that only ascend or only descend")
+            raise ValueError(
+                f"sigma is {sigma:.6g} after noise levels s {[round(s, 6) for s in self.s[-2:]]}; a track of the "
+                "log-density takes noise levels that only ascend or only descend"
+            )
         eps = level.eps(x, evaluation.denoised)
         self._nodes.appendleft(_Node(level.theta, x / level.scale, eps, evaluation.denoised.clone()))
         self.sigmas.append(sigma)
@@ -181,13 +190,14 @@ class LogDensityTrack:
         new, old = self._nodes[0], self._nodes[1]
         thetas = [n.theta for n in self._nodes]
         defect = new.u - old.u
-        for node, w_eps, w_denoised in zip(self._nodes, eps_weights(old.theta, new.theta, thetas),
-                                           denoised_weights(old.theta, new.theta, thetas)):
+        for node, w_eps, w_denoised in zip(
+            self._nodes, eps_weights(old.theta, new.theta, thetas), denoised_weights(old.theta, new.theta, thetas)
+        ):
             defect.sub_(node.eps, alpha=w_eps).sub_(node.denoised, alpha=w_denoised)
         return -0.5 * (probe_trace(new.eps, defect) / math.sin(new.theta) + probe_trace(old.eps, defect) / math.sin(old.theta))
 
     def step(self, sigma: float) -> torch.Tensor:
-        """The state x (B, ...) at another noise level: what the flow leads to if eps and denoised stay as they are (a DDIM step).
+        """The state x (B, ...) at another noise level, if eps and denoised stay as they are (a DDIM step).
 
         A higher order would follow the flow more closely, for which there is no need, and is less stable where images part.
         """
@@ -202,8 +212,11 @@ class LogDensityTrack:
     @property
     def change(self) -> torch.Tensor:
         """log p_u at the last state minus log p_u at the first, (B,)."""
-        return _weighted(trace_weights(self.s, self.dim), self.traces) + self.defect - self.dim * math.log(
-            sin_theta(self.s[-1]) / sin_theta(self.s[0]))
+        return (
+            _weighted(trace_weights(self.s, self.dim), self.traces)
+            + self.defect
+            - self.dim * math.log(sin_theta(self.s[-1]) / sin_theta(self.s[0]))
+        )
 
     @property
     def variance(self) -> torch.Tensor:
@@ -299,8 +312,9 @@ def read_log_density(
 ) -> Readout:
     """The log-density of y (B, ...) at the first of the noise levels s, `levels`, ascending floats: a `Readout`.
 
-    evaluate: called once at every level, for instance a `ProbedModel`; predict: called once more where the last level is finite.
-    The latent is carried up by DDIM steps, one evaluation a level; their defect against the flow is charged at the score.
+    evaluate: called once at every level, for instance a `ProbedModel`; predict: called once more where the last level is
+    finite. The latent is carried up by DDIM steps, one evaluation a level; their defect against the flow is charged at the
+    score.
     """
     track = LogDensityTrack(path, y[0].numel())
     for call, s in enumerate(levels):
@@ -329,6 +343,8 @@ def require_noise_floor(noise_floor: float, s_min: float, s_max: float) -> float
     """Return `noise_floor`; raise ValueError unless it lies in [s_min, s_max), to a rounding: the model's range."""
     value = require_number("noise_floor", noise_floor, 0.0, math.inf if math.isinf(s_max) else s_max)
     if not s_min * (1 - 1e-4) <= value < s_max * (1 - 1e-4):
-        raise ValueError(f"noise_floor is {noise_floor}; this model knows noise levels s = sigma/alpha from {s_min:.4g} to "
-                         f"{s_max:.4g}: choose one in between, near the lower end for images")
+        raise ValueError(
+            f"noise_floor is {noise_floor}; this model knows noise levels s = sigma/alpha from {s_min:.4g} to "
+            f"{s_max:.4g}: choose one in between, near the lower end for images"
+        )
     return value

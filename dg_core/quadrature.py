@@ -4,9 +4,9 @@ In the variance-preserving state u = x / sqrt(alpha^2 + std^2) the flow is
 
     du/dtheta = cos(theta) eps - sin(theta) denoised,
 
-and guidance adds sin(theta) (eta - 1) eps per unit of ln s. Each part is interpolated by Lagrange polynomials in theta through some
-nodes and integrated against its own measure, by Gauss-Legendre quadrature; with one node the plain flow is the DDIM step.
-Derived here.
+and guidance adds sin(theta) (eta - 1) eps per unit of ln s. Each part is interpolated by Lagrange polynomials in theta
+through some nodes and integrated against its own measure, by Gauss-Legendre quadrature; with one node the plain flow is the
+DDIM step. Derived here.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Noise schedules: one adapter from any Gaussian noise path to eps, score and log-SNR.
 
-Forward process x = alpha * x0 + std * n with n ~ N(0, I). Dividing by alpha gives "variance-exploding" (VE) coordinates, in which
-every model is the same:
+Forward process x = alpha * x0 + std * n with n ~ N(0, I). Dividing by alpha gives "variance-exploding" (VE) coordinates, in
+which every model is the same:
 
 symbol      name          definition
 sigma       sigma         the noise level that the host passes to a model
@@ -111,11 +111,13 @@ class Schedule:
             raise ValueError(f"sigmas are {shown}; they must be finite and not negative")
         if any(path.alpha(v) < -ROUNDING for v in sigmas):
             raise ValueError(
-                f"sigmas are {shown}; a flow model has none above 1, which is pure noise: connect a scheduler with this model")
+                f"sigmas are {shown}; a flow model has none above 1, which is pure noise: connect a scheduler with this model"
+            )
         if any(b > a * (1 + ROUNDING) for a, b in itertools.pairwise(sigmas)):
             raise ValueError(
                 f"sigmas are {shown}; density guidance needs a schedule that only descends (for adding noise to an image, use "
-                "the sampler without it)")
+                "the sampler without it)"
+            )
         self.path = path
         self.sigmas = list(itertools.accumulate(sigmas, min))
 
@@ -132,7 +134,7 @@ class Schedule:
     def next_theta(self, step: int) -> float:
         """theta of the next lower noise level after `step`; its own where there is none."""
         theta = self.levels[step].theta
-        return next((level.theta for level in self.levels[step + 1:] if level.theta < theta), theta)
+        return next((level.theta for level in self.levels[step + 1 :] if level.theta < theta), theta)
 
 
 def brief(values: Sequence[float]) -> list[float]:

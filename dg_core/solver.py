@@ -1,12 +1,12 @@
 """The pack's own solver of the guided flow: third order, one model call per step.
 
-The state is the variance-preserving one, u = x / sqrt(alpha^2 + std^2), and the clock theta = atan(s), which is regular at both ends
-of a schedule (s = 0, and s = infinity where a flow model has sigma = 1):
+The state is the variance-preserving one, u = x / sqrt(alpha^2 + std^2), and the clock theta = atan(s), which is regular at
+both ends of a schedule (s = 0, and s = infinity where a flow model has sigma = 1):
 
     du = (cos(theta) eps - sin(theta) denoised) dtheta + g dln(s),      g = sin(theta) (eta - 1) eps
 
-eps and denoised are smooth in theta, and constant wherever the noise or the image rules; the guidance g is singular in theta, but
-smooth against ln(s). Each is a `History` of `adams`. A step predicts, calls the model once, and corrects with that call.
+eps and denoised are smooth in theta, and constant wherever the noise or the image rules; the guidance g is singular in theta,
+but smooth against ln(s). Each is a `History` of `adams`. A step predicts, calls the model once, and corrects with that call.
 
 Source of the flow: arXiv 2502.05807, section 5. State, clock and the split of the measures: derived here.
 """
@@ -43,7 +43,11 @@ class Flow:
     """The guided flow as the evaluations so far describe it."""
 
     def __init__(
-        self, schedule: Schedule, control: Steering | None = None, mask: torch.Tensor | None = None, order: int = ORDER,
+        self,
+        schedule: Schedule,
+        control: Steering | None = None,
+        mask: torch.Tensor | None = None,
+        order: int = ORDER,
         limit_order: bool = True,
     ):
         """See `solve`."""
@@ -81,7 +85,9 @@ class Flow:
 
     def advance(self, u: torch.Tensor, theta_from: float, theta_to: float, step: int, correct: bool = False) -> torch.Tensor:
         """The state u (B, ...) at theta_from, taken to theta_to during `step`."""
-        terms = zip(self._eps.terms(theta_from, theta_to, correct), self._denoised.terms(theta_from, theta_to, correct), strict=True)
+        terms = zip(
+            self._eps.terms(theta_from, theta_to, correct), self._denoised.terms(theta_from, theta_to, correct), strict=True
+        )
         u = u + (limited_sum(terms, self._region, self._shares) if self._limit_order else whole_sum(terms))
         return self.guide(u, theta_from, theta_to, step, correct)
 
@@ -106,8 +112,16 @@ class Flow:
 
 
 def solve(
-    model: Denoiser, x: torch.Tensor, schedule: Schedule, control: Steering | None = None, noise: Variation | None = None,
-    callback: Callback | None = None, *, mask: torch.Tensor | None = None, order: int = ORDER, limit_order: bool = True,
+    model: Denoiser,
+    x: torch.Tensor,
+    schedule: Schedule,
+    control: Steering | None = None,
+    noise: Variation | None = None,
+    callback: Callback | None = None,
+    *,
+    mask: torch.Tensor | None = None,
+    order: int = ORDER,
+    limit_order: bool = True,
 ) -> torch.Tensor:
     """Integrate the flow of x (B, ...) down a schedule: x at its last sigma, in the host's units.
 

@@ -79,14 +79,19 @@ class Feedback:
 class TrackedRuns:
     """Runs from one noise down one schedule, whose log-density is tracked.
 
-    new_evaluate() -> an `Evaluate` for a new pass (the same probes each time, so that passes are comparable). x: (B, ...) at the
-    first sigma. start: (log p_u of x there, its error), (B,). steps: those that are guided. callback(done, x, denoised): after
-    the `done`-th evaluation.
+    new_evaluate() -> an `Evaluate` for a new pass (the same probes each time, so that passes are comparable). x: (B, ...) at
+    the first sigma. start: (log p_u of x there, its error), (B,). steps: those that are guided. callback(done, x, denoised):
+    after the `done`-th evaluation.
     """
 
     def __init__(
-        self, new_evaluate: Callable[[], Evaluate], x: torch.Tensor, schedule: Schedule, steps: GuidedSteps,
-        start: tuple[torch.Tensor, torch.Tensor], callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+        self,
+        new_evaluate: Callable[[], Evaluate],
+        x: torch.Tensor,
+        schedule: Schedule,
+        steps: GuidedSteps,
+        start: tuple[torch.Tensor, torch.Tensor],
+        callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     ):
         self._new_evaluate, self._x, self._schedule, self._steps = new_evaluate, x, schedule, steps
         self._start, self._start_error = start
@@ -136,9 +141,7 @@ class Reached:
     last: Run  # the last pass, whose x need not be the one kept
 
 
-def reach(
-    runs: TrackedRuns, target_of: Callable[[torch.Tensor], torch.Tensor], tolerance: float, max_passes: int
-) -> Reached:
+def reach(runs: TrackedRuns, target_of: Callable[[torch.Tensor], torch.Tensor], tolerance: float, max_passes: int) -> Reached:
     """Guided runs, at most `max_passes`, until every image's tracked end is within `tolerance` nats of its target.
 
     target_of(unguided) -> target: from the ends (B,) of the reference, one unguided run. Every image keeps the first pass

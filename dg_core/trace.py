@@ -79,8 +79,12 @@ class RunTrace:
         shift, change = torch.zeros(()), torch.zeros(())
         for i, sigma in enumerate(self.sigmas):
             s = self._track.s[i]
-            row = {"step": i, "sigma": sigma, "s": s if math.isfinite(s) else None,
-                   "eps_energy": self._track.eps_energy[i].tolist()}
+            row = {
+                "step": i,
+                "sigma": sigma,
+                "s": s if math.isfinite(s) else None,
+                "eps_energy": self._track.eps_energy[i].tolist(),
+            }
             if i:
                 change = change + self._change[i - 1]
                 row["noise"] = self._noise[i - 1].tolist()

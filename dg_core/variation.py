@@ -58,8 +58,9 @@ class Variation:
     """Noise in some steps of a run. Raises ValueError, naming the input, where one is out of range.
 
     steps: those that get noise. strength: c. noise(like): the next standard normal noise, of the shape, dtype and device of
-    `like`. correction: one of `CORRECTIONS`. probes: pieces into which "hutchinson" and "exact" cut the noise of a step, each with
-    a projection and a correction of its own. amount: None, or the weight in [0, 1] of the noise at each element, broadcastable.
+    `like`. correction: one of `CORRECTIONS`. probes: pieces into which "hutchinson" and "exact" cut the noise of a step, each
+    with a projection and a correction of its own. amount: None, or the weight in [0, 1] of the noise at each element,
+    broadcastable.
     """
 
     steps: GuidedSteps
@@ -104,7 +105,14 @@ class Variation:
 
 
 def jump(
-    flow: "Flow", model: "Denoiser", variation: Variation, schedule: Schedule, step: int, u: torch.Tensor, theta: float, s: float
+    flow: "Flow",
+    model: "Denoiser",
+    variation: Variation,
+    schedule: Schedule,
+    step: int,
+    u: torch.Tensor,
+    theta: float,
+    s: float,
 ) -> tuple[torch.Tensor, float, torch.Tensor]:
     """From the state u (B, ...) at theta to the noise level s above it, by noise: (u, theta, denoised) there.
 
@@ -122,7 +130,8 @@ def jump(
     denoised = model(x, level.sigma)
     u, eps = level_set_step(foot, change, eps, level.eps(x, denoised), variation.amount)
     flow.add_after_jump(
-        u * level.scale, (u * level.scale - level.std * eps) / level.alpha, level, step, not variation.evaluates_before)
+        u * level.scale, (u * level.scale - level.std * eps) / level.alpha, level, step, not variation.evaluates_before
+    )
     if not had_guidance:  # after pure noise, which is not guided, the way up could not be, and the way down will be
         u = flow.guide(u, theta, raised, step)
     return u, raised, denoised
@@ -141,7 +150,12 @@ def require_correction(correction: str, probes: int) -> None:
 
 
 def displacement(
-    u: torch.Tensor, foot: torch.Tensor, eps: torch.Tensor, theta: float, raised: float, noise: torch.Tensor,
+    u: torch.Tensor,
+    foot: torch.Tensor,
+    eps: torch.Tensor,
+    theta: float,
+    raised: float,
+    noise: torch.Tensor,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """From the foot to the top, in the units of the variance-preserving state u = y cos(theta); shape of u.
@@ -162,7 +176,7 @@ def displacement(
 
 
 def level_set_step(
-    foot: torch.Tensor, change: torch.Tensor, eps_foot: torch.Tensor, eps_top: torch.Tensor, weight: torch.Tensor | None = None,
+    foot: torch.Tensor, change: torch.Tensor, eps_foot: torch.Tensor, eps_top: torch.Tensor, weight: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(top', eps there): the top stepped along the score to the log-density of the foot; shape of u.
 

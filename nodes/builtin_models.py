@@ -12,14 +12,29 @@ from .host.inputs import CATEGORY, Choice, Floats, Number, Socket, samples_of, s
 CLASSES = ["paving", "snow", "rock", "undergrowth", "grass", "sand", "earth"]  # in the order of the weights' file
 ANY = "any"
 PREDICTION = Choice(
-    "prediction", "Which kind of model it pretends to be: eps (like SD1.5, SDXL), v (like SD2) or flow (like SD3, Flux). The "
-    "density is the same.", options=tuple(exact.PREDICTIONS), default="flow", neutral="any")
+    "prediction",
+    "Which kind of model it pretends to be: eps (like SD1.5, SDXL), v (like SD2) or flow (like SD3, Flux). The "
+    "density is the same.",
+    options=tuple(exact.PREDICTIONS),
+    default="flow",
+    neutral="any",
+)
 SIZE = Choice("size", "Width and height of the images, in pixels.", options=("64", "48", "32"), default="64")
 COMPONENT = Number(
-    "component", "Number of the emoji, of 128, that the conditioning asks for, like a prompt. -1 asks for all.",
-    default=-1, neutral=-1, low=-1, high=127)
-CLASS_NAME = Choice("class_name", "What positive asks for. any asks for nothing in particular.",
-                    options=(*CLASSES, ANY), default="rock", neutral=ANY)
+    "component",
+    "Number of the emoji, of 128, that the conditioning asks for, like a prompt. -1 asks for all.",
+    default=-1,
+    neutral=-1,
+    low=-1,
+    high=127,
+)
+CLASS_NAME = Choice(
+    "class_name",
+    "What positive asks for. any asks for nothing in particular.",
+    options=(*CLASSES, ANY),
+    default="rock",
+    neutral=ANY,
+)
 BATCH_SIZE = Number("batch_size", "Number of images in the latent, each with its own noise.", default=4, low=1, high=64)
 
 
@@ -33,11 +48,10 @@ class LoadExactDensityModel(io.ComfyNode):
             display_name="Load Exact Density Model",
             category=CATEGORY,
             description="A small built-in model of emojis whose log-density is known exactly. Try density guidance on it "
-                        "before you use it on your own model. Needs no download.",
+            "before you use it on your own model. Needs no download.",
             inputs=schemas(cls.INPUTS),
             outputs=[
-                io.Model.Output(display_name="model",
-                                tooltip="A model like any other: samplers, CFG and patches work."),
+                io.Model.Output(display_name="model", tooltip="A model like any other: samplers, CFG and patches work."),
                 io.Vae.Output(display_name="vae", tooltip="Turns its latents into images; the latents are the pixels."),
                 io.Conditioning.Output(display_name="conditioning", tooltip="The emoji asked for by component."),
                 io.Latent.Output(display_name="latent", tooltip="An empty latent of the right size."),
@@ -58,8 +72,12 @@ class ExactLogDensity(io.ComfyNode):
     INPUTS = (
         Socket("model", "The model of Load Exact Density Model, patched or not.", io.Model),
         Socket("latent", "What a sampler returned for the sigmas below.", io.Latent),
-        Socket("sigmas", "The noise levels sigma that made the latent. The density is read at the last one, which must be "
-                         "above 0: cut the last step off with SplitSigmas.", io.Sigmas),
+        Socket(
+            "sigmas",
+            "The noise levels sigma that made the latent. The density is read at the last one, which must be "
+            "above 0: cut the last step off with SplitSigmas.",
+            io.Sigmas,
+        ),
     )
 
     @classmethod
@@ -69,7 +87,7 @@ class ExactLogDensity(io.ComfyNode):
             display_name="Exact Log-Density",
             category=CATEGORY,
             description="Reads how much detail images of the exact-density model have, exactly, in bits per dimension: larger "
-                        "means more. Sample them to a noise level above 0.",
+            "means more. Sample them to a noise level above 0.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 Floats.Output(display_name="bits_per_dim", tooltip="-log2 p / D of each image. For Density Contact Sheet."),
@@ -93,12 +111,13 @@ class LoadDemoModel(io.ComfyNode):
             display_name="Load Demo Model",
             category=CATEGORY,
             description="A small trained diffusion model of ground seen from above, 64 x 64 pixels: see what density guidance "
-                        "does to a trained network, in seconds on a CPU. Needs no download.",
+            "does to a trained network, in seconds on a CPU. Needs no download.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Model.Output(
                     display_name="model",
-                    tooltip="The model; v-prediction, with Stable Diffusion's noise levels and more noise beyond."),
+                    tooltip="The model; v-prediction, with Stable Diffusion's noise levels and more noise beyond.",
+                ),
                 io.Vae.Output(display_name="vae", tooltip="Turns its latents into images; the latents are the pixels."),
                 io.Conditioning.Output(display_name="positive", tooltip="The class asked for by class_name."),
                 io.Conditioning.Output(display_name="negative", tooltip="No class, for classifier-free guidance."),
@@ -111,5 +130,5 @@ class LoadDemoModel(io.ComfyNode):
         chosen, batch_size = CLASS_NAME.options.index(CLASS_NAME.check(class_name)), BATCH_SIZE.check(batch_size)
         model, vae, _, context = demo.load()
         latent = {"samples": torch.zeros(batch_size, CHANNELS, demo.SIZE, demo.SIZE)}
-        positive, negative = ([[context[i:i + 1], {}]] for i in (chosen, len(CLASSES)))
+        positive, negative = ([[context[i : i + 1], {}]] for i in (chosen, len(CLASSES)))
         return io.NodeOutput(model, vae, positive, negative, latent)

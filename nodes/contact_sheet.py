@@ -16,11 +16,18 @@ MARGIN = 8
 CAPTION = 22
 HEADER = 30
 ROW_LABEL = 90
-VALUES = NumberText("values", "Numbers separated by commas, in the unit of what they are connected to.",
-                    default="0.05, 0.3, 0.5, 0.7, 0.95")
+VALUES = NumberText(
+    "values", "Numbers separated by commas, in the unit of what they are connected to.", default="0.05, 0.3, 0.5, 0.7, 0.95"
+)
 SIZE = Number(
-    "picture_size", "Width of each image on the sheet. Images are resized without smoothing: whole multiples of their own size "
-    "look best.", shown="image size", unit="pixels", default=192, low=32, high=2048)
+    "picture_size",
+    "Width of each image on the sheet. Images are resized without smoothing: whole multiples of their own size look best.",
+    shown="image size",
+    unit="pixels",
+    default=192,
+    low=32,
+    high=2048,
+)
 
 
 class DensityLevels(io.ComfyNode):
@@ -33,12 +40,13 @@ class DensityLevels(io.ComfyNode):
             display_name="Density Levels",
             category=CATEGORY,
             description="A list of levels for a sweep. Connect value to quantile or detail_shift: one run for each level. Or "
-                        "connect all_values to quantiles or detail_shifts: one run, a level for each image.",
+            "connect all_values to quantiles or detail_shifts: one run, a level for each image.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Float.Output(display_name="value", is_output_list=True, tooltip="One number after the other: a run each."),
-                Floats.Output(display_name="all_values",
-                              tooltip="All numbers at once: one for each image of a batch, in a single run."),
+                Floats.Output(
+                    display_name="all_values", tooltip="All numbers at once: one for each image of a batch, in a single run."
+                ),
             ],
         )
 
@@ -51,8 +59,12 @@ class DensityLevels(io.ComfyNode):
 class DensityContactSheet(io.ComfyNode):
     INPUTS = (
         Socket("images", "The batches of the sweep, one for each level.", io.Image),
-        Socket("bits_per_dim", "-log2 p / D of each image, from Log-Density or Exact Log-Density: a list for each row, or one "
-                               "for all.", Floats, unlinked="no numbers"),
+        Socket(
+            "bits_per_dim",
+            "-log2 p / D of each image, from Log-Density or Exact Log-Density: a list for each row, or one for all.",
+            Floats,
+            unlinked="no numbers",
+        ),
         Socket("levels", "The levels of the sweep, which label the rows.", io.Float, unlinked="rows are numbered"),
         Widget("label", "What the levels are, written before each: q for quantiles, shift for shifts.", default="q"),
         SIZE,
@@ -66,7 +78,7 @@ class DensityContactSheet(io.ComfyNode):
             display_name="Density Contact Sheet",
             category=CATEGORY,
             description="Puts the images of a sweep on one labelled sheet: a row for each level, a column for each seed, the "
-                        "bits per dimension under each image.",
+            "bits per dimension under each image.",
             inputs=schemas(cls.INPUTS),
             outputs=[io.Image.Output(display_name="image", tooltip="The contact sheet, for SaveImage.")],
             is_input_list=True,
@@ -75,8 +87,13 @@ class DensityContactSheet(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images: list[torch.Tensor], label: list[str], picture_size: list[int], bits_per_dim: list[list[float]] | None = None,
-        levels: list[float] | None = None, column_label: Sequence[str] = ("seed",),
+        cls,
+        images: list[torch.Tensor],
+        label: list[str],
+        picture_size: list[int],
+        bits_per_dim: list[list[float]] | None = None,
+        levels: list[float] | None = None,
+        column_label: Sequence[str] = ("seed",),
     ) -> io.NodeOutput:
         size = SIZE.check(picture_size[0])
         if bits_per_dim is not None and len(bits_per_dim) == 1 and len(bits_per_dim[0]) == sum(map(len, images)):
@@ -87,11 +104,15 @@ class DensityContactSheet(io.ComfyNode):
                 raise ValueError(f"{name} has {len(values)} rows and images has {len(images)}; connect both from one sweep")
         for i, batch in enumerate(images):
             if batch.shape[1:] != images[0].shape[1:]:
-                raise ValueError(f"images of row {i} are {tuple(batch.shape[1:])} and those of row 0 "
-                                 f"{tuple(images[0].shape[1:])}; a sheet takes images of one size")
+                raise ValueError(
+                    f"images of row {i} are {tuple(batch.shape[1:])} and those of row 0 "
+                    f"{tuple(images[0].shape[1:])}; a sheet takes images of one size"
+                )
             if bits_per_dim is not None and len(bits_per_dim[i]) != len(batch):
-                raise ValueError(f"bits_per_dim has {len(bits_per_dim[i])} numbers in row {i} and images has "
-                                 f"{len(batch)}; connect the log-density of the same latents")
+                raise ValueError(
+                    f"bits_per_dim has {len(bits_per_dim[i])} numbers in row {i} and images has "
+                    f"{len(batch)}; connect the log-density of the same latents"
+                )
         labels = [f"{label[0]} {v:g}" for v in levels] if levels else [f"row {i}" for i in range(len(images))]
         columns = [f"{column_label[0]} {i}" for i in range(max(map(len, images)))]
         table = {
@@ -108,9 +129,9 @@ def draw_sheet(
     """The contact sheet as an IMAGE (1, H, W, 3); rows: batches (B, H, W, 3) in [0, 1]."""
     height = round(width * rows[0].shape[1] / rows[0].shape[2])
     caption = CAPTION if bits_per_dim else 0
-    sheet = Image.new("RGB", (
-        ROW_LABEL + len(columns) * (width + MARGIN),
-        HEADER + len(rows) * (height + caption + MARGIN)), "white")
+    sheet = Image.new(
+        "RGB", (ROW_LABEL + len(columns) * (width + MARGIN), HEADER + len(rows) * (height + caption + MARGIN)), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     font, small = ImageFont.load_default(16), ImageFont.load_default(14)
     for j, text in enumerate(columns):
@@ -124,6 +145,11 @@ def draw_sheet(
             x = ROW_LABEL + j * (width + MARGIN)
             sheet.paste(Image.fromarray(np.uint8((image.cpu().numpy() * 255).clip(0, 255).round())), (x, y))
             if bits_per_dim:
-                draw.text((x + width // 2, y + height + caption // 2), f"{bits_per_dim[i][j]:.3f} bits/dim", "black",
-                          small, anchor="mm")
+                draw.text(
+                    (x + width // 2, y + height + caption // 2),
+                    f"{bits_per_dim[i][j]:.3f} bits/dim",
+                    "black",
+                    small,
+                    anchor="mm",
+                )
     return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

@@ -11,8 +11,11 @@ from .host.plots import curve_image
 from .host.steering import GuidanceSettings, GuidedSampler, run_guided, solver_sampler
 
 SAMPLER = Socket(
-    "sampler", "The sampler to guide, any of ComfyUI's.", io.Sampler,
-    unlinked="the pack's own third-order solver, one model call per step, which meets the asked-for shift best")
+    "sampler",
+    "The sampler to guide, any of ComfyUI's.",
+    io.Sampler,
+    unlinked="the pack's own third-order solver, one model call per step, which meets the asked-for shift best",
+)
 MODEL = Socket("model", "The model whose sampling is guided. Its weights are not changed.", io.Model)
 
 
@@ -31,17 +34,27 @@ class DensityGuidanceSampler(io.ComfyNode):
             display_name="Density Guidance Sampler",
             category=CATEGORY,
             description="Turns detail up or down, at no extra model call. A sampler: connect it to SamplerCustomAdvanced or "
-                        "SamplerCustom.",
+            "SamplerCustom.",
             inputs=schemas(cls.INPUTS),
-            outputs=[io.Sampler.Output(
-                display_name="sampler",
-                tooltip="The guided sampler. With neutral settings it does exactly what the connected one does.")],
+            outputs=[
+                io.Sampler.Output(
+                    display_name="sampler",
+                    tooltip="The guided sampler. With neutral settings it does exactly what the connected one does.",
+                )
+            ],
         )
 
     @classmethod
     def execute(
-        cls, quantile: float, detail_shift: float, start_percent: float, end_percent: float, sampler: Any = None,
-        quantiles: list[float] | None = None, detail_shifts: list[float] | None = None, mask: torch.Tensor | None = None,
+        cls,
+        quantile: float,
+        detail_shift: float,
+        start_percent: float,
+        end_percent: float,
+        sampler: Any = None,
+        quantiles: list[float] | None = None,
+        detail_shifts: list[float] | None = None,
+        mask: torch.Tensor | None = None,
         curve: list[float] | None = None,
     ) -> io.NodeOutput:
         settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
@@ -60,17 +73,27 @@ class DensityGuidanceModel(io.ComfyNode):
             display_name="Density Guidance (model)",
             category=CATEGORY,
             description="Turns detail up or down, as a patch of the model: for KSampler, and for nodes of other packs that "
-                        "sample by themselves.",
+            "sample by themselves.",
             inputs=schemas(cls.INPUTS),
-            outputs=[io.Model.Output(
-                display_name="model",
-                tooltip="The model with guidance. It acts after CFG and after every other patch of the prediction.")],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model with guidance. It acts after CFG and after every other patch of the prediction.",
+                )
+            ],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, quantile: float, detail_shift: float, start_percent: float, end_percent: float,
-        quantiles: list[float] | None = None, detail_shifts: list[float] | None = None, mask: torch.Tensor | None = None,
+        cls,
+        model: Any,
+        quantile: float,
+        detail_shift: float,
+        start_percent: float,
+        end_percent: float,
+        quantiles: list[float] | None = None,
+        detail_shifts: list[float] | None = None,
+        mask: torch.Tensor | None = None,
         curve: list[float] | None = None,
     ) -> io.NodeOutput:
         settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)

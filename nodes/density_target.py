@@ -17,17 +17,20 @@ class DensityTargetSampler(io.ComfyNode):
             display_name="Density Target Sampler",
             category=CATEGORY,
             description="Gives images an exact amount of detail: a number, a change, or the same for a whole batch. Measures "
-                        "while it samples, so a run costs several plain ones. A sampler: connect it to SamplerCustomAdvanced.",
+            "while it samples, so a run costs several plain ones. A sampler: connect it to SamplerCustomAdvanced.",
             inputs=schemas(cls.INPUTS),
-            outputs=[io.Sampler.Output(
-                display_name="sampler",
-                tooltip="The sampler, for SamplerCustomAdvanced or Density Trace. What it reached is in the log and in the "
-                        "trace.")],
+            outputs=[
+                io.Sampler.Output(
+                    display_name="sampler",
+                    tooltip="The sampler, for SamplerCustomAdvanced or Density Trace. What it reached is in the log and in the "
+                    "trace.",
+                )
+            ],
         )
 
     @classmethod
     def execute(
-        cls, target: str, value: float, reference_image: int, tolerance: float, max_passes: int, probes: int,
+        cls, target: str, value: float, reference_image: int, tolerance: float, max_passes: int, probes: int
     ) -> io.NodeOutput:
         settings = TargetSettings(target, value, reference_image, tolerance, max_passes, probes)
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_to_target, {"settings": settings}))

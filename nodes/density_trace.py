@@ -21,8 +21,12 @@ class DensityTrace(io.ComfyNode):
         Socket("sigmas", "The schedule: noise levels sigma, descending.", io.Sigmas),
         Socket("latent_image", "The latent to start from, without a noise mask.", io.Latent),
         Widget(
-            "exact_trace", "Off: records what is known for free. On: also the log-density at every step, at two to four times "
-            "the model's time.", default=False, neutral=False),
+            "exact_trace",
+            "Off: records what is known for free. On: also the log-density at every step, at two to four times "
+            "the model's time.",
+            default=False,
+            neutral=False,
+        ),
     )
 
     @classmethod
@@ -32,7 +36,7 @@ class DensityTrace(io.ComfyNode):
             display_name="Density Trace",
             category=CATEGORY,
             description="Shows what guidance does and when: SamplerCustomAdvanced with a record of the log-density. The image "
-                        "is the same; no extra model call unless exact_trace is on.",
+            "is the same; no extra model call unless exact_trace is on.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Latent.Output(display_name="output", tooltip="What the sampler returned."),
@@ -44,7 +48,7 @@ class DensityTrace(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, noise: Any, guider: Any, sampler: Any, sigmas: torch.Tensor, latent_image: dict[str, Any], exact_trace: bool,
+        cls, noise: Any, guider: Any, sampler: Any, sigmas: torch.Tensor, latent_image: dict[str, Any], exact_trace: bool
     ) -> io.NodeOutput:
         SAMPLER.check(sampler)
         require_traceable(sampler, latent_image)

@@ -15,8 +15,12 @@ SEED = Seed("seed", "Seed of the probes. Changing it changes the estimate slight
 
 class LogDensity(io.ComfyNode):
     INPUTS = (
-        GUIDER, Socket("latent", "The images to read, from VAEEncode or a sampler. A mask is ignored.", io.Latent),
-        STEPS, PROBES, SEED, NOISE_FLOOR,
+        GUIDER,
+        Socket("latent", "The images to read, from VAEEncode or a sampler. A mask is ignored.", io.Latent),
+        STEPS,
+        PROBES,
+        SEED,
+        NOISE_FLOOR,
     )
 
     @classmethod
@@ -26,21 +30,24 @@ class LogDensity(io.ComfyNode):
             display_name="Log-Density",
             category=CATEGORY,
             description="Measures how much detail an image has for your model, in bits per dimension, with an error bar. Works "
-                        "with every image that you can encode.",
+            "with every image that you can encode.",
             inputs=schemas(cls.INPUTS),
             outputs=[
-                Floats.Output(display_name="bits_per_dim",
-                              tooltip="-log2 p / D of each image: larger means more detail, as with detail_shift."),
+                Floats.Output(
+                    display_name="bits_per_dim",
+                    tooltip="-log2 p / D of each image: larger means more detail, as with detail_shift.",
+                ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="Each value with its standard error, the squared norm of eps over D, and how they were computed."),
+                    tooltip="Each value with its standard error, the squared norm of eps over D, and how they were computed.",
+                ),
                 io.Image.Output(display_name="plot", tooltip="Rate of log-density against log-SNR, a curve for each image."),
             ],
         )
 
     @classmethod
     def execute(
-        cls, guider: Any, latent: dict[str, Any], steps: int, probes: int, seed: int, noise_floor: float,
+        cls, guider: Any, latent: dict[str, Any], steps: int, probes: int, seed: int, noise_floor: float
     ) -> io.NodeOutput:
         steps, probes, seed = STEPS.check(steps), PROBES.check(probes), SEED.check(seed)
         samples = samples_of("latent", latent)
@@ -48,9 +55,13 @@ class LogDensity(io.ComfyNode):
         indices = batch_index_of("latent", latent, len(samples))
         readout, how = read(guider, samples, levels, probes, seed, indices)
         plot = curves_image(
-            {"d log p / d log-SNR, nats per dimension": readout.rates().cpu().numpy(),
-             "||eps||² / D": torch.stack(readout.eps_energy).cpu().numpy()},
-            "log-SNR, -2 ln s", -2 * np.log([min(s, 1e3) for s in readout.s]),
-            [f"image {i}" for i in range(len(readout.log_prob))])
+            {
+                "d log p / d log-SNR, nats per dimension": readout.rates().cpu().numpy(),
+                "||eps||² / D": torch.stack(readout.eps_energy).cpu().numpy(),
+            },
+            "log-SNR, -2 ln s",
+            -2 * np.log([min(s, 1e3) for s in readout.s]),
+            [f"image {i}" for i in range(len(readout.log_prob))],
+        )
         report = report_of(readout, [*how, f"steps {steps}, probes {probes}, seed {seed}, noise floor {levels[0]:.4g}"])
         return io.NodeOutput(readout.bits_per_dim.tolist(), report, plot)

@@ -14,18 +14,32 @@ from .host.inputs import CATEGORY, QUANTILE, Number, Socket, Widget, check_field
 
 INPUTS = (
     replace(
-        QUANTILE, neutral="any, with match_quantile off",
+        QUANTILE,
+        neutral="any, with match_quantile off",
         text="Quantile of the noise's own log-density, which sets the norm of the noise. Below 0.5: larger noise, more detail; "
-             "above 0.5: smaller noise, smoother. 0.5 is the median. A gentle control."),
+        "above 0.5: smaller noise, smoother. 0.5 is the median. A gentle control.",
+    ),
     Number(
-        "scale", "Extra factor on the noise, after the quantile. Larger adds detail; stay near 1.",
-        default=1.0, neutral=1.0, low=0.0, high=10.0, step=0.001, round=0.0001),
+        "scale",
+        "Extra factor on the noise, after the quantile. Larger adds detail; stay near 1.",
+        default=1.0,
+        neutral=1.0,
+        low=0.0,
+        high=10.0,
+        step=0.001,
+        round=0.0001,
+    ),
     Widget(
-        "match_quantile", "On: the noise of every image gets the norm of the quantile, so that seeds start alike. Off: the "
-        "noise is only multiplied by scale.", default=True, neutral="off, with scale 1"),
+        "match_quantile",
+        "On: the noise of every image gets the norm of the quantile, so that seeds start alike. Off: the "
+        "noise is only multiplied by scale.",
+        default=True,
+        neutral="off, with scale 1",
+    ),
 )
 NOISE = Socket(
-    "noise", "The noise to scale, for instance of RandomNoise. Its seed is kept; DisableNoise stays as it is.", io.Noise)
+    "noise", "The noise to scale, for instance of RandomNoise. Its seed is kept; DisableNoise stays as it is.", io.Noise
+)
 MODEL = Socket("model", "The model whose starting noise is scaled. Its weights are not changed.", io.Model)
 
 
@@ -77,7 +91,7 @@ class PriorGuidanceScale(io.ComfyNode):
             display_name="Prior Guidance Scale",
             category=CATEGORY,
             description="Scales the starting noise: larger noise gives more detail, smaller noise less. The gentlest detail "
-                        "control; the sampling itself does not change.",
+            "control; the sampling itself does not change.",
             inputs=schemas(cls.INPUTS),
             outputs=[io.Noise.Output(display_name="noise", tooltip="The scaled noise, for SamplerCustomAdvanced.")],
         )
@@ -108,8 +122,14 @@ class PriorGuidanceModel(io.ComfyNode):
         MODEL.check(model)
 
         def scale_run(
-            executor: Any, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
-            denoise_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any,
+            executor: Any,
+            noise: torch.Tensor,
+            latent_image: torch.Tensor,
+            sampler: Any,
+            sigmas: torch.Tensor,
+            denoise_mask: torch.Tensor | None = None,
+            *args: Any,
+            **kwargs: Any,
         ) -> Any:
             shapes = kwargs.get("latent_shapes") or [noise.shape]
             if len(shapes) > 1:  # video and audio, packed into one

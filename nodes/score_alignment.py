@@ -14,12 +14,18 @@ from .host.inputs import CATEGORY, Floats, Socket, schemas
 
 class ScoreAlignmentCheck(io.ComfyNode):
     INPUTS = (
-        GUIDER, NOISE,
+        GUIDER,
+        NOISE,
         Socket("latent_image", "The empty latent: size and number of images. Without a noise mask.", io.Latent),
-        Socket("sigmas", f"The schedule of noise levels sigma, from the model's maximum down; {ENOUGH_STEPS} steps are usually "
-                         "enough. Between its ends noise levels are placed where the density changes; finite scale keeps the "
-                         "schedule's own.", io.Sigmas),
-        *INPUTS, SAMPLER,
+        Socket(
+            "sigmas",
+            f"The schedule of noise levels sigma, from the model's maximum down; {ENOUGH_STEPS} steps are usually "
+            "enough. Between its ends noise levels are placed where the density changes; finite scale keeps the "
+            "schedule's own.",
+            io.Sigmas,
+        ),
+        *INPUTS,
+        SAMPLER,
     )
 
     @classmethod
@@ -29,34 +35,50 @@ class ScoreAlignmentCheck(io.ComfyNode):
             display_name="Score Alignment Check",
             category=CATEGORY,
             description="Does scaling the starting noise (prior guidance) change the detail, for your model, prompt and seed? "
-                        "Says yes or no and by how much, and samples the image meanwhile.",
+            "Says yes or no and by how much, and samples the image meanwhile.",
             inputs=schemas(cls.INPUTS),
             outputs=[
-                io.Boolean.Output(display_name="aligned",
-                                  tooltip="True if scaling works for every image of the batch. Connect it to a switch."),
-                io.Float.Output(display_name="cosine",
-                                tooltip="Smallest cosine of the batch, from -1 to 1: above 0 is aligned. No unit."),
-                io.String.Output(display_name="report",
-                                 tooltip="The numbers of each image, where alignment is lost, the cost, and what to do."),
-                io.Image.Output(display_name="plot",
-                                tooltip="Cosine against log-SNR, a line for each image. Only where it ends matters."),
-                io.Latent.Output(display_name="latent",
-                                 tooltip="The finished sample."),
+                io.Boolean.Output(
+                    display_name="aligned",
+                    tooltip="True if scaling works for every image of the batch. Connect it to a switch.",
+                ),
+                io.Float.Output(
+                    display_name="cosine", tooltip="Smallest cosine of the batch, from -1 to 1: above 0 is aligned. No unit."
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="The numbers of each image, where alignment is lost, the cost, and what to do.",
+                ),
+                io.Image.Output(
+                    display_name="plot", tooltip="Cosine against log-SNR, a line for each image. Only where it ends matters."
+                ),
+                io.Latent.Output(display_name="latent", tooltip="The finished sample."),
                 io.Float.Output(
                     display_name="scale",
                     tooltip="The noise scale that makes detail_shift, for Prior Guidance Scale with match_quantile off; the "
-                            "mean over the batch. 1 if an image is not aligned or no scale from "
-                            f"{alignment.SCALE_RANGE[0]:g} to {alignment.SCALE_RANGE[1]:g} reaches it."),
+                    "mean over the batch. 1 if an image is not aligned or no scale from "
+                    f"{alignment.SCALE_RANGE[0]:g} to {alignment.SCALE_RANGE[1]:g} reaches it.",
+                ),
                 Floats.Output(
-                    display_name="response",
-                    tooltip="Predicted change in bits per dimension for 1% more noise, for each image."),
+                    display_name="response", tooltip="Predicted change in bits per dimension for 1% more noise, for each image."
+                ),
             ],
         )
 
     @classmethod
     def execute(
-        cls, guider: Any, noise: Any, latent_image: dict[str, Any], sigmas: torch.Tensor, method: str, end_percent: float,
-        probes: int, seed: int, detail_shift: float = 0.02, scale_step: float = 0.01, sampler: Any = None,
+        cls,
+        guider: Any,
+        noise: Any,
+        latent_image: dict[str, Any],
+        sigmas: torch.Tensor,
+        method: str,
+        end_percent: float,
+        probes: int,
+        seed: int,
+        detail_shift: float = 0.02,
+        scale_step: float = 0.01,
+        sampler: Any = None,
     ) -> io.NodeOutput:
         settings = CheckSettings(method, end_percent, probes, seed, detail_shift, scale_step)
         check = examine(guider, noise, latent_image, sigmas, settings, sampler)

@@ -9,14 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..dg_core.schedule import Schedule
-from ..dg_core.variation import (
-    CORRECTIONS,
-    MAX_PROBES,
-    MAX_STRENGTH,
-    ImageNoise,
-    Variation,
-    indices_of,
-)
+from ..dg_core.variation import CORRECTIONS, MAX_PROBES, MAX_STRENGTH, ImageNoise, Variation, indices_of
 from .host.inputs import (
     CATEGORY,
     DETAIL_SHIFTS,
@@ -43,43 +36,71 @@ from .host.model_access import require_one_part
 from .host.steering import GuidanceSettings, repeated, require_batch, require_window, solver_sampler, steps_of_percents
 
 CUSTOM = "custom"
-# Shares of the sampling, by the kind of the noise path, whose shares mean other log-SNRs. Chosen so that the changes lie in high and in low spatial frequencies (docs/variation.md).
+# Shares of the sampling, by the kind of the noise path, whose shares mean other log-SNRs. Chosen so that the changes lie in
+# high and in low spatial frequencies (docs/variation.md).
 WINDOWS = {
     "fine details": {"VE": (0.65, 1.0), "flow": (0.75, 1.0)},
     "structure": {"VE": (0.0, 0.3), "flow": (0.0, 0.3)},
     "everything": {"VE": (0.0, 1.0), "flow": (0.0, 1.0)},
 }
 VARIATION_INDEX = Numbers(
-    "variation_index", "Which variation of the seed each image of the batch gets, from 0; equal numbers give equal noise.",
-    each=Number("variation_index", "", default=0, low=0, high=2**31 - 1), unlinked="one for each starting noise")
+    "variation_index",
+    "Which variation of the seed each image of the batch gets, from 0; equal numbers give equal noise.",
+    each=Number("variation_index", "", default=0, low=0, high=2**31 - 1),
+    unlinked="one for each starting noise",
+)
 VARY = Choice(
-    "vary", "What changes. fine details: texture (noise late in the sampling). structure: composition and shapes (noise "
+    "vary",
+    "What changes. fine details: texture (noise late in the sampling). structure: composition and shapes (noise "
     "early). everything: both. custom: from start_percent to end_percent.",
-    options=(*WINDOWS, CUSTOM), default="fine details", neutral="any, with strength 0")
+    options=(*WINDOWS, CUSTOM),
+    default="fine details",
+    neutral="any, with strength 0",
+)
 VARIATION_SEED = Seed(
-    "variation_seed", "Which variation: change it and keep the seed of the noise. Each image of a batch has noise of its own, "
-    "from this seed and its starting noise.", neutral="any, with strength 0")
+    "variation_seed",
+    "Which variation: change it and keep the seed of the noise. Each image of a batch has noise of its own, "
+    "from this seed and its starting noise.",
+    neutral="any, with strength 0",
+)
 INPUTS = (
     VARY,
     Number(
-        "strength", "How much noise. 1 is as much as an SDE sampler adds, 0 gives the plain image. Start with 0.5 to 1.",
-        symbol="c", default=0.5, neutral=0.0, low=0.0, high=MAX_STRENGTH, step=0.05),
+        "strength",
+        "How much noise. 1 is as much as an SDE sampler adds, 0 gives the plain image. Start with 0.5 to 1.",
+        symbol="c",
+        default=0.5,
+        neutral=0.0,
+        low=0.0,
+        high=MAX_STRENGTH,
+        step=0.05,
+    ),
     replace(START_PERCENT, text="For custom: noise begins here; 0 is pure noise."),
     replace(END_PERCENT, text="For custom: noise ends here; 1 is the finished image. The last step to zero noise gets none."),
     VARIATION_SEED,
     Choice(
-        "correction", "How the change of detail by the noise is undone. expected: no extra model call, noise in every second "
+        "correction",
+        "How the change of detail by the noise is undone. expected: no extra model call, noise in every second "
         "step. hutchinson: more exact; 1 + noise pieces calls in a step with noise. exact: measures at the very place; 1 + 2 x "
         "noise pieces calls.",
-        options=tuple(CORRECTIONS), default="expected", neutral="any, with strength 0"),
+        options=tuple(CORRECTIONS),
+        default="expected",
+        neutral="any, with strength 0",
+    ),
     Number(
-        "probes", "Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by itself and each "
+        "probes",
+        "Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by itself and each "
         "at the cost of model calls. 1 is enough up to strength 1.",
-        shown="noise pieces", default=1, low=1, high=MAX_PROBES),
+        shown="noise pieces",
+        default=1,
+        low=1,
+        high=MAX_PROBES,
+    ),
     VARIATION_INDEX,
 )
 ROW_QUANTILES = NumberText(
-    "quantiles", "The quantile of each row, separated by commas.", each=QUANTILE, default="0.3, 0.5, 0.7", neutral="0.5")
+    "quantiles", "The quantile of each row, separated by commas.", each=QUANTILE, default="0.3, 0.5, 0.7", neutral="0.5"
+)
 VARIATIONS = Number("variations", "Number of variations in each row.", default=4, low=1, high=64)
 
 
@@ -102,7 +123,12 @@ class VariationSettings:
             require_window(self.start_percent, self.end_percent)
 
     def of_run(
-        self, guider: Any, schedule: Schedule, latent: torch.Tensor, start: torch.Tensor, mask: torch.Tensor | None,
+        self,
+        guider: Any,
+        schedule: Schedule,
+        latent: torch.Tensor,
+        start: torch.Tensor,
+        mask: torch.Tensor | None,
         denoise_mask: torch.Tensor | None,
     ) -> Variation | None:
         """The `Variation` of a run, None where no step gets noise.
@@ -119,13 +145,19 @@ class VariationSettings:
         steps = steps_of_percents(guider.inner_model.model_sampling, schedule, *percents)
         indices = repeated(self.variation_index, batch) if self.variation_index else indices_of(start)
         amount = amount_of(mask, latent, denoise_mask)
-        variation = None if steps is None else Variation(
-            steps, self.strength, ImageNoise(self.variation_seed, indices), self.correction, self.probes, amount)
+        variation = (
+            None
+            if steps is None
+            else Variation(steps, self.strength, ImageNoise(self.variation_seed, indices), self.correction, self.probes, amount)
+        )
         if variation is None or not any(variation.raised_levels(schedule, i) for i in range(schedule.steps)):
             logging.warning(
                 "Stochastic detail variation: no step of this run of %d lies between %g and %g of the sampling (vary: %s), the "
                 "first step and the last one to zero noise not counted; nothing is varied.",
-                schedule.steps, *percents, self.vary)
+                schedule.steps,
+                *percents,
+                self.vary,
+            )
             return None
         require_one_part(guider)
         if amount is not None and not amount.any():
@@ -144,28 +176,47 @@ class StochasticDetailVariation(io.ComfyNode):
             display_name="Stochastic Detail Variation",
             category=CATEGORY,
             description="Varies the texture or the structure of an image and keeps its amount of detail. A sampler: connect it "
-                        "to SamplerCustomAdvanced or SamplerCustom.",
+            "to SamplerCustomAdvanced or SamplerCustom.",
             inputs=schemas(cls.INPUTS),
-            outputs=[io.Sampler.Output(
-                display_name="sampler",
-                tooltip="The sampler. With strength 0 it does exactly what Density Guidance Sampler does with no sampler "
-                        "connected.")],
+            outputs=[
+                io.Sampler.Output(
+                    display_name="sampler",
+                    tooltip="The sampler. With strength 0 it does exactly what Density Guidance Sampler does with no sampler "
+                    "connected.",
+                )
+            ],
         )
 
     @classmethod
     def execute(
-        cls, quantile: float, detail_shift: float, vary: str, strength: float, start_percent: float, end_percent: float,
-        variation_seed: int, correction: str, probes: int, quantiles: list[float] | None = None,
-        detail_shifts: list[float] | None = None, variation_index: list[float] | None = None, mask: torch.Tensor | None = None,
+        cls,
+        quantile: float,
+        detail_shift: float,
+        vary: str,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        variation_seed: int,
+        correction: str,
+        probes: int,
+        quantiles: list[float] | None = None,
+        detail_shifts: list[float] | None = None,
+        variation_index: list[float] | None = None,
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         settings = GuidanceSettings(quantile, detail_shift, quantiles=quantiles, detail_shifts=detail_shifts, mask=mask)
-        return io.NodeOutput(solver_sampler(settings, VariationSettings(
-            vary, strength, start_percent, end_percent, variation_seed, correction, probes, variation_index)))
+        return io.NodeOutput(
+            solver_sampler(
+                settings,
+                VariationSettings(
+                    vary, strength, start_percent, end_percent, variation_seed, correction, probes, variation_index
+                ),
+            )
+        )
 
 
 class VariationGrid(io.ComfyNode):
-    INPUTS = (
-        Socket("latent", "The latent to vary; its first image is taken.", io.Latent), ROW_QUANTILES, VARIATIONS)
+    INPUTS = (Socket("latent", "The latent to vary; its first image is taken.", io.Latent), ROW_QUANTILES, VARIATIONS)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -174,19 +225,24 @@ class VariationGrid(io.ComfyNode):
             display_name="Variation Grid",
             category=CATEGORY,
             description="Makes the batch for a grid out of one latent: a row for each quantile, a column for each variation, "
-                        "all from the same starting noise.",
+            "all from the same starting noise.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The batch, row by row, for the sampler."),
-                Floats.Output(display_name="quantiles", tooltip="Quantile q of each image, for quantiles of Stochastic Detail "
-                                                                "Variation."),
-                Floats.Output(display_name="variation_index",
-                              tooltip="Number of each image in its row, for variation_index of Stochastic Detail Variation: "
-                                      "every row has the same noise in a column."),
-                io.Float.Output(display_name="levels", is_output_list=True,
-                                tooltip="Quantile q of each row, for levels of Density Contact Sheet."),
-                io.Int.Output(display_name="columns",
-                              tooltip="Number of images in a row, for batch_size of Rebatch Images."),
+                Floats.Output(
+                    display_name="quantiles", tooltip="Quantile q of each image, for quantiles of Stochastic Detail Variation."
+                ),
+                Floats.Output(
+                    display_name="variation_index",
+                    tooltip="Number of each image in its row, for variation_index of Stochastic Detail Variation: "
+                    "every row has the same noise in a column.",
+                ),
+                io.Float.Output(
+                    display_name="levels",
+                    is_output_list=True,
+                    tooltip="Quantile q of each row, for levels of Density Contact Sheet.",
+                ),
+                io.Int.Output(display_name="columns", tooltip="Number of images in a row, for batch_size of Rebatch Images."),
             ],
         )
 
@@ -204,8 +260,13 @@ class VariationGrid(io.ComfyNode):
         # The host takes the masks of a video for its frames, and gives them to every image of the batch.
         if mask is not None and not (samples.ndim == 5 and mask.ndim < 5):
             grid["noise_mask"] = _repeat_first(mask[None] if mask.ndim == 2 else mask, count)
-        return io.NodeOutput(grid, [q for q in rows for _ in range(variations)],
-                             [float(i) for _ in rows for i in range(variations)], rows, variations)
+        return io.NodeOutput(
+            grid,
+            [q for q in rows for _ in range(variations)],
+            [float(i) for _ in rows for i in range(variations)],
+            rows,
+            variations,
+        )
 
 
 def _repeat_first(tensor: torch.Tensor, count: int) -> torch.Tensor:

@@ -75,13 +75,22 @@ class Demo:
         sigmas = self.sigmas(steps)
         samples, states = [], []
         for part in self.parts(batch):
+
             def keep(step, denoised, x, total):
                 if step == total - 1:
                     states.append(self.model.model.process_latent_out(x.float()))
 
-            samples.append(self.guider(part, model, cfg).sample(
-                noise[part], torch.zeros_like(noise[part]), sampler(part.double().tolist()), sigmas, callback=keep,
-                disable_pbar=True, seed=SAMPLER_SEED + int(part[0])))
+            samples.append(
+                self.guider(part, model, cfg).sample(
+                    noise[part],
+                    torch.zeros_like(noise[part]),
+                    sampler(part.double().tolist()),
+                    sigmas,
+                    callback=keep,
+                    disable_pbar=True,
+                    seed=SAMPLER_SEED + int(part[0]),
+                )
+            )
         return Result(torch.cat(samples), torch.cat(states), float(sigmas[-2]))
 
     @torch.inference_mode()
@@ -101,10 +110,14 @@ class Demo:
         """What the network makes of latents (n, 3, H, W) at the noise level s, for classes (n,)."""
         comfy.model_management.load_models_gpu([self.model])
         device = self.model.load_device
-        return torch.cat([
-            self.model.model.apply_model(x.to(device), torch.full((len(x),), s, device=device),
-                                         c_crossattn=self.context[kinds].to(device)).cpu()
-            for x, kinds in zip(noisy.split(BATCH), classes.split(BATCH))])
+        return torch.cat(
+            [
+                self.model.model.apply_model(
+                    x.to(device), torch.full((len(x),), s, device=device), c_crossattn=self.context[kinds].to(device)
+                ).cpu()
+                for x, kinds in zip(noisy.split(BATCH), classes.split(BATCH))
+            ]
+        )
 
     def images(self, samples):
         """What VAEDecode makes of them, (n, H, W, 3) in [0, 1]."""

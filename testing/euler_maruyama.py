@@ -41,8 +41,7 @@ def fine_details_change(model, sigmas, strength, calls, variations):
     path = path_of(sampling)
     high, low = (sampling.percent_to_sigma(p) for p in WINDOWS["fine details"][path.kind])
     first = guided_steps(Schedule(path, sigmas), high, low).first
-    noise = torch.randn(1, 3, density.size, density.size, dtype=torch.float64,
-                        generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(1, 3, density.size, density.size, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
     def predict(x, sigma):
         alpha = max(path.alpha(sigma), 1e-8)
@@ -54,7 +53,7 @@ def fine_details_change(model, sigmas, strength, calls, variations):
     s = [path.s(v) for v in sigmas[first:]]
     places = np.linspace(0, len(s) - 1, calls - first + 1)
     levels = np.exp(np.interp(places, range(len(s)), np.log(s))).tolist()
-    y = solve(noise * sigmas[0], sigmas[:first + 1]) / path.alpha(sigmas[first])
+    y = solve(noise * sigmas[0], sigmas[: first + 1]) / path.alpha(sigmas[first])
     y = euler_maruyama(density, y.expand(variations, -1, -1, -1), levels, strength, torch.Generator().manual_seed(3))
     plain = solve(noise * sigmas[0], sigmas) / path.alpha(sigmas[-1])
     return (density.log_prob(y, s[-1]) - density.log_prob(plain, s[-1])) / density.dim

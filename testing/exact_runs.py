@@ -15,8 +15,7 @@ class Bench:
     """One prediction type of the model, at 32x32."""
 
     def __init__(self, prediction, component, batch):
-        self.model, _, self.conditioning, self.latent = LoadExactDensityModel.execute(
-            prediction, "32", component, batch).args
+        self.model, _, self.conditioning, self.latent = LoadExactDensityModel.execute(prediction, "32", component, batch).args
         self.sampling = self.model.get_model_object("model_sampling")
         self.path = path_of(self.sampling)
         self.density = self.model.model.density
@@ -29,8 +28,7 @@ class Bench:
     def sample(self, sampler, sigmas, noise, callback=None):
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds(self.conditioning, self.conditioning)
-        return guider.sample(noise, self.latent["samples"], sampler, sigmas, seed=11, disable_pbar=True,
-                             callback=callback)
+        return guider.sample(noise, self.latent["samples"], sampler, sigmas, seed=11, disable_pbar=True, callback=callback)
 
     def predicted(self, quantile, sigmas):
         """The shift of bits per dimension against quantile 0.5 that guidance over the whole schedule is to give."""

@@ -25,8 +25,8 @@ class GaussianOracle:
         start = 0
         for slots in (torch.nonzero(density.index == j)[:, 0] for j in density.index.unique()):
             block, _ = torch.linalg.qr(factor[slots], mode="complete")
-            basis[slots, start:start + len(slots)] = block
-            spanned[start:start + min(len(slots), factor.shape[1])] = True
+            basis[slots, start : start + len(slots)] = block
+            spanned[start : start + min(len(slots), factor.shape[1])] = True
             start += len(slots)
         self.variance = density.band_variance[density.index] @ basis.square()
         inner = basis[:, spanned].T @ factor
@@ -62,8 +62,9 @@ class GaussianOracle:
             eps = s * y / (self.variance + s**2)
             return (s * (1 + k / eps.square().sum(1, keepdim=True)) * eps).flatten().numpy()
 
-        solution = solve_ivp(rate, (math.log(s_from), math.log(s_to)), centred.flatten().numpy(),
-                             method="DOP853", rtol=1e-10, atol=1e-12)
+        solution = solve_ivp(
+            rate, (math.log(s_from), math.log(s_to)), centred.flatten().numpy(), method="DOP853", rtol=1e-10, atol=1e-12
+        )
         return torch.from_numpy(solution.y[:, -1]).view_as(centred)
 
     def converged(self, noise, schedule, path, z):

@@ -51,8 +51,15 @@ def _node(name, **inputs):
 
 def _dual(style):
     return lambda model, positive, negative: h.core_node(
-        "DualCFGGuider", model=model, cond1=positive, cond2=_third("sd15"), negative=negative, cfg_conds=CFG,
-        cfg_cond2_negative=2.0, style=style)
+        "DualCFGGuider",
+        model=model,
+        cond1=positive,
+        cond2=_third("sd15"),
+        negative=negative,
+        cfg_conds=CFG,
+        cfg_cond2_negative=2.0,
+        style=style,
+    )
 
 
 def _third(name):
@@ -60,8 +67,15 @@ def _third(name):
 
 
 def _perp_neg(model, positive, negative):
-    return h.core_node("PerpNegGuider", model=model, positive=positive, negative=negative,
-                       empty_conditioning=_third("sd15"), cfg=CFG, neg_scale=0.7)
+    return h.core_node(
+        "PerpNegGuider",
+        model=model,
+        positive=positive,
+        negative=negative,
+        empty_conditioning=_third("sd15"),
+        cfg=CFG,
+        neg_scale=0.7,
+    )
 
 
 def _halves():
@@ -71,8 +85,10 @@ def _halves():
 
 
 def _two_regions(positive, negative):
-    parts = [h.core_node("ConditioningSetMask", conditioning=c, mask=m, strength=1.0, set_cond_area="default")
-             for c, m in zip((positive, _third("sd15")), _halves())]
+    parts = [
+        h.core_node("ConditioningSetMask", conditioning=c, mask=m, strength=1.0, set_cond_area="default")
+        for c, m in zip((positive, _third("sd15")), _halves())
+    ]
     return h.core_node("ConditioningCombine", conditioning_1=parts[0], conditioning_2=parts[1]), negative
 
 
@@ -82,15 +98,25 @@ def _area(positive, negative):
 
 
 def _timesteps(positive, negative):
-    early, late = (h.core_node("ConditioningSetTimestepRange", conditioning=c, start=a, end=b)
-                   for c, a, b in ((positive, 0.0, 0.5), (_third("sd15"), 0.5, 1.0)))
+    early, late = (
+        h.core_node("ConditioningSetTimestepRange", conditioning=c, start=a, end=b)
+        for c, a, b in ((positive, 0.0, 0.5), (_third("sd15"), 0.5, 1.0))
+    )
     return h.core_node("ConditioningCombine", conditioning_1=early, conditioning_2=late), negative
 
 
 def _control(positive, negative):
     image = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(4))
-    return h.core_node("ControlNetApplyAdvanced", positive=positive, negative=negative, strength=1.0, image=image,
-                       control_net=_control_net(), start_percent=0.0, end_percent=0.6)
+    return h.core_node(
+        "ControlNetApplyAdvanced",
+        positive=positive,
+        negative=negative,
+        strength=1.0,
+        image=image,
+        control_net=_control_net(),
+        start_percent=0.0,
+        end_percent=0.6,
+    )
 
 
 @lru_cache
@@ -109,8 +135,9 @@ def _lora():
 
 def _hooks(positive, negative):
     hooks = h.core_node("CreateHookLoraModelOnly", lora_name=_lora(), strength_model=1.0)
-    return h.core_node("ConditioningSetProperties", cond_NEW=positive, strength=1.0, set_cond_area="default",
-                       hooks=hooks), negative
+    return h.core_node(
+        "ConditioningSetProperties", cond_NEW=positive, strength=1.0, set_cond_area="default", hooks=hooks
+    ), negative
 
 
 def _merge(model):
@@ -133,13 +160,25 @@ METHODS = {
     "Mahiro": Method(patch=_node("Mahiro")),
     "PAG": Method(patch=_node("PerturbedAttentionGuidance", scale=2.0)),
     "SAG": Method(patch=_node("SelfAttentionGuidance", scale=0.5, blur_sigma=2.0)),
-    "Skip-layer guidance (SD3)": Method("sd3", patch=_node(
-        "SkipLayerGuidanceSD3", layers="0", scale=2.0, start_percent=0.0, end_percent=0.7)),
-    "Skip-layer guidance (DiT)": Method("chroma", patch=_node(
-        "SkipLayerGuidanceDiT", double_layers="0", single_layers="0", scale=2.0, start_percent=0.0, end_percent=0.7,
-        rescaling_scale=0.0)),
-    "Skip-layer guidance (simple)": Method("chroma", patch=_node(
-        "SkipLayerGuidanceDiTSimple", double_layers="0", single_layers="0", start_percent=0.0, end_percent=0.7)),
+    "Skip-layer guidance (SD3)": Method(
+        "sd3", patch=_node("SkipLayerGuidanceSD3", layers="0", scale=2.0, start_percent=0.0, end_percent=0.7)
+    ),
+    "Skip-layer guidance (DiT)": Method(
+        "chroma",
+        patch=_node(
+            "SkipLayerGuidanceDiT",
+            double_layers="0",
+            single_layers="0",
+            scale=2.0,
+            start_percent=0.0,
+            end_percent=0.7,
+            rescaling_scale=0.0,
+        ),
+    ),
+    "Skip-layer guidance (simple)": Method(
+        "chroma",
+        patch=_node("SkipLayerGuidanceDiTSimple", double_layers="0", single_layers="0", start_percent=0.0, end_percent=0.7),
+    ),
     "Epsilon Scaling": Method(patch=_node("Epsilon Scaling", scaling_factor=1.005)),
     "Temporal Score Rescaling": Method("sd3", patch=_node("TemporalScoreRescaling", tsr_k=0.95, tsr_sigma=1.0), batch=1),
     "Linear CFG of video frames": Method("svd", patch=_node("VideoLinearCFGGuidance", min_cfg=1.0)),
@@ -149,19 +188,32 @@ METHODS = {
     "Regional prompts: masks": Method(conditioning=_two_regions),
     "Regional prompts: areas": Method(conditioning=_area),
     "ControlNet": Method(conditioning=_control),
-    "LoRA": Method(patch=lambda model: h.core_node(
-        "LoraLoaderModelOnly", model=model, lora_name=_lora(), strength_model=1.0)),
+    "LoRA": Method(patch=lambda model: h.core_node("LoraLoaderModelOnly", model=model, lora_name=_lora(), strength_model=1.0)),
     "LoRA by hooks": Method(conditioning=_hooks),
     "Model merging": Method(patch=_merge),
     "FreeU": Method(patch=_node("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2)),
     "HyperTile": Method(patch=_node("HyperTile", tile_size=64, swap_size=2, max_depth=0, scale_depth=False)),
     "Inpainting": Method(mask=True),
     "Differential Diffusion": Method(patch=_node("DifferentialDiffusion", strength=1.0), mask=True),
-    "Context windows": Method("wan21", patch=_node(
-        "WanContextWindowsManual", context_length=5, context_overlap=1, context_schedule="standard_static",
-        context_stride=1, closed_loop=False, fuse_method="pyramid"), batch=1),
-    **{name: Method("wan21", own_state=True, patch=_node(
-        name, reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False)) for name in ("EasyCache", "LazyCache")},
+    "Context windows": Method(
+        "wan21",
+        patch=_node(
+            "WanContextWindowsManual",
+            context_length=5,
+            context_overlap=1,
+            context_schedule="standard_static",
+            context_stride=1,
+            closed_loop=False,
+            fuse_method="pyramid",
+        ),
+        batch=1,
+    ),
+    **{
+        name: Method(
+            "wan21", own_state=True, patch=_node(name, reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False)
+        )
+        for name in ("EasyCache", "LazyCache")
+    },
     "torch.compile": Method("stable_audio", patch=_node("TorchCompileModel", backend="inductor")),
     "Image to image": Method(denoise=0.5),
 }

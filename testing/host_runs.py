@@ -131,11 +131,21 @@ def guided_model(model, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0, **li
     return kept(outputs(DensityGuidanceModel, model, quantile, detail_shift, start, end, **lists)[0])
 
 
-def varied(vary="fine details", strength=0.5, correction="expected", quantile=0.5, detail_shift=0.0, seed=1, probes=1,
-           window=(0.0, 1.0), **lists):
+def varied(
+    vary="fine details",
+    strength=0.5,
+    correction="expected",
+    quantile=0.5,
+    detail_shift=0.0,
+    seed=1,
+    probes=1,
+    window=(0.0, 1.0),
+    **lists,
+):
     """StochasticDetailVariation."""
-    return outputs(StochasticDetailVariation, quantile, detail_shift, vary, strength, *window, seed, correction, probes,
-                   **lists)[0]
+    return outputs(
+        StochasticDetailVariation, quantile, detail_shift, vary, strength, *window, seed, correction, probes, **lists
+    )[0]
 
 
 def random_noise(seed=SEED):
@@ -169,7 +179,8 @@ def ksampler(model, sampler_name, steps=6, scheduler="simple", latent=None, deno
     positive = conditioning() if positive is None else positive
     with torch.inference_mode():
         return nodes.KSampler().sample(
-            model, SEED, steps, 1.0, sampler_name, scheduler, positive, conditioning(), latent, denoise)[0]["samples"]
+            model, SEED, steps, 1.0, sampler_name, scheduler, positive, conditioning(), latent, denoise
+        )[0]["samples"]
 
 
 @dataclass
@@ -284,7 +295,7 @@ def soft_disc(size, x=0.5, y=0.5, radius=0.35):
 def resized(mask, shape):
     """A mask (N, H, W) on an image latent (B, C, height, width): bilinear, repeated over channels and images."""
     small = torch.nn.functional.interpolate(mask[:, None], size=shape[-2:], mode="bilinear")
-    return small.repeat(math.ceil(shape[0] / len(small)), 1, 1, 1)[:shape[0]].expand(shape)
+    return small.repeat(math.ceil(shape[0] / len(small)), 1, 1, 1)[: shape[0]].expand(shape)
 
 
 def two_masks():

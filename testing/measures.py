@@ -51,18 +51,40 @@ def guider(model, positive=None):
     return h.outputs(custom.BasicGuider, model, h.conditioning() if positive is None else positive)[0]
 
 
-def check(model, method="with score", steps=32, batch=2, positive=None, end_percent=0.95, probes=1, seed=0, latent=None,
-          noise=None, sigmas=None, **optional):
+def check(
+    model,
+    method="with score",
+    steps=32,
+    batch=2,
+    positive=None,
+    end_percent=0.95,
+    probes=1,
+    seed=0,
+    latent=None,
+    noise=None,
+    sigmas=None,
+    **optional,
+):
     """The outputs of ScoreAlignmentCheck: aligned, cosine, report, plot, latent, scale, response."""
     latent = h.empty_latent(batch) if latent is None else latent
     return h.outputs(
-        ScoreAlignmentCheck, guider(model, positive), h.random_noise() if noise is None else noise, latent,
-        h.schedule(model, steps) if sigmas is None else sigmas, method, end_percent, probes, seed, **optional)
+        ScoreAlignmentCheck,
+        guider(model, positive),
+        h.random_noise() if noise is None else noise,
+        latent,
+        h.schedule(model, steps) if sigmas is None else sigmas,
+        method,
+        end_percent,
+        probes,
+        seed,
+        **optional,
+    )
 
 
 def without_forward_mode(model):
     """The model with its tangent dropped, as by a patch that leaves the graph."""
     model = h.kept(model.clone())
-    model.add_wrapper(WrappersMP.APPLY_MODEL, lambda executor, x, *args, **kwargs: executor(
-        forward_ad.unpack_dual(x).primal, *args, **kwargs))
+    model.add_wrapper(
+        WrappersMP.APPLY_MODEL, lambda executor, x, *args, **kwargs: executor(forward_ad.unpack_dual(x).primal, *args, **kwargs)
+    )
     return model

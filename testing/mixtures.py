@@ -27,8 +27,7 @@ class Mixture:
         basis = torch.linalg.qr(normal(dim, dim)).Q
         variances = 10 ** (-2 * uniform(1)) * (0.3 + 0.7 * uniform(dim))
         weights = 0.2 + uniform()
-        return cls(weights / weights.sum(1, keepdim=True), 1.5 * normal(dim),
-                   basis @ torch.diag_embed(variances) @ basis.mT)
+        return cls(weights / weights.sum(1, keepdim=True), 1.5 * normal(dim), basis @ torch.diag_embed(variances) @ basis.mT)
 
     def _parts(self, y, s):
         """Joint log-densities (B, K), and the scores of the components (B, K, D)."""

@@ -8,10 +8,22 @@ from density_guidance.testing import host_runs as h
 
 CONTEXT = 16
 _UNET = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
-    "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],
-    "transformer_depth_middle": 1, "use_spatial_transformer": True, "use_linear_in_transformer": False,
-    "context_dim": CONTEXT, "num_heads": 4, "num_head_channels": -1, "adm_in_channels": None, "legacy": False,
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "context_dim": CONTEXT,
+    "num_heads": 4,
+    "num_head_channels": -1,
+    "adm_in_channels": None,
+    "legacy": False,
 }
 
 
@@ -37,9 +49,21 @@ def unet_conditioning(seed=0, rows=1):
 
 
 _FLUX = {
-    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": CONTEXT,
-    "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [8, 12, 12],
-    "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 8,
+    "context_in_dim": CONTEXT,
+    "hidden_size": 64,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [8, 12, 12],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": False,
 }
 
 
@@ -58,5 +82,4 @@ def dit(dtype=torch.float32, seed=0):
 
 def dit_conditioning(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(1, 7, CONTEXT, generator=generator),
-             {"pooled_output": torch.randn(1, 8, generator=generator)}]]
+    return [[torch.randn(1, 7, CONTEXT, generator=generator), {"pooled_output": torch.randn(1, 8, generator=generator)}]]

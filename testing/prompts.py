@@ -32,8 +32,13 @@ def inputs_of(workflow, class_type):
 
 def made_small(workflow, steps=6):
     """The same nodes and links with few steps, levels and images of the smallest size."""
-    small = {"size": lambda v: str(SIZE), "batch_size": lambda v: min(v, 2), "steps": lambda v: steps,
-             "step": lambda v: steps - 1, "values": lambda v: ",".join(v.split(",")[:2])}
+    small = {
+        "size": lambda v: str(SIZE),
+        "batch_size": lambda v: min(v, 2),
+        "steps": lambda v: steps,
+        "step": lambda v: steps - 1,
+        "values": lambda v: ",".join(v.split(",")[:2]),
+    }
     for node in workflow.values():
         for name, value in node["inputs"].items():
             if name in small and not isinstance(value, list):
@@ -50,7 +55,8 @@ def small_run(quantile, prefix, steps=4, batch_size=2, size=str(SIZE)):
     inputs_of(workflow, "SaveImage").update(filename_prefix=prefix)
     workflow["latent"] = {
         "class_type": "SaveLatent",
-        "inputs": {"samples": [node_of(workflow, "KSampler"), 0], "filename_prefix": prefix}}
+        "inputs": {"samples": [node_of(workflow, "KSampler"), 0], "filename_prefix": prefix},
+    }
     return workflow
 
 

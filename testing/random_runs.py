@@ -16,10 +16,31 @@ from ..nodes.stochastic_variation import VARIATION_SEED, VARY
 from . import host_runs as h
 from . import tiny_models
 
-FAMILIES = ["sd2", "sd3", "flux", "wan21", "qwen_image", "cosmos_predict2", "stable_audio", "hunyuan3d",
-            "chroma_radiance", "lotus"]
-INPUTS = ("quantile", "detail_shift", "start_percent", "end_percent", "scale", "curve", "mask", "sampling type",
-          "sigmas are", "sigmas have", "reference_image")
+FAMILIES = [
+    "sd2",
+    "sd3",
+    "flux",
+    "wan21",
+    "qwen_image",
+    "cosmos_predict2",
+    "stable_audio",
+    "hunyuan3d",
+    "chroma_radiance",
+    "lotus",
+]
+INPUTS = (
+    "quantile",
+    "detail_shift",
+    "start_percent",
+    "end_percent",
+    "scale",
+    "curve",
+    "mask",
+    "sampling type",
+    "sigmas are",
+    "sigmas have",
+    "reference_image",
+)
 OWN_SAMPLERS = ("StochasticDetailVariation", "DensityTargetSampler")
 
 fraction = st.floats(0, 1, width=32)
@@ -27,36 +48,79 @@ window = st.tuples(fraction, fraction).map(sorted).filter(lambda w: w[0] < w[1])
 quantile = st.sampled_from([0.001, 0.5, 0.999]) | st.floats(0.001, 0.999)
 masks = st.none() | st.builds(
     lambda kind, n, height, width, seed: {
-        "zero": torch.zeros(n, height, width), "one": torch.ones(n, height, width),
+        "zero": torch.zeros(n, height, width),
+        "one": torch.ones(n, height, width),
         "random": torch.rand(n, height, width, generator=torch.Generator().manual_seed(seed)),
     }[kind],
-    st.sampled_from(["zero", "one", "random"]), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40),
-    st.integers(0, 99))
+    st.sampled_from(["zero", "one", "random"]),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(0, 99),
+)
 detail_shift = st.just(0.0) | st.floats(-2, 2)
 windows = st.just([0.0, 1.0]) | window
 quantiles = st.none() | st.lists(quantile, min_size=1, max_size=3)
-guidance = st.fixed_dictionaries({
-    "node": st.sampled_from(["DensityGuidanceSampler", "DensityGuidanceModel"]),
-    "quantile": quantile, "detail_shift": detail_shift, "window": windows, "quantiles": quantiles,
-    "mask": masks, "curve": st.none() | st.lists(st.floats(0, 8), min_size=1, max_size=5).filter(any)})
-variation = st.fixed_dictionaries({
-    "node": st.just("StochasticDetailVariation"), "quantile": quantile, "detail_shift": detail_shift, "window": windows,
-    "quantiles": quantiles, "mask": masks, "vary": st.sampled_from(VARY.options), "strength": st.floats(0, MAX_STRENGTH),
-    "seed": st.integers(0, VARIATION_SEED.high), "correction": st.sampled_from(list(CORRECTIONS)), "probes": st.integers(1, 2)})
-target = st.fixed_dictionaries({
-    "node": st.just("DensityTargetSampler"), "target": st.sampled_from([ABSOLUTE, SHIFT, SAME]),
-    "value": st.just(0.0) | st.floats(-20, 20), "reference": st.integers(-1, 3)})
-prior = st.fixed_dictionaries({
-    "node": st.sampled_from(["PriorGuidanceScale", "PriorGuidanceModel"]),
-    "quantile": quantile, "scale": st.floats(0, 10), "match": st.booleans()})
+guidance = st.fixed_dictionaries(
+    {
+        "node": st.sampled_from(["DensityGuidanceSampler", "DensityGuidanceModel"]),
+        "quantile": quantile,
+        "detail_shift": detail_shift,
+        "window": windows,
+        "quantiles": quantiles,
+        "mask": masks,
+        "curve": st.none() | st.lists(st.floats(0, 8), min_size=1, max_size=5).filter(any),
+    }
+)
+variation = st.fixed_dictionaries(
+    {
+        "node": st.just("StochasticDetailVariation"),
+        "quantile": quantile,
+        "detail_shift": detail_shift,
+        "window": windows,
+        "quantiles": quantiles,
+        "mask": masks,
+        "vary": st.sampled_from(VARY.options),
+        "strength": st.floats(0, MAX_STRENGTH),
+        "seed": st.integers(0, VARIATION_SEED.high),
+        "correction": st.sampled_from(list(CORRECTIONS)),
+        "probes": st.integers(1, 2),
+    }
+)
+target = st.fixed_dictionaries(
+    {
+        "node": st.just("DensityTargetSampler"),
+        "target": st.sampled_from([ABSOLUTE, SHIFT, SAME]),
+        "value": st.just(0.0) | st.floats(-20, 20),
+        "reference": st.integers(-1, 3),
+    }
+)
+prior = st.fixed_dictionaries(
+    {
+        "node": st.sampled_from(["PriorGuidanceScale", "PriorGuidanceModel"]),
+        "quantile": quantile,
+        "scale": st.floats(0, 10),
+        "match": st.booleans(),
+    }
+)
 quick = guidance | prior
-runs = st.fixed_dictionaries({
-    "family": st.sampled_from(FAMILIES), "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
-    "sampler": st.sampled_from(comfy.samplers.SAMPLER_NAMES), "own": st.booleans(),
-    "scheduler": st.sampled_from(comfy.samplers.SCHEDULER_NAMES), "steps": st.integers(1, 6),
-    "denoise": st.just(1.0) | st.floats(0.05, 1), "batch": st.integers(1, 3), "seed": st.integers(0, 2**64 - 1),
-    "cfg": st.sampled_from([1.0, 3.0]), "noise_mask": masks, "halved": st.tuples(st.booleans(), st.booleans()),
-    "nodes": st.lists(quick | quick | quick | quick | quick | variation | target, min_size=1, max_size=3)})
+runs = st.fixed_dictionaries(
+    {
+        "family": st.sampled_from(FAMILIES),
+        "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+        "sampler": st.sampled_from(comfy.samplers.SAMPLER_NAMES),
+        "own": st.booleans(),
+        "scheduler": st.sampled_from(comfy.samplers.SCHEDULER_NAMES),
+        "steps": st.integers(1, 6),
+        "denoise": st.just(1.0) | st.floats(0.05, 1),
+        "batch": st.integers(1, 3),
+        "seed": st.integers(0, 2**64 - 1),
+        "cfg": st.sampled_from([1.0, 3.0]),
+        "noise_mask": masks,
+        "halved": st.tuples(st.booleans(), st.booleans()),
+        "nodes": st.lists(quick | quick | quick | quick | quick | variation | target, min_size=1, max_size=3),
+    }
+)
 
 
 @lru_cache
@@ -77,9 +141,18 @@ def _with_nodes(run, model, sampler, noise):
             sampler = h.outputs(DensityTargetSampler, node["target"], node["value"], node["reference"], 0.002, 1, 1)[0]
         elif node["node"] == "StochasticDetailVariation":
             sampler = h.outputs(
-                StochasticDetailVariation, node["quantile"], node["detail_shift"], node["vary"], node["strength"],
-                *node["window"], node["seed"], node["correction"], node["probes"], quantiles=node["quantiles"],
-                mask=node["mask"])[0]
+                StochasticDetailVariation,
+                node["quantile"],
+                node["detail_shift"],
+                node["vary"],
+                node["strength"],
+                *node["window"],
+                node["seed"],
+                node["correction"],
+                node["probes"],
+                quantiles=node["quantiles"],
+                mask=node["mask"],
+            )[0]
         else:
             common = (node["quantile"], node["detail_shift"], *node["window"])
             more = {"mask": node["mask"], "curve": node["curve"], "quantiles": node["quantiles"]}
@@ -93,9 +166,13 @@ def _with_nodes(run, model, sampler, noise):
 def host_state(model):
     """What must be the same after a run: the host's lists, torch's defaults and random state, the model's patches."""
     return {
-        "samplers": tuple(comfy.samplers.SAMPLER_NAMES), "schedulers": tuple(comfy.samplers.SCHEDULER_NAMES),
-        "dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(), "grad": torch.is_grad_enabled(),
-        "random": torch.random.get_rng_state().numpy().tobytes(), "options": repr(model.model_options),
+        "samplers": tuple(comfy.samplers.SAMPLER_NAMES),
+        "schedulers": tuple(comfy.samplers.SCHEDULER_NAMES),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "random": torch.random.get_rng_state().numpy().tobytes(),
+        "options": repr(model.model_options),
         "patches": (len(model.patches), len(model.object_patches), len(model.wrappers), len(model.callbacks)),
     }
 
@@ -112,8 +189,11 @@ def check(run, seen=None):
     latent = {"samples": torch.randn(shape, generator=generator)}
     if run["noise_mask"] is not None and latent["samples"].ndim == 4:
         latent["noise_mask"] = run["noise_mask"][:, None]
-    conds = {"positive": tiny_models.conditioning(run["family"], 1), "cfg": run["cfg"],
-             "negative": tiny_models.conditioning(run["family"], 2) if run["cfg"] > 1 else None}
+    conds = {
+        "positive": tiny_models.conditioning(run["family"], 1),
+        "cfg": run["cfg"],
+        "negative": tiny_models.conditioning(run["family"], 2) if run["cfg"] > 1 else None,
+    }
 
     def sample(model, sampler, noise):
         torch.manual_seed(2)
@@ -156,8 +236,9 @@ def explore(count, number):
     gc.freeze()  # the host collects garbage at every other run; what is there already need not be looked through
 
     @seed(number)
-    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
     @given(runs)
     def example(run):
         check(run, seen)

@@ -32,7 +32,7 @@ def runs():
 
 def kept(tensor):
     """What of a result is recorded: a tensor in float32, or float64 where numbers were returned."""
-    return tensor[..., :].flatten()[::STRIDE if tensor.ndim > 2 else 1].clone()
+    return tensor[..., :].flatten()[:: STRIDE if tensor.ndim > 2 else 1].clone()
 
 
 def record(path=FILE):
@@ -61,8 +61,17 @@ def _node(name, **inputs):
 
 
 _GUIDANCE = {"quantile": 0.5, "detail_shift": 0.0, "start_percent": 0.0, "end_percent": 1.0}
-_VARIATION = {"quantile": 0.5, "detail_shift": 0.0, "vary": "everything", "strength": 1.0, "start_percent": 0.0,
-              "end_percent": 1.0, "variation_seed": 5, "correction": "expected", "probes": 1}
+_VARIATION = {
+    "quantile": 0.5,
+    "detail_shift": 0.0,
+    "vary": "everything",
+    "strength": 1.0,
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+    "variation_seed": 5,
+    "correction": "expected",
+    "probes": 1,
+}
 
 
 def _guided(sampler, **inputs):
@@ -82,7 +91,8 @@ def _on_the_exact_model(prediction):
     def sample(make_sampler, latent=None, noise=None, patched=None, schedule=None):
         schedule = (sigmas if schedule is None else schedule).clone()
         return lambda: h.picture(
-            patched() if patched else model, make_sampler(), schedule.clone(), latent=latent, noise=noise and noise())
+            patched() if patched else model, make_sampler(), schedule.clone(), latent=latent, noise=noise and noise()
+        )
 
     settings = {
         "quantile": {"quantile": 0.3},
@@ -103,37 +113,57 @@ def _on_the_exact_model(prediction):
         found[f"{sampler or 'own'}: neutral"] = sample(lambda s=sampler: _guided(s))
         found[f"{sampler or 'own'}: inpainting"] = sample(lambda s=sampler: _guided(s, quantile=0.2), inpainting)
         found[f"{sampler or 'own'}: inpainting, mask"] = sample(
-            lambda s=sampler: _guided(s, quantile=0.2, mask=_mask().flip(-1)), inpainting)
+            lambda s=sampler: _guided(s, quantile=0.2, mask=_mask().flip(-1)), inpainting
+        )
     for sampler in ("heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "dpmpp_2m_sde", "lcm", "euler_cfg_pp"):
         found[f"{sampler}: quantile"] = sample(lambda s=sampler: _guided(s, quantile=0.3))
         if sampler == "uni_pc":  # leaves 0.001 for the 0 of a schedule, and what follows was recorded with that
             sigmas = torch.cat([sigmas[:-1], torch.tensor([0.001])])
     found["model patch: quantile"] = sample(
         lambda: h.core_sampler("heun"),
-        patched=lambda: h.kept(_node("DensityGuidanceModel", model=model, **{**_GUIDANCE, "quantile": 0.3})[0]))
+        patched=lambda: h.kept(_node("DensityGuidanceModel", model=model, **{**_GUIDANCE, "quantile": 0.3})[0]),
+    )
     prior = {"quantile": 0.3, "scale": 1.01, "match_quantile": True}
     found["prior scale"] = sample(
-        lambda: h.core_sampler("euler"), noise=lambda: _node("PriorGuidanceScale", noise=h.random_noise(), **prior)[0])
+        lambda: h.core_sampler("euler"), noise=lambda: _node("PriorGuidanceScale", noise=h.random_noise(), **prior)[0]
+    )
     found["prior model"] = sample(
-        lambda: h.core_sampler("euler"), patched=lambda: h.kept(_node("PriorGuidanceModel", model=model, **prior)[0]))
+        lambda: h.core_sampler("euler"), patched=lambda: h.kept(_node("PriorGuidanceModel", model=model, **prior)[0])
+    )
     for vary in ("fine details", "structure", "custom"):
         found[f"variation: {vary}"] = sample(lambda v=vary: _varied(vary=v, quantile=0.4))
     for correction, probes in (("hutchinson", 2), ("exact", 1)):
         found[f"variation: {correction}"] = sample(lambda c=correction, p=probes: _varied(correction=c, probes=p))
     found["variation: mask, lists, index"] = sample(
-        lambda: _varied(quantiles=[0.2, 0.6], variation_index=[3.0, 3.0], mask=_mask()))
+        lambda: _varied(quantiles=[0.2, 0.6], variation_index=[3.0, 3.0], mask=_mask())
+    )
     found["variation: inpainting"] = sample(lambda: _varied(), inpainting)
-    found["exact log-density"] = lambda: _numbers(*_node(
-        "ExactLogDensity", model=model, latent={"samples": h.picture(model, _guided(None, quantile=0.3), sigmas[:-1])},
-        sigmas=sigmas[:-1])[0])
-    found["log-density"] = lambda: _numbers(*_node(
-        "LogDensity", guider=guider, latent={"samples": h.picture(model, "euler", sigmas)}, steps=12, probes=2, seed=3,
-        noise_floor=0.2)[0])
-    for target, value in (("shift from the unguided run", 0.1), ("bits per dimension", 1.3),
-                          ("same for the whole batch", 0.0)):
+    found["exact log-density"] = lambda: _numbers(
+        *_node(
+            "ExactLogDensity",
+            model=model,
+            latent={"samples": h.picture(model, _guided(None, quantile=0.3), sigmas[:-1])},
+            sigmas=sigmas[:-1],
+        )[0]
+    )
+    found["log-density"] = lambda: _numbers(
+        *_node(
+            "LogDensity",
+            guider=guider,
+            latent={"samples": h.picture(model, "euler", sigmas)},
+            steps=12,
+            probes=2,
+            seed=3,
+            noise_floor=0.2,
+        )[0]
+    )
+    for target, value in (("shift from the unguided run", 0.1), ("bits per dimension", 1.3), ("same for the whole batch", 0.0)):
         found[f"target: {target}"] = sample(
-            lambda t=target, v=value: _node("DensityTargetSampler", target=t, value=v, reference_image=-1, tolerance=0.002,
-                                            max_passes=2, probes=1)[0], schedule=sigmas[:-1])
+            lambda t=target, v=value: _node(
+                "DensityTargetSampler", target=t, value=v, reference_image=-1, tolerance=0.002, max_passes=2, probes=1
+            )[0],
+            schedule=sigmas[:-1],
+        )
     for name in (None, "euler", "target"):
         found[f"trace: {name or 'own'}"] = lambda n=name: _trace(guider, n, sigmas)
     for method in ("with score", "without score", "both", "finite scale"):
@@ -143,19 +173,45 @@ def _on_the_exact_model(prediction):
 
 def _trace(guider, name, sigmas):
     if name == "target":
-        sampler = _node("DensityTargetSampler", target="shift from the unguided run", value=0.1, reference_image=-1,
-                        tolerance=0.01, max_passes=2, probes=1)[0]
+        sampler = _node(
+            "DensityTargetSampler",
+            target="shift from the unguided run",
+            value=0.1,
+            reference_image=-1,
+            tolerance=0.01,
+            max_passes=2,
+            probes=1,
+        )[0]
     else:
         sampler = _guided(name, quantile=0.3)
-    trace = json.loads(_node("DensityTrace", noise=h.random_noise(), guider=guider, sampler=sampler, sigmas=sigmas,
-                             latent_image=h.empty_latent(), exact_trace=True)[3])
+    trace = json.loads(
+        _node(
+            "DensityTrace",
+            noise=h.random_noise(),
+            guider=guider,
+            sampler=sampler,
+            sigmas=sigmas,
+            latent_image=h.empty_latent(),
+            exact_trace=True,
+        )[3]
+    )
     return _numbers(*(v for row in trace["rows"] for key in sorted(row) if isinstance(row[key], list) for v in row[key]))
 
 
 def _alignment(guider, method, sigmas):
     aligned, cosine, _, _, latent, scale, response = _node(
-        "ScoreAlignmentCheck", guider=guider, noise=h.random_noise(), latent_image=h.empty_latent(), sigmas=sigmas,
-        method=method, end_percent=0.95, probes=1, seed=2, detail_shift=0.02, scale_step=0.01)
+        "ScoreAlignmentCheck",
+        guider=guider,
+        noise=h.random_noise(),
+        latent_image=h.empty_latent(),
+        sigmas=sigmas,
+        method=method,
+        end_percent=0.95,
+        probes=1,
+        seed=2,
+        detail_shift=0.02,
+        scale_step=0.01,
+    )
     return torch.cat([_numbers(float(aligned), cosine, scale, *response), latent["samples"].flatten()[::STRIDE].double()])
 
 
@@ -168,7 +224,8 @@ def _on_networks():
         "dit flow": lambda dtype: networks.dit(dtype),
     }
     samplers = {
-        "own": lambda: _guided(None, quantile=0.3), "euler": lambda: _guided("euler", quantile=0.3),
+        "own": lambda: _guided(None, quantile=0.3),
+        "euler": lambda: _guided("euler", quantile=0.3),
         "variation": lambda: _varied(correction="hutchinson"),
     }
     for kind, make in models.items():
@@ -176,9 +233,11 @@ def _on_networks():
         latent = {"samples": latents[kind.split()[0]]}
         for dtype in (torch.float32, torch.bfloat16):
             for name, sampler in samplers.items():
+
                 def run(make=make, dtype=dtype, sampler=sampler, conditioning=conditioning, latent=latent):
                     model = make(dtype)
                     return h.picture(model, sampler(), h.schedule(model, 6), latent=latent, positive=conditioning)
+
                 found[f"{kind}, {str(dtype).removeprefix('torch.')}, {name}"] = run
     return found
 
@@ -186,12 +245,17 @@ def _on_networks():
 def _with_the_demo_model():
     def demo(sampler):
         model, _, positive, negative, latent = _node("LoadDemoModel", class_name="rock", batch_size=2)
-        return h.picture(h.kept(model), sampler(), h.schedule(model, 4), latent=latent, positive=positive, negative=negative, cfg=2.0)
+        return h.picture(
+            h.kept(model), sampler(), h.schedule(model, 4), latent=latent, positive=positive, negative=negative, cfg=2.0
+        )
 
     def grid():
         latent, quantiles, indices, levels, columns = _node(
-            "VariationGrid", latent=h.empty_latent(1), quantiles="0.3, 0.5", variations=3)
-        return torch.cat([_numbers(*quantiles, *indices, *levels, float(columns)), latent["samples"].flatten()[::STRIDE].double()])
+            "VariationGrid", latent=h.empty_latent(1), quantiles="0.3, 0.5", variations=3
+        )
+        return torch.cat(
+            [_numbers(*quantiles, *indices, *levels, float(columns)), latent["samples"].flatten()[::STRIDE].double()]
+        )
 
     return {
         "demo model, own": lambda: demo(lambda: _guided(None, quantile=0.3)),

@@ -9,15 +9,17 @@ import torch
 def alpha_of(model, sigma):
     """alpha of one of the host's models: flow models are those whose noise is scaled by sigma and data by 1 - sigma."""
     probe = model.get_model_object("model_sampling").noise_scaling(
-        torch.tensor([0.25]), torch.zeros(1, 1), torch.ones(1, 1), False)
+        torch.tensor([0.25]), torch.zeros(1, 1), torch.ones(1, 1), False
+    )
     return 1 - sigma if float(probe) == 0.75 else 1.0
 
 
 def guided_steps(model, sigmas, start=0.0, end=1.0):
     """Numbers of the steps that guidance from `start` to `end` percent of the sampling acts on."""
     high, low = map(model.get_model_object("model_sampling").percent_to_sigma, (start, end))
-    return [i for i in range(len(sigmas) - 1)
-            if low < sigmas[i] <= high and sigmas[i + 1] > 0 and alpha_of(model, sigmas[i]) > 1e-6]
+    return [
+        i for i in range(len(sigmas) - 1) if low < sigmas[i] <= high and sigmas[i + 1] > 0 and alpha_of(model, sigmas[i]) > 1e-6
+    ]
 
 
 def push(model, sigmas, dim, quantile=0.5, detail_shift=0.0, start=0.0, end=1.0):
@@ -44,7 +46,7 @@ def guided_solver_step(model, x, denoised, sigmas, step, quantile, mask=None):
     the inpainting.
     """
     x, denoised = x.double(), denoised.double()
-    (sigma, sigma_next), (alpha, alpha_next) = sigmas[step:step + 2], (alpha_of(model, v) for v in sigmas[step:step + 2])
+    (sigma, sigma_next), (alpha, alpha_next) = sigmas[step : step + 2], (alpha_of(model, v) for v in sigmas[step : step + 2])
     eps = (x - alpha * denoised) / sigma
     inside = torch.ones_like(x) if mask is None else (mask > 0) * torch.ones_like(x)
     dim, norm2 = (v.flatten(1).sum(1) for v in (inside, inside * eps.square()))
@@ -57,11 +59,10 @@ def guided_solver_step(model, x, denoised, sigmas, step, quantile, mask=None):
 def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=None, detail_shift=0.0, window=(0.0, 1.0)):
     """How far a recorded run is from guidance of its final prediction.
 
-    sigmas: the schedule. weights: of a mask. within: None, or the mask outside of which the host replaces the prediction. factors: of the
-    strength, {step: number}; 1 where there are none.
-    Returns (largest error of the change, relative to it, and share eta - 1 of each guided step, smallest and largest).
-    The error is the part of (guided - unguided) that differs from the wanted one, projected on that.
-    Raises AssertionError where an unguided step is changed.
+    sigmas: the schedule. weights: of a mask. within: None, or the mask outside of which the host replaces the prediction.
+    factors: of the strength, {step: number}; 1 where there are none. Returns (largest error of the change, relative to it,
+    and share eta - 1 of each guided step, smallest and largest). The error is the part of (guided - unguided) that differs
+    from the wanted one, projected on that. Raises AssertionError where an unguided step is changed.
     """
     guided, inside = guided_steps(model, sigmas, *window), 1.0 if within is None else within
     pushed = lambda dim: push(model, sigmas, dim, quantile, detail_shift, *window)

@@ -16,6 +16,7 @@ import torch
 CPU = torch.device("cpu")
 WIDTH = 32  # of every text embedding
 
+# fmt: off
 _UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
     "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],
@@ -154,6 +155,7 @@ FAMILIES = {
     "lotus": Family("Lotus (image to image)", supported.LotusD, {
         **_UNET, "num_classes": "sequential", "adm_in_channels": 4}, (4, 16, 16)),
 }
+# fmt: on
 
 
 def build(name, dtype=torch.float32, seed=1):
@@ -169,9 +171,11 @@ def build(name, dtype=torch.float32, seed=1):
 
 def control_net(name):
     """A `ControlNet` of the host, tiny, for a family that is a `UNetModel`."""
-    sizes = {k: v for k, v in FAMILIES[name].sizes.items() if k not in ("out_channels", "use_temporal_attention",
-                                                                        "use_temporal_resblock",
-                                                                        "transformer_depth_output")}
+    sizes = {
+        k: v
+        for k, v in FAMILIES[name].sizes.items()
+        if k not in ("out_channels", "use_temporal_attention", "use_temporal_resblock", "transformer_depth_output")
+    }
     network = comfy.cldm.cldm.ControlNet(**sizes, hint_channels=3, device=CPU)
     _fill(network, 1)
     return comfy.controlnet.ControlNet(network, load_device=CPU)

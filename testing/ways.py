@@ -34,9 +34,9 @@ def _prior(node, thing, quantile):
 WAYS = {
     "DensityGuidanceSampler": Way(lambda run, q: run._replace(sampler=h.guided_sampler(_half(q), sampler=run.sampler))),
     "DensityGuidanceModel": Way(lambda run, q: run._replace(model=h.guided_model(run.model, _half(q)))),
-    "PriorGuidanceScale": Way(lambda run, q: run._replace(noise=_prior(PriorGuidanceScale, run.noise, q)),
-                              steers=False),
-    "PriorGuidanceModel": Way(lambda run, q: run._replace(model=h.kept(_prior(PriorGuidanceModel, run.model, q))),
-                              steers=False),
+    "PriorGuidanceScale": Way(lambda run, q: run._replace(noise=_prior(PriorGuidanceScale, run.noise, q)), steers=False),
+    "PriorGuidanceModel": Way(
+        lambda run, q: run._replace(model=h.kept(_prior(PriorGuidanceModel, run.model, q))), steers=False
+    ),
 }
 STEERING = [name for name, way in WAYS.items() if way.steers]

@@ -24,9 +24,17 @@ from ..launcher.guardian import started
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # A fresh profile asks its maker's servers for this and that: nothing of it is wanted here.
 QUIET = (
-    "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--no-default-browser-check",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
-    "--hide-scrollbars", "--remote-debugging-port=0",
+    "--headless",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
 )
 START_S = 60.0
 ANSWER_S = 60.0

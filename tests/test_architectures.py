@@ -16,8 +16,11 @@ SLOW = ("sd2", "ace_step")  # in bf16 on a CPU
 # noise with one latent of each shape. The benchmark runs every family with every node in both types: docs/architectures.md.
 RUNS = [(name, "fp32" if name in SLOW else ("fp32", "bf16")[i % 2], STEERING[i // 2 % 2]) for i, name in enumerate(ACCEPTED)]
 RUNS += [
-    ("sd3", "fp32", "PriorGuidanceScale"), ("flux", "bf16", "PriorGuidanceModel"), ("wan21", "bf16", "PriorGuidanceScale"),
-    ("hunyuan3d", "fp32", "PriorGuidanceModel")]
+    ("sd3", "fp32", "PriorGuidanceScale"),
+    ("flux", "bf16", "PriorGuidanceModel"),
+    ("wan21", "bf16", "PriorGuidanceScale"),
+    ("hunyuan3d", "fp32", "PriorGuidanceModel"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,8 +44,11 @@ def test_every_node_and_weight_type_is_among_them():
     assert {(dtype, node) for _, dtype, node in RUNS} == {(dtype, node) for dtype in architectures.DTYPES for node in WAYS}
 
 
-@pytest.mark.parametrize("name, dtype", [("pixart", "fp32"), ("wan21", "bf16"), ("stable_audio", "fp32")],
-                         ids=["image, eps", "video, flow", "audio, v"])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("pixart", "fp32"), ("wan21", "bf16"), ("stable_audio", "fp32")],
+    ids=["image, eps", "video, flow", "audio, v"],
+)
 def test_nodes_that_vary_trace_read_target_and_check(name, dtype):
     results = architectures.read(name, dtype)
     assert all(result["finite"] and result.get("neutral", True) for result in results.values()), results

@@ -66,10 +66,7 @@ def test_many_prompts_come_back_in_order(server):
             {"1": {"class_type": "EmptyImage", "inputs": {**EMPTY_IMAGE["inputs"], "width": -1}}},
             r"node 1 \(EmptyImage\): .*width",
         ),
-        (
-            {"3": {"class_type": "PreviewImage", "inputs": {}}},
-            r"node 3 \(PreviewImage\): .*missing: images",
-        ),  # 2 would run
+        ({"3": {"class_type": "PreviewImage", "inputs": {}}}, r"node 3 \(PreviewImage\): .*missing: images"),  # 2 would run
     ],
     ids=["unknown class", "missing input", "bad value", "one of two outputs"],
 )

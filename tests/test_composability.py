@@ -8,9 +8,17 @@ from density_guidance.benchmarks import composability
 from density_guidance.launcher.environment import PACK
 from density_guidance.testing.ways import STEERING
 
-METHODS = [pytest.param(name, STEERING[i % 2], marks=pytest.mark.skipif(
-    name == composability.COMPILED and not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch.compile needs a C++ compiler")) for i, name in enumerate(composability.METHODS)]
+METHODS = [
+    pytest.param(
+        name,
+        STEERING[i % 2],
+        marks=pytest.mark.skipif(
+            name == composability.COMPILED and not (shutil.which("g++") or shutil.which("clang++")),
+            reason="torch.compile needs a C++ compiler",
+        ),
+    )
+    for i, name in enumerate(composability.METHODS)
+]
 
 
 def holds(name, result, node):

@@ -82,12 +82,15 @@ def guided(x, denoised, sigma, sigmas=SCHEDULE, path=VE, z=-20.0, weights=None, 
     return control.guided_prediction(control.Control(steps, gain, weights), path, x, denoised, sigma)
 
 
-@pytest.mark.parametrize("high, low, first, last", [
-    (math.inf, 0.0, 0, 4),  # the step to zero is never guided
-    (5.0, 0.0, 1, 4),
-    (math.inf, 1.0, 0, 3),  # a step that starts at the end of the window is outside
-    (0.4, 0.0, 0, 0),
-])
+@pytest.mark.parametrize(
+    "high, low, first, last",
+    [
+        (math.inf, 0.0, 0, 4),  # the step to zero is never guided
+        (5.0, 0.0, 1, 4),
+        (math.inf, 1.0, 0, 3),  # a step that starts at the end of the window is outside
+        (0.4, 0.0, 0, 0),
+    ],
+)
 def test_guided_range_in_ve(high, low, first, last):
     r = guided_steps(SCHEDULE, VE, high, low)
     if last:
@@ -153,16 +156,19 @@ def test_guided_prediction_moves_euler_along_eta_eps(path, sigma):
     assert torch.allclose(stepped, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("path, changed", [
-    (VE, {8.0: True, 4.0: True, 1.0: False}), (FLOW, {1.0: False, 0.75: True, 0.1: False})])
+@pytest.mark.parametrize(
+    "path, changed", [(VE, {8.0: True, 4.0: True, 1.0: False}), (FLOW, {1.0: False, 0.75: True, 0.1: False})]
+)
 @pytest.mark.parametrize("z", [-1.3, torch.tensor([-1.3, 0.5, 2.0])], ids=["one z", "z of each"])
 def test_weights_of_one_change_nothing_and_an_image_without_noise_is_not_guided(path, changed, z):
     x, denoised = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(10)).unbind()
     *_, low = changed
     for sigma, expected in changed.items():
         denoised[1] = x[1] / max(path.alpha(sigma), 0.01)  # eps = 0
-        without, ones = (guided(x, denoised, [sigma] * 3, [*changed, 0.05], path, z, weights, low)
-                         for weights in (None, torch.ones(1, 1, 1, 1)))
+        without, ones = (
+            guided(x, denoised, [sigma] * 3, [*changed, 0.05], path, z, weights, low)
+            for weights in (None, torch.ones(1, 1, 1, 1))
+        )
         assert torch.allclose(without, ones, rtol=1e-6, atol=1e-6)
         assert torch.allclose(without[1], denoised[1])
         assert torch.equal(without, denoised) != expected
@@ -187,7 +193,7 @@ def test_a_batch_of_another_size_is_guided_right_or_refused():
 def test_an_image_is_guided_alike_wherever_it_lies_in_a_batch(shape):
     """Its memory begins elsewhere there: these sizes are no multiple of what a processor takes at once."""
     x, denoised = torch.randn(2, *shape, generator=torch.Generator().manual_seed(11)).unbind()
-    alone = [guided(x[i:i + 1].clone(), denoised[i:i + 1].clone(), [2.0]) for i in range(len(x))]
+    alone = [guided(x[i : i + 1].clone(), denoised[i : i + 1].clone(), [2.0]) for i in range(len(x))]
     assert torch.equal(torch.cat(alone), guided(x, denoised, [2.0]))
 
 
@@ -240,7 +246,8 @@ def test_smoothing_stops_short_of_the_peak():
             bits = units.nats_to_bits_per_dim(control.predicted_shift(gain, 6.0), d)
             assert cut == expected
             assert bits == pytest.approx(
-                control.SMOOTHEST if cut else -6 * (2 / d) ** 0.5 / math.log(2) * units.quantile_to_z(quantile))
+                control.SMOOTHEST if cut else -6 * (2 / d) ** 0.5 / math.log(2) * units.quantile_to_z(quantile)
+            )
 
 
 def test_a_schedule_that_begins_a_rounding_below_pure_noise():

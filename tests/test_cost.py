@@ -50,8 +50,7 @@ def test_the_count_of_synchronisations_sees_them():
 @MODELS
 def test_no_synchronisation_inside_a_step(model_type, shape):
     """What guidance reads from the device does not grow with the steps; the own solver reads no more than Euler."""
-    few, many = ({name: synchronisations(model_type, shape, steps, s) for name, s in ways().items()}
-                 for steps in (4, 12))
+    few, many = ({name: synchronisations(model_type, shape, steps, s) for name, s in ways().items()} for steps in (4, 12))
     for name in ("guided", "masked"):
         assert many[name] - many["plain"] == few[name] - few["plain"]
     assert many["own"] - few["own"] <= many["plain"] - few["plain"]

@@ -40,7 +40,7 @@ def test_classes_are_those_of_the_weights():
     assert classes == CLASSES and len(context) == len(CLASSES) + 1
     for i, name in enumerate([*CLASSES, ANY]):
         _, _, positive, negative, latent = h.outputs(LoadDemoModel, name, 2)
-        assert torch.equal(positive[0][0], context[i:i + 1]) and torch.equal(negative[0][0], context[-1:])
+        assert torch.equal(positive[0][0], context[i : i + 1]) and torch.equal(negative[0][0], context[-1:])
         assert latent["samples"].shape == (2, 3, 64, 64)
 
 
@@ -57,8 +57,11 @@ def test_it_predicts_its_own_pictures_from_noise(demo, plain):
     comfy.model_management.load_models_gpu([model])
     device = model.load_device
     with torch.inference_mode():
-        denoised = model.model.apply_model(x.to(device), torch.full((BATCH,), sigma, device=device),
-                                           c_crossattn=positive[0][0].expand(BATCH, -1, -1).to(device)).cpu()
+        denoised = model.model.apply_model(
+            x.to(device),
+            torch.full((BATCH,), sigma, device=device),
+            c_crossattn=positive[0][0].expand(BATCH, -1, -1).to(device),
+        ).cpu()
     variance = clean.var()
     white = x * variance / (variance + sigma**2)
     assert (denoised - clean).square().mean() < 0.8 * (white - clean).square().mean()
@@ -73,7 +76,8 @@ def test_ksampler_makes_pictures_of_the_class(demo):
         model, vae, positive, negative, latent = h.outputs(LoadDemoModel, name, BATCH)
         with torch.inference_mode():
             samples = host_nodes.KSampler().sample(
-                h.kept(model), h.SEED, STEPS, 2.0, "euler", "simple", positive, negative, latent)[0]
+                h.kept(model), h.SEED, STEPS, 2.0, "euler", "simple", positive, negative, latent
+            )[0]
             images = host_nodes.VAEDecode().decode(vae, samples)[0]
         assert images.shape == (BATCH, 64, 64, 3) and 0 <= images.min() and images.max() <= 1
         torch.testing.assert_close(images, ((samples["samples"] + 1) / 2).clamp(0, 1).movedim(1, -1))
@@ -87,10 +91,14 @@ def test_cfg_is_neutral_at_one(demo, plain):
     assert (picture(demo, negative=demo[3], cfg=3.0) - plain).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("node, inputs", [
-    ("PerturbedAttentionGuidance", {"scale": 2.0}),
-    ("SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}),
-    ("FreeU_V2", {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2})])
+@pytest.mark.parametrize(
+    "node, inputs",
+    [
+        ("PerturbedAttentionGuidance", {"scale": 2.0}),
+        ("SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}),
+        ("FreeU_V2", {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}),
+    ],
+)
 def test_attention_guidance_of_the_host_works(demo, plain, node, inputs):
     patched = picture(demo, h.core_node(node, model=demo[0], **inputs), negative=demo[3])
     assert patched.isfinite().all() and (patched - plain).abs().mean() > 1e-5
@@ -101,8 +109,10 @@ def test_lora_patches_the_weights(demo, plain, strength):
     key = "middle_block.1.transformer_blocks.0.attn2.to_v"
     out, into = demo[0].model.state_dict()[f"diffusion_model.{key}.weight"].shape
     generator = torch.Generator().manual_seed(0)
-    lora = {f"diffusion_model.{key}.lora_up.weight": torch.randn(out, 4, generator=generator),
-            f"diffusion_model.{key}.lora_down.weight": torch.randn(4, into, generator=generator)}
+    lora = {
+        f"diffusion_model.{key}.lora_up.weight": torch.randn(out, 4, generator=generator),
+        f"diffusion_model.{key}.lora_down.weight": torch.randn(4, into, generator=generator),
+    }
     model, _ = comfy.sd.load_lora_for_models(demo[0], None, lora, strength, 0.0)
     change = (picture(demo, model) - plain).abs().mean()
     assert change > 1e-3 if strength else change == 0
@@ -111,7 +121,8 @@ def test_lora_patches_the_weights(demo, plain, strength):
 @pytest.mark.parametrize("sampler", ["euler", None])
 def test_guidance_turns_the_detail_of_every_picture(demo, sampler):
     less, plain, more = (
-        high_energy(picture(demo, steps=12, sampler=h.guided_sampler(q, sampler=sampler))) for q in (0.8, 0.5, 0.2))
+        high_energy(picture(demo, steps=12, sampler=h.guided_sampler(q, sampler=sampler))) for q in (0.8, 0.5, 0.2)
+    )
     print(sampler, less.tolist(), plain.tolist(), more.tolist())
     assert (less < plain).all() and (plain < more).all()
 

@@ -51,7 +51,8 @@ def test_decoded_equals_encoded():
     sigmas = cut_schedule(model)
     guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
     output, _, _, record = h.outputs(
-        DensityTrace, h.random_noise(), guider, target_sampler(value=0.2), sigmas, h.empty_latent(8), False)
+        DensityTrace, h.random_noise(), guider, target_sampler(value=0.2), sigmas, h.empty_latent(8), False
+    )
     told = json.loads(record)["target"]
     bits, report, _ = h.outputs(LogDensity, guider, output, 32, 1, 5, told["s"])
     stated = torch.tensor([float(line.split("±")[1].split()[0]) for line in report.splitlines()[:8]])
@@ -112,27 +113,35 @@ def test_the_last_step_to_zero_is_taken():
     assert float((found - denoised).norm() / denoised.norm()) < 2e-3
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"target": "more"}, ["target", "'more'"]),
-    ({"value": math.nan}, ["value"]),
-    ({"max_passes": 0}, ["max_passes is 0"]),
-    ({"tolerance": -1}, ["tolerance is -1"]),
-    ({"probes": 0}, ["probes is 0"]),
-    ({"probes": 1.5}, ["probes is 1.5", "whole"]),
-    ({"max_passes": 1.5}, ["max_passes is 1.5", "whole"]),
-    ({"reference_image": 0.5}, ["reference_image is 0.5", "whole"]),
-], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"target": "more"}, ["target", "'more'"]),
+        ({"value": math.nan}, ["value"]),
+        ({"max_passes": 0}, ["max_passes is 0"]),
+        ({"tolerance": -1}, ["tolerance is -1"]),
+        ({"probes": 0}, ["probes is 0"]),
+        ({"probes": 1.5}, ["probes is 1.5", "whole"]),
+        ({"max_passes": 1.5}, ["max_passes is 1.5", "whole"]),
+        ({"reference_image": 0.5}, ["reference_image is 0.5", "whole"]),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
 def test_bad_settings_are_refused(change, words):
     with pytest.raises(ValueError) as error:
         target_sampler(**change)
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("sampler, sigmas, latent, words", [
-    ({"target": dt.SAME, "reference_image": 5}, None, {}, ["reference_image is 5", "2 images"]),
-    ({"value": 0.1}, [1.0, 0.0], {}, ["no step"]),
-    ({"value": 0.1}, None, {"noise_mask": torch.ones(1, 1, 32, 32)}, ["noise mask"]),
-], ids=["image", "schedule", "mask"])
+@pytest.mark.parametrize(
+    "sampler, sigmas, latent, words",
+    [
+        ({"target": dt.SAME, "reference_image": 5}, None, {}, ["reference_image is 5", "2 images"]),
+        ({"value": 0.1}, [1.0, 0.0], {}, ["no step"]),
+        ({"value": 0.1}, None, {"noise_mask": torch.ones(1, 1, 32, 32)}, ["noise mask"]),
+    ],
+    ids=["image", "schedule", "mask"],
+)
 def test_bad_runs_are_refused_before_any_call(sampler, sigmas, latent, words):
     model, seen = h.recording(h.exact_model("flow"))
     sigmas = h.schedule(model, 4) if sigmas is None else torch.tensor(sigmas)
@@ -154,7 +163,8 @@ def test_packed_parts_are_refused(monkeypatch):
     model, seen = h.recording(h.exact_model("flow"))
     extra = type(model.model).extra_conds
     monkeypatch.setattr(
-        type(model.model), "extra_conds", lambda self, **kwargs: {**extra(self, **kwargs), "latent_shapes": None})
+        type(model.model), "extra_conds", lambda self, **kwargs: {**extra(self, **kwargs), "latent_shapes": None}
+    )
     with pytest.raises(ValueError, match="packs several parts"):
         h.picture(model, target_sampler(value=0.2), h.schedule(model, 4))
     assert seen.calls == 0
@@ -174,7 +184,6 @@ class _Passes:
 
 def test_an_image_within_tolerance_is_left_alone():
     """Whether its neighbour needs another pass must not change it, though the pass may come nearer."""
-    reached = reach(
-        _Passes([0.0, 0.0], [0.9, 3.0], [1.0, 1.05]), lambda unguided: torch.ones_like(unguided), 0.2, 2)
+    reached = reach(_Passes([0.0, 0.0], [0.9, 3.0], [1.0, 1.05]), lambda unguided: torch.ones_like(unguided), 0.2, 2)
     assert reached.x.flatten().tolist() == [1, 2] and reached.achieved.tolist() == [0.9, 1.05]
     assert reached.passes == 2

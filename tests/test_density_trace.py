@@ -27,8 +27,7 @@ def traced(model, sampler, sigmas, batch=4, exact=False):
     """(samples, rows, whole record, plot)."""
     guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
     sampler = h.core_sampler(sampler) if isinstance(sampler, str) else sampler
-    output, _, plot, record = h.outputs(
-        DensityTrace, h.random_noise(), guider, sampler, sigmas, h.empty_latent(batch), exact)
+    output, _, plot, record = h.outputs(DensityTrace, h.random_noise(), guider, sampler, sigmas, h.empty_latent(batch), exact)
     record = json.loads(record)
     return output["samples"], record["rows"], record, plot
 
@@ -62,7 +61,8 @@ def test_shift_so_far_is_what_guidance_predicts(prediction, scheduler):
     _, plain, _, _ = traced(model, h.guided_sampler(), sigmas)
     first = 1 if prediction == "flow" else 0
     part = math.log(guided[first]["s"] / guided[-1]["s"]) / math.log(
-        guided[first]["s"] / path_of(model.model.model_sampling).s(float(sigmas[-1])))
+        guided[first]["s"] / path_of(model.model.model_sampling).s(float(sigmas[-1]))
+    )
     found = torch.tensor(guided[-1]["shift"]) - torch.tensor(plain[-1]["shift"])
     assert found.tolist() == pytest.approx([0.2 * part] * 4, rel=0.05)
     assert all(abs(v) < 0.02 for v in plain[-1]["shift"])
@@ -123,8 +123,9 @@ def test_exact_trace_of_a_guided_run_is_the_models_density(way):
     quantile is about 20 standard errors away."""
     model = h.exact_model("flow")
     sigmas = h.schedule(model, 33)[:-1]
-    guided, sampler = (model, h.guided_sampler(0.1, sampler="euler")) if way == "sampler" else (
-        h.guided_model(model, 0.1), "euler")
+    guided, sampler = (
+        (model, h.guided_sampler(0.1, sampler="euler")) if way == "sampler" else (h.guided_model(model, 0.1), "euler")
+    )
     _, rows, _, _ = traced(guided, sampler, sigmas, 8, exact=True)
     exact = exact_at_last_row(guided, sampler, sigmas, 8)
     z = (torch.tensor(rows[-1]["bits_per_dim"]) - exact) / torch.tensor(rows[-1]["standard_error"])
@@ -187,16 +188,27 @@ def test_repeated_and_rising_noise_levels_are_recorded_once(exact):
     assert rows[-1]["eps_energy"] == pytest.approx(expected[-1]["eps_energy"], rel=1e-3)
 
 
-@pytest.mark.parametrize("latent, words", [
-    ({"noise_mask": torch.ones(1, 1, 32, 32)}, "noise mask"),
-    ({"samples": comfy.nested_tensor.NestedTensor([torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4)])}, "packs several"),
-], ids=["mask", "parts"])
+@pytest.mark.parametrize(
+    "latent, words",
+    [
+        ({"noise_mask": torch.ones(1, 1, 32, 32)}, "noise mask"),
+        ({"samples": comfy.nested_tensor.NestedTensor([torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4)])}, "packs several"),
+    ],
+    ids=["mask", "parts"],
+)
 def test_what_has_no_density_of_the_whole_image_is_refused(latent, words):
     model, seen = h.recording(h.exact_model("eps"))
     guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
     with pytest.raises(ValueError, match=words):
-        h.outputs(DensityTrace, h.random_noise(), guider, h.core_sampler("euler"), h.schedule(model, 4),
-                  {**h.empty_latent(), **latent}, False)
+        h.outputs(
+            DensityTrace,
+            h.random_noise(),
+            guider,
+            h.core_sampler("euler"),
+            h.schedule(model, 4),
+            {**h.empty_latent(), **latent},
+            False,
+        )
     assert seen.calls == 0
 
 
@@ -215,8 +227,15 @@ def test_numbers_that_json_has_not_are_null():
     model = h.free_model("FLOW", lambda x, t: x * math.nan)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds([[None, {}]], [[None, {}]])
-    *_, record = h.outputs(DensityTrace, h.random_noise(), guider, h.core_sampler("euler"), h.schedule(model, 4),
-                           {"samples": torch.zeros(1, 4, 8, 8)}, False)
+    *_, record = h.outputs(
+        DensityTrace,
+        h.random_noise(),
+        guider,
+        h.core_sampler("euler"),
+        h.schedule(model, 4),
+        {"samples": torch.zeros(1, 4, 8, 8)},
+        False,
+    )
     rows = json.loads(record, parse_constant=pytest.fail)["rows"]
     assert [row["eps_energy"] for row in rows[1:]] == [[None]] * 3
 

@@ -64,10 +64,14 @@ class _Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("compute", [
-    lambda x: divergence.difference_step(x, x, torch.float32, 2.0),
-    lambda x: divergence.directional_derivative(torch.sin, x, x, "differences", 0.1),
-], ids=["scale", "step"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: divergence.difference_step(x, x, torch.float32, 2.0),
+        lambda x: divergence.directional_derivative(torch.sin, x, x, "differences", 0.1),
+    ],
+    ids=["scale", "step"],
+)
 def test_numbers_are_not_copied_to_the_device_as_tensors(compute):
     """A copy from the host's memory waits for the device."""
     with _Operators() as seen:
@@ -93,10 +97,14 @@ def test_probes_depend_on_seed_image_and_call_alone():
     assert abs(float(full.sum())) < 5 * 768**0.5
 
 
-@pytest.mark.parametrize("build, words", [
-    (lambda x: divergence.directional_derivative(torch.sin, x, x, "backward"), ["method", "'backward'", "forward"]),
-    (lambda x: divergence.directional_derivative(torch.sin, x, x[:1], "forward"), ["v has shape (1, 8)", "(2, 8)"]),
-], ids=["method", "shape"])
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda x: divergence.directional_derivative(torch.sin, x, x, "backward"), ["method", "'backward'", "forward"]),
+        (lambda x: divergence.directional_derivative(torch.sin, x, x[:1], "forward"), ["v has shape (1, 8)", "(2, 8)"]),
+    ],
+    ids=["method", "shape"],
+)
 def test_errors_name_what_is_wrong(build, words):
     with pytest.raises(ValueError) as error:
         build(torch.ones(2, 8))
@@ -117,13 +125,17 @@ def _detached(x):
     return 0.5 * x.sin() + 0.5 * torch.autograd.forward_ad.unpack_dual(x).primal.sin()
 
 
-@pytest.mark.parametrize("network, method, words", [
-    (torch.sin, "forward", ["forward-mode AD", "0.0"]),
-    (_NoForward.apply, "differences", ["failed"]),
-    (_detached, "differences", ["differs", "%"]),
-    (lambda x: x.detach() * 0 + 3.0, "forward", ["0.00%"]),
-    (lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x), "forward", ["0.0"]),
-], ids=["smooth", "refused", "wrong", "constant", "attention"])
+@pytest.mark.parametrize(
+    "network, method, words",
+    [
+        (torch.sin, "forward", ["forward-mode AD", "0.0"]),
+        (_NoForward.apply, "differences", ["failed"]),
+        (_detached, "differences", ["differs", "%"]),
+        (lambda x: x.detach() * 0 + 3.0, "forward", ["0.00%"]),
+        (lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x), "forward", ["0.0"]),
+    ],
+    ids=["smooth", "refused", "wrong", "constant", "attention"],
+)
 def test_the_method_is_found_out(network, method, words):
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     found, reason = divergence.method_of(network, x, divergence.rademacher(x, 0, 0))
@@ -133,6 +145,7 @@ def test_the_method_is_found_out(network, method, words):
 
 def test_lack_of_memory_passes_through_the_trial():
     """Another time there may be enough: it is no property of the network."""
+
     def network(x):
         if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise torch.OutOfMemoryError("out of memory")

@@ -62,18 +62,27 @@ def test_the_readme_is_short():
 r = MEASURED
 SETTINGS, RIVALS = r["paper_experiments"]["settings"], r["paper_experiments"]["rivals"]
 TRAINING = r["demo_model"]["training"]
-STRUCTURE = [by["structure"][str(c)]["low"] / by["seeds"]["low"] for by in r["variation"]["diversity"].values()
-             for c in variation.STRENGTHS if c >= 1]
+STRUCTURE = [
+    by["structure"][str(c)]["low"] / by["seeds"]["low"]
+    for by in r["variation"]["diversity"].values()
+    for c in variation.STRENGTHS
+    if c >= 1
+]
 READOUTS = [e["bits_error"] for by in r["paper_experiments"]["control"].values() for e in by.values()]
 CALLS = {c: e["calls"] for c, e in r["variation"]["kept"]["eps"].items()}
 CLAIMS = [  # page, words of its text
     ("architectures", f"sampled with {r['architectures']['steps']} Euler steps"),
-    ("composability", f"{r['composability']['steps']} steps, CFG {r['composability']['cfg']:g}, quantile "
-                      f"{r['composability']['quantile']:g}"),
+    (
+        "composability",
+        f"{r['composability']['steps']} steps, CFG {r['composability']['cfg']:g}, quantile {r['composability']['quantile']:g}",
+    ),
     ("composability", f"differ from one run by {r['composability']['two_stages']:.0e} of the largest number"),
-    ("demo_model", f"--config {TRAINING['config']['name']}` trained it: {TRAINING['parameters'] / 1e6:.1f} million parameters, "
-                   f"{TRAINING['config']['steps']} steps of {TRAINING['config']['batch']} images, "
-                   f"{TRAINING['seconds'] / 60:.0f} minutes"),
+    (
+        "demo_model",
+        f"--config {TRAINING['config']['name']}` trained it: {TRAINING['parameters'] / 1e6:.1f} million parameters, "
+        f"{TRAINING['config']['steps']} steps of {TRAINING['config']['batch']} images, "
+        f"{TRAINING['seconds'] / 60:.0f} minutes",
+    ),
     ("demo_model", f"The loss at the end of the training is {TRAINING['loss'][-1][1]:.4f}"),
     ("demo_model", f"the {r['demo_model']['held_out_pictures']} images held out"),
     ("demo_model", f"For {r['demo_model']['queries']} images of each kind"),
@@ -81,27 +90,45 @@ CLAIMS = [  # page, words of its text
     ("detail_shift", f"quantile {r['detail_shift']['quantile']:g} against 0.5, {r['detail_shift']['steps']} steps"),
     ("detail_shift", f"nats per dimension: {r['detail_shift']['accuracy_steps']} steps"),
     ("detail_shift", f"bits per dimension over {r['detail_shift']['seeds']} seeds"),
-    ("how_to_choose", f"8 steps the demo model still keeps the order of levels in "
-                      f"{tables.in_order(r['paper_experiments']['few_steps']['8'], 'png'):.0%} of the seeds"),
-    ("how_to_choose", f"for {CALLS['hutchinson'] - CALLS['expected']} and {CALLS['exact'] - CALLS['expected']} calls more in a "
-                      f"run of {CALLS['expected']}"),
+    (
+        "how_to_choose",
+        f"8 steps the demo model still keeps the order of levels in "
+        f"{tables.in_order(r['paper_experiments']['few_steps']['8'], 'png'):.0%} of the seeds",
+    ),
+    (
+        "how_to_choose",
+        f"for {CALLS['hutchinson'] - CALLS['expected']} and {CALLS['exact'] - CALLS['expected']} calls more in a "
+        f"run of {CALLS['expected']}",
+    ),
     ("paper_experiments", f"{SETTINGS['seeds']} seeds of all classes, {SETTINGS['steps']} steps"),
-    ("paper_experiments", f"one probe at {SETTINGS['levels']} noise levels; the standard error of one readout is "
-                          f"{sum(READOUTS) / len(READOUTS):.2g}"),
+    (
+        "paper_experiments",
+        f"one probe at {SETTINGS['levels']} noise levels; the standard error of one readout is "
+        f"{sum(READOUTS) / len(READOUTS):.2g}",
+    ),
     ("paper_experiments", f"{SETTINGS['starts']} images, {SETTINGS['per_start']} variations each"),
     ("paper_experiments", f"at quantile {RIVALS['quantile']:g}: {RIVALS['target']:.0f} bytes"),
-    ("paper_experiments", f"{SETTINGS['held_out_crops']} crops of the {RIVALS['held_out_pictures']} held-out images, in a "
-                          f"space of {SETTINGS['features']} features (log energy in {SETTINGS['bands']} bands"),
-    ("paper_experiments", f"of {SETTINGS['bootstraps']} bootstraps over the seeds. {SETTINGS['seeds']} crops of training "
-                          f"images are {RIVALS['training_frechet']:.2f} ± {RIVALS['training_frechet_error']:.2f} away"),
-    ("paper_experiments", f"below {SETTINGS['low']:g} of the Nyquist frequency, images in [-1, 1]. Two seeds of a class are "
-                          f"{RIVALS['seeds_apart']:.3f} apart"),
+    (
+        "paper_experiments",
+        f"{SETTINGS['held_out_crops']} crops of the {RIVALS['held_out_pictures']} held-out images, in a "
+        f"space of {SETTINGS['features']} features (log energy in {SETTINGS['bands']} bands",
+    ),
+    (
+        "paper_experiments",
+        f"of {SETTINGS['bootstraps']} bootstraps over the seeds. {SETTINGS['seeds']} crops of training "
+        f"images are {RIVALS['training_frechet']:.2f} ± {RIVALS['training_frechet_error']:.2f} away",
+    ),
+    (
+        "paper_experiments",
+        f"below {SETTINGS['low']:g} of the Nyquist frequency, images in [-1, 1]. Two seeds of a class are "
+        f"{RIVALS['seeds_apart']:.3f} apart",
+    ),
     ("paper_experiments", f"## Few steps {SETTINGS['fewer_seeds']} seeds"),
     ("paper_experiments", f"## Precision {SETTINGS['both_seeds']} seeds"),
     ("robustness", f"{r['long_queue']['prompts']} prompts of mixed nodes"),
     ("robustness", f"ComfyUI {r['oldest_host']['comfyui']} is the oldest"),
     ("variation", f"{r['variation']['steps']} steps of the scheduler `simple`"),
-    ("variation", f"\"fine details\" at strength {r['variation']['strength']:g}"),
+    ("variation", f'"fine details" at strength {r["variation"]["strength"]:g}'),
     ("variation", f"over {r['variation']['variations']} variations of one image"),
     ("variation", f"are {min(STRUCTURE):.0%} to {max(STRUCTURE):.0%} as far apart"),
     ("variation", f"{variation.STIFF_PICTURES} images leave the range at CFG {variation.STIFF_CFG:g}"),
@@ -113,15 +140,18 @@ def test_numbers_in_the_text_are_the_measured_ones(page, words):
     assert words in " ".join(text(page).split())
 
 
-@pytest.mark.parametrize("page, row, column, value", [
-    ("detail_shift", "deis", "flow", f"{r['detail_shift']['measured_over_predicted']['flow']['deis']:.2f}"),
-    ("detail_shift", "beta", "v, euler", f"{r['detail_shift']['scheduler_errors']['v']['beta']['euler']:.1e}"),
-    ("log_density", "64", "ours, one probe", f"{r['log_density']['curves']['32']['ours, one probe']['64']['rms']:.1e}"),
-    ("variation", "er_sde", "eps: distance", f"{r['variation']['host_samplers']['eps']['er_sde']['distance']:.3f}"),
-    ("paper_experiments", "TSR", "PNG bytes", f"{RIVALS['rows']['TSR']['png']:.0f}"),
-    ("architectures", "Wan 2.1", "class in ComfyUI, sampling", r["architectures"]["families"]["wan21"]["class"]),
-    ("composability", "APG", "own solver", f"{r['composability']['methods']['APG']['own solver']['error']:.0e}"),
-])
+@pytest.mark.parametrize(
+    "page, row, column, value",
+    [
+        ("detail_shift", "deis", "flow", f"{r['detail_shift']['measured_over_predicted']['flow']['deis']:.2f}"),
+        ("detail_shift", "beta", "v, euler", f"{r['detail_shift']['scheduler_errors']['v']['beta']['euler']:.1e}"),
+        ("log_density", "64", "ours, one probe", f"{r['log_density']['curves']['32']['ours, one probe']['64']['rms']:.1e}"),
+        ("variation", "er_sde", "eps: distance", f"{r['variation']['host_samplers']['eps']['er_sde']['distance']:.3f}"),
+        ("paper_experiments", "TSR", "PNG bytes", f"{RIVALS['rows']['TSR']['png']:.0f}"),
+        ("architectures", "Wan 2.1", "class in ComfyUI, sampling", r["architectures"]["families"]["wan21"]["class"]),
+        ("composability", "APG", "own solver", f"{r['composability']['methods']['APG']['own solver']['error']:.0e}"),
+    ],
+)
 def test_tables_say_what_the_json_says(page, row, column, value):
     """A cell of some, looked up by the names of its row and column."""
     head, found = [], []

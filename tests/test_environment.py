@@ -162,10 +162,7 @@ def test_uv_gets_the_index_that_pip_is_set_to(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (
-            OSError(errno.EROFS, "Read-only file system", "/some/file"),
-            "/some/file: Read-only file system. {home} takes",
-        ),
+        (OSError(errno.EROFS, "Read-only file system", "/some/file"), "/some/file: Read-only file system. {home} takes"),
         (OSError(errno.ENOSPC, "No space left on device"), "{home}: No space left on device. {home} takes about 6 GB"),
         (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), "No space left on device: 'b'. {home} takes"),
     ],

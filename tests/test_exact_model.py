@@ -52,8 +52,7 @@ def dense(density, s, components=None):
     variance = density.band_variance[density.index] + s**2
     covariance = full.mT @ full + torch.diag(variance)
     normal = torch.distributions.MultivariateNormal(density.means[pick], covariance)
-    return torch.distributions.MixtureSameFamily(
-        torch.distributions.Categorical(logits=density.log_weights[pick]), normal)
+    return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=density.log_weights[pick]), normal)
 
 
 def coefficients(y):
@@ -76,7 +75,7 @@ def test_bits_per_dim_is_its_unit(small):
 @pytest.mark.parametrize("s", [0.1, 2.0, 20.0, 60.0])
 def test_score_is_the_gradient(density, s):
     y = points(density, 2, s).requires_grad_()
-    gradient, = torch.autograd.grad(density.log_prob(y, s).sum(), y)
+    (gradient,) = torch.autograd.grad(density.log_prob(y, s).sum(), y)
     assert relative(density.score(y, s).detach(), gradient) < 1e-9
     tweedie = y.detach() + s**2 * gradient
     assert relative(density.denoised(y.detach(), s), tweedie) < 1e-8
@@ -88,7 +87,8 @@ def test_laplacian_and_hessian_products_are_second_derivatives(small, s, weights
     weights = None if weights is None else few(small, *weights)
     y = points(small, 1, s)
     hessian = torch.autograd.functional.hessian(
-        lambda v: small.log_prob(v.view_as(y), s, weights).sum(), y.flatten(), vectorize=True)
+        lambda v: small.log_prob(v.view_as(y), s, weights).sum(), y.flatten(), vectorize=True
+    )
     torch.testing.assert_close(small.laplacian(y, s, weights)[0], hessian.trace(), rtol=1e-8, atol=1e-8)
     v = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert relative(small.hessian_product(y, s, v, weights).flatten(), hessian @ v.flatten()) < 1e-8
@@ -108,7 +108,7 @@ def test_noise_levels_and_weights_go_with_their_image(small):
     y, levels = points(small, 3, 1.0), torch.tensor([0.2, 5.0, 0.2])
     weights = torch.cat([few(small, 1), few(small, 2, 3), few(small, 4, 5, 6)])
     for method in (small.log_prob, small.laplacian, small.denoised):
-        alone = [method(y[i:i + 1], float(levels[i]), weights[i:i + 1]) for i in range(3)]
+        alone = [method(y[i : i + 1], float(levels[i]), weights[i : i + 1]) for i in range(3)]
         torch.testing.assert_close(method(y, levels, weights), torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
@@ -150,13 +150,17 @@ def test_samples_visit_the_components_by_weight(small):
     assert ((share - p).abs() < 5 * (p * (1 - p) / count).sqrt()).all()
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda d: d.log_prob(torch.zeros(1, 3, 16, 16), 1.0), ["(1, 3, 16, 16)", "(B, 3, 8, 8)"]),
-    (lambda d: d.log_prob(torch.zeros(3, 3, 8, 8), torch.ones(2)), ["s has shape (2,)"]),
-    (lambda d: d.score(torch.zeros(1, 3, 8, 8), 1.0, torch.ones(1, 5)), ["weights has shape (1, 5)", "128"]),
-    (lambda d: d.one_hot(128), ["component is 128", "127"]),
-    (lambda d: ExactDensity.load(exact.WEIGHTS, 100), ["size is 100", "64"]),
-], ids=["y", "s", "weights", "component", "size"])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda d: d.log_prob(torch.zeros(1, 3, 16, 16), 1.0), ["(1, 3, 16, 16)", "(B, 3, 8, 8)"]),
+        (lambda d: d.log_prob(torch.zeros(3, 3, 8, 8), torch.ones(2)), ["s has shape (2,)"]),
+        (lambda d: d.score(torch.zeros(1, 3, 8, 8), 1.0, torch.ones(1, 5)), ["weights has shape (1, 5)", "128"]),
+        (lambda d: d.one_hot(128), ["component is 128", "127"]),
+        (lambda d: ExactDensity.load(exact.WEIGHTS, 100), ["size is 100", "64"]),
+    ],
+    ids=["y", "s", "weights", "component", "size"],
+)
 def test_errors_name_what_is_wrong(small, call, words):
     with pytest.raises(ValueError) as error:
         call(small)
@@ -189,8 +193,7 @@ def test_prediction_of_the_host_is_the_exact_one(density, prediction, component,
     result = apply(model, x, sigma, h.conditioning(prediction, component))
     if alpha == 0:
         mean = density.means[component] if component >= 0 else weights[0] / weights.sum() @ density.means
-        expected = torch.from_numpy(scipy.fft.idctn(mean.view(1, 3, h.SIZE, h.SIZE).numpy(), axes=(1, 2, 3),
-                                                    norm="ortho"))
+        expected = torch.from_numpy(scipy.fft.idctn(mean.view(1, 3, h.SIZE, h.SIZE).numpy(), axes=(1, 2, 3), norm="ortho"))
         expected = expected.expand_as(x)
     else:
         expected = density.denoised(x.double() / alpha, sigma / alpha, weights)
@@ -206,7 +209,7 @@ def test_sigmas_differ_within_a_batch(prediction):
     with torch.inference_mode():
         both = model.model.apply_model(x, sigmas, c_crossattn=condition[0][0].expand(2, -1, -1))
     for i in range(2):
-        assert relative(both[i:i + 1], apply(model, x[i:i + 1], float(sigmas[i]), condition)) < 1e-5
+        assert relative(both[i : i + 1], apply(model, x[i : i + 1], float(sigmas[i]), condition)) < 1e-5
 
 
 @pytest.mark.parametrize("sampler", ["euler", "guided euler", "own", "guided own", "variation"])
@@ -214,9 +217,13 @@ def test_v_is_the_same_function_as_eps(sampler):
     """Its predictions are those of eps, with any condition and under CFG, and so are its runs: other tests leave it out."""
     models = [h.exact_model(p) for p in ("eps", "v")]
     conds = {"positive": h.conditioning("eps", 17), "negative": h.conditioning("eps"), "cfg": 2.0}
-    make = {"euler": lambda: h.core_sampler("euler"), "guided euler": lambda: h.guided_sampler(0.2, 0.1, sampler="euler"),
-            "own": h.guided_sampler, "guided own": lambda: h.guided_sampler(0.2, 0.1),
-            "variation": lambda: h.varied("everything", 1.0, "exact", 0.3)}[sampler]
+    make = {
+        "euler": lambda: h.core_sampler("euler"),
+        "guided euler": lambda: h.guided_sampler(0.2, 0.1, sampler="euler"),
+        "own": h.guided_sampler,
+        "guided own": lambda: h.guided_sampler(0.2, 0.1),
+        "variation": lambda: h.varied("everything", 1.0, "exact", 0.3),
+    }[sampler]
     runs = [h.picture(model, make(), h.schedule(model, 10, "karras"), **conds) for model in models]
     assert relative(*runs) < 1e-5
     for model in models:
@@ -228,7 +235,9 @@ def test_v_is_the_same_function_as_eps(sampler):
             assert relative(v, eps) < 1e-5
 
 
-@pytest.mark.parametrize("prediction, shape", [("eps", (1, 4, 32, 32)), ("flow", (1, 3, 64, 64)), ("v", (2, 3, 32, 48))], ids=str)
+@pytest.mark.parametrize(
+    "prediction, shape", [("eps", (1, 4, 32, 32)), ("flow", (1, 3, 64, 64)), ("v", (2, 3, 32, 48))], ids=str
+)
 def test_a_latent_of_the_wrong_shape_is_refused_before_any_call(prediction, shape):
     model, seen = h.recording(h.exact_model(prediction))
     latent = {"samples": torch.ones(shape)}
@@ -263,8 +272,7 @@ def test_previews_show_the_picture():
     model = h.exact_model("flow")
     x0 = model.model.density.sample(1, 0.0, torch.Generator().manual_seed(3)).float()
     latent_format = model.model.latent_format
-    previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors,
-                                                   latent_format.latent_rgb_factors_bias)
+    previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
     with torch.inference_mode():
         shown = np.asarray(previewer.decode_latent_to_preview(x0)).astype(float)
         decoded = h.exact_vae().decode(model.model.process_latent_out(x0))[0].clamp(0, 1).numpy() * 255
@@ -275,8 +283,9 @@ def test_weights_are_small():
     assert exact.WEIGHTS.stat().st_size < 25e6
 
 
-@pytest.mark.parametrize("scheduler, prediction", [
-    (scheduler, h.PREDICTIONS[i % 3]) for i, scheduler in enumerate(comfy.samplers.SCHEDULER_NAMES)])
+@pytest.mark.parametrize(
+    "scheduler, prediction", [(scheduler, h.PREDICTIONS[i % 3]) for i, scheduler in enumerate(comfy.samplers.SCHEDULER_NAMES)]
+)
 def test_ksampler_makes_an_image_on_every_scheduler(scheduler, prediction):
     """What it makes lies near the image that was asked for."""
     model, condition = h.exact_model(prediction).clone(), h.conditioning(prediction, 17)

@@ -45,8 +45,11 @@ def assert_close(a, b, relative):
 # --- neutral and guided ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction, name", [
-    (h.KINDS[i % 2], name) for i, name in enumerate(EACH_KIND)] + [("flow", "dpm_adaptive"), ("eps", "uni_pc"), ("flow", None)])
+@pytest.mark.parametrize(
+    "prediction, name",
+    [(h.KINDS[i % 2], name) for i, name in enumerate(EACH_KIND)]
+    + [("flow", "dpm_adaptive"), ("eps", "uni_pc"), ("flow", None)],
+)
 def test_each_kind_of_sampler(prediction, name):
     """Neutral to the bit, also with a window between two sigmas; guided: finite, reproducible, no extra model call."""
     plain, calls = run(prediction, name) if name else run(prediction, None, 0.5)
@@ -73,7 +76,8 @@ def test_neutral_hangs_nothing_into_the_host(settings):
         wrappers = seen.options[0]["transformer_options"]["wrappers"]
         per_point = {point: sum(map(len, keys.values())) for point, keys in wrappers.items()}
         return len(seen.options[0].get("sampler_post_cfg_function", ())), {
-            k: n for k, n in per_point.items() if k != "sampler_sample"}
+            k: n for k, n in per_point.items() if k != "sampler_sample"
+        }
 
     model = h.exact_model("flow")
     plain = hooks(model, "euler")
@@ -101,8 +105,7 @@ def test_a_guider_that_is_used_again_is_as_new(sampler):
 
 
 @KINDS
-@pytest.mark.parametrize("settings", [
-    (0.3, 0.0), (0.5, 0.5), (0.7, -0.3, 0.2, 0.7), (0.05, 0.2, 0.0, 0.5)], ids=str)
+@pytest.mark.parametrize("settings", [(0.3, 0.0), (0.5, 0.5), (0.7, -0.3, 0.2, 0.7), (0.05, 0.2, 0.0, 0.5)], ids=str)
 def test_euler_is_the_closed_form_scheme(prediction, settings):
     """Each step of the host's Euler: x' = x + (sigma' - sigma) (x - x0~) / sigma, in VE y' = y + (s' - s) eta eps."""
     model, seen = h.recording(h.exact_model(prediction))
@@ -184,8 +187,16 @@ def previews(prediction, sampler, latent=None, mask=None):
     latent = h.empty_latent()["samples"] if latent is None else latent
     noise = h.random_noise().generate_noise({"samples": latent})
     with torch.inference_mode():
-        result = guider.sample(noise, latent, sampler, h.schedule(model, 6), mask,
-                               lambda i, x0, x, n: shown.append((i, x0.clone(), n)), True, h.SEED)
+        result = guider.sample(
+            noise,
+            latent,
+            sampler,
+            h.schedule(model, 6),
+            mask,
+            lambda i, x0, x, n: shown.append((i, x0.clone(), n)),
+            True,
+            h.SEED,
+        )
     return model, result, shown, seen
 
 
@@ -203,8 +214,9 @@ def test_previews_show_the_unguided_prediction(prediction, name):
             assert_close(x0, nearest, 1e-6)
 
 
-@pytest.mark.parametrize("prediction, name", [("flow", None), ("eps", "euler"), ("flow", "dpmpp_2m"), ("eps", "res_multistep"),
-                                              ("flow", "er_sde")])
+@pytest.mark.parametrize(
+    "prediction, name", [("flow", None), ("eps", "euler"), ("flow", "dpmpp_2m"), ("eps", "res_multistep"), ("flow", "er_sde")]
+)
 def test_preview_of_each_step_is_its_own_prediction(prediction, name):
     model, result, shown, seen = previews(prediction, h.guided_sampler(0.05, sampler=name))
     assert [i for i, _, _ in shown] == list(range(6))
@@ -292,15 +304,25 @@ def test_an_image_does_not_depend_on_its_batch(prediction, name):
 
     together = batch([0, 1, 2])
     for i in range(3):
-        assert_close(batch([i]), together[i:i + 1], 5e-6)
+        assert_close(batch([i]), together[i : i + 1], 5e-6)
 
 
 IMAGES = [(0.1, 0.0), (0.5, 0.0), (0.5, 0.4), (0.999, -0.6)]  # the last one runs into the peak of the density
 
 
-@pytest.mark.parametrize("prediction, name, masked", [
-    ("eps", None, False), ("flow", None, True), ("flow", "euler", False), ("eps", "euler", True), ("eps", "dpmpp_2m", False),
-    ("flow", "dpmpp_2m", True), ("flow", "patch", False), ("eps", "patch", True)])
+@pytest.mark.parametrize(
+    "prediction, name, masked",
+    [
+        ("eps", None, False),
+        ("flow", None, True),
+        ("flow", "euler", False),
+        ("eps", "euler", True),
+        ("eps", "dpmpp_2m", False),
+        ("flow", "dpmpp_2m", True),
+        ("flow", "patch", False),
+        ("eps", "patch", True),
+    ],
+)
 def test_each_image_of_a_batch_has_settings_of_its_own(prediction, name, masked):
     """To the last bit the images of a run in which all have those settings; a neutral one is the unguided image."""
     model = h.exact_model(prediction)
@@ -338,8 +360,10 @@ def test_a_sweep_in_one_batch_is_faster_than_its_images_one_by_one(sampler):
         guided = h.guided_sampler(sampler=sampler, **settings)
         return h.picture(model, guided, schedule, latent, positive=tiny_models.conditioning("flux", 1))
 
-    ways = {"together": lambda: images(list(range(count)), quantiles=quantiles),
-            "alone": lambda: torch.cat([images([i], quantile=q) for i, q in enumerate(quantiles)])}
+    ways = {
+        "together": lambda: images(list(range(count)), quantiles=quantiles),
+        "alone": lambda: torch.cat([images([i], quantile=q) for i, q in enumerate(quantiles)]),
+    }
     assert torch.allclose(ways["together"](), ways["alone"](), atol=1e-4)
     best = dict.fromkeys(ways, math.inf)
     for way, run in [*ways.items()] * 3:
@@ -382,19 +406,16 @@ def test_schedules_at_their_limits(prediction, sampler):
 
 @KINDS
 @OWN_AND_EULER
-@pytest.mark.parametrize("stretch", [slice(0, 4), slice(3, None), slice(2, 5)],
-                         ids=["end above 0", "img2img", "middle"])
+@pytest.mark.parametrize("stretch", [slice(0, 4), slice(3, None), slice(2, 5)], ids=["end above 0", "img2img", "middle"])
 def test_part_of_a_schedule(prediction, sampler, stretch):
     """Below the first sigma and above zero: guidance acts, and neutral equals unguided."""
     model, latent = h.exact_model(prediction), {"samples": run("flow", "euler")[0]}
     schedule = h.schedule(model, 8)[stretch]
-    neutral, more, less = (h.picture(model, h.guided_sampler(q, sampler=sampler), schedule, latent)
-                           for q in (0.5, 0.1, 0.9))
+    neutral, more, less = (h.picture(model, h.guided_sampler(q, sampler=sampler), schedule, latent) for q in (0.5, 0.1, 0.9))
     assert torch.isfinite(more).all() and torch.isfinite(less).all()
     s = float(schedule[-1] if schedule[-1] > 0 else schedule[-2])
     density, inside = model.model.density, model.model.process_latent_in
-    bits = torch.stack([density.bits_per_dim(inside(x.double()), s / alpha_of(prediction, s))
-                        for x in (more, neutral, less)])
+    bits = torch.stack([density.bits_per_dim(inside(x.double()), s / alpha_of(prediction, s)) for x in (more, neutral, less)])
     if schedule[-1] > 0:
         assert (bits.diff(dim=0) < 0).all()
     assert not torch.equal(more, neutral)

@@ -36,6 +36,7 @@ def pictures(prediction, count, size=h.SIZE, seed=5):
 
 def exact_evaluate(model, density):
     """What a `ProbedModel` sees, with the exact trace: tr Dhat = D + s^2 Laplacian."""
+
     def evaluate(x, sigma, call):
         denoised = model.predict(x, sigma)
         alpha = model.path.alpha(sigma)
@@ -44,6 +45,7 @@ def exact_evaluate(model, density):
             s = sigma / alpha
             trace = density.dim + s**2 * density.laplacian(x.double() / alpha, s)
         return ld.Evaluation(denoised, trace, torch.zeros_like(trace))
+
     return evaluate
 
 
@@ -54,9 +56,12 @@ def exact_readout(prediction, latent, steps, size=h.SIZE):
     levels = node.levels_of(guider, latent["samples"], FLOOR[prediction], steps)
     with torch.inference_mode():
         return model_access.run_in_guider(
-            guider, latent["samples"],
+            guider,
+            latent["samples"],
             lambda m: ld.read_log_density(exact_evaluate(m, model.model.density), m.predict, m.x, levels, m.path),
-            steps, [m_sigma(prediction, s) for s in reversed(levels)])
+            steps,
+            [m_sigma(prediction, s) for s in reversed(levels)],
+        )
 
 
 def m_sigma(prediction, s):
@@ -67,10 +72,7 @@ def rms(error):
     return float(error.double().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("prediction, size, bound", [
-    ("flow", 32, 1.5e-4), ("flow", 64, 1.5e-4),
-    ("eps", 32, 1.5e-4),
-])
+@pytest.mark.parametrize("prediction, size, bound", [("flow", 32, 1.5e-4), ("flow", 64, 1.5e-4), ("eps", 32, 1.5e-4)])
 def test_exact_divergence_at_32_evaluations(prediction, size, bound):
     latent, exact = pictures(prediction, 12 if size == 32 else 4, size)
     readout = exact_readout(prediction, latent, 32, size)
@@ -106,7 +108,7 @@ def test_one_probe_at_32_evaluations(size, count, bound):
         bits, report, _ = h.outputs(LogDensity, guider_of(h.exact_model("flow", size)), latent, 32, 1, seed, FLOOR["flow"])
         dim = latent["samples"][0].numel()
         stated = torch.tensor([float(line.split("±")[1].split()[0]) for line in report.splitlines()[:count]])
-        error = (torch.tensor(bits, dtype=torch.float64) + exact / (dim * math.log(2)))
+        error = torch.tensor(bits, dtype=torch.float64) + exact / (dim * math.log(2))
         errors.append(error * math.log(2))
         covered.append(error.abs() < stated)
     assert rms(torch.cat(errors)) < bound
@@ -215,8 +217,9 @@ def test_the_method_is_found_out_once(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_calls_that_are_told_are_those_that_come(monkeypatch, dtype):
     totals = []
-    monkeypatch.setattr(model_access.latent_preview, "prepare_callback",
-                        lambda *_: lambda i, x0, x, total: totals.append((i, total)))
+    monkeypatch.setattr(
+        model_access.latent_preview, "prepare_callback", lambda *_: lambda i, x0, x, total: totals.append((i, total))
+    )
     guider = guider_of(networks.unet(dtype), networks.unet_conditioning())
     for _ in range(2):  # without and with knowledge of the method
         totals.clear()
@@ -245,24 +248,35 @@ def test_few_steps_and_broken_models_are_said():
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"steps": 1}, ["steps is 1"]),
-    ({"steps": 2.7}, ["steps is 2.7", "whole"]),
-    ({"probes": 1.5}, ["probes is 1.5", "whole"]),
-    ({"probes": 0}, ["probes is 0"]),
-    ({"noise_floor": 0.05}, ["noise_floor is 0.05", "0.1", "160"]),
-    ({"noise_floor": 160.0}, ["noise_floor is 160"]),
-    ({"noise_floor": math.nan}, ["noise_floor is nan"]),
-    ({"latent": {"samples": torch.zeros(1, 3, 32, 32)}}, ["latent", "empty"]),
-    ({"latent": {"samples": torch.ones(1, 4, 32, 32)}}, ["4 channels", "takes 3"]),
-    ({"latent": {"samples": torch.full((1, 3, 32, 32), math.nan)}}, ["NaN"]),
-    ({"latent": {"samples": torch.ones(2, 3, 32, 32), "batch_index": [4]}}, ["latent has 2 images", "batch_index for 1"]),
-    ({"guider": "text"}, ["guider is a str"]),
-], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"steps": 1}, ["steps is 1"]),
+        ({"steps": 2.7}, ["steps is 2.7", "whole"]),
+        ({"probes": 1.5}, ["probes is 1.5", "whole"]),
+        ({"probes": 0}, ["probes is 0"]),
+        ({"noise_floor": 0.05}, ["noise_floor is 0.05", "0.1", "160"]),
+        ({"noise_floor": 160.0}, ["noise_floor is 160"]),
+        ({"noise_floor": math.nan}, ["noise_floor is nan"]),
+        ({"latent": {"samples": torch.zeros(1, 3, 32, 32)}}, ["latent", "empty"]),
+        ({"latent": {"samples": torch.ones(1, 4, 32, 32)}}, ["4 channels", "takes 3"]),
+        ({"latent": {"samples": torch.full((1, 3, 32, 32), math.nan)}}, ["NaN"]),
+        ({"latent": {"samples": torch.ones(2, 3, 32, 32), "batch_index": [4]}}, ["latent has 2 images", "batch_index for 1"]),
+        ({"guider": "text"}, ["guider is a str"]),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
 def test_bad_input_is_refused_before_any_call(change, words):
     model, seen = h.recording(h.exact_model("eps"))
-    settings = {"guider": guider_of(model), "latent": {"samples": torch.ones(1, 3, 32, 32)}, "steps": 4, "probes": 1,
-                "seed": 0, "noise_floor": 0.1, **change}
+    settings = {
+        "guider": guider_of(model),
+        "latent": {"samples": torch.ones(1, 3, 32, 32)},
+        "steps": 4,
+        "probes": 1,
+        "seed": 0,
+        "noise_floor": 0.1,
+        **change,
+    }
     with pytest.raises(ValueError) as error:
         h.outputs(LogDensity, **settings)
     assert all(word in str(error.value) for word in words)

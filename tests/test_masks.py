@@ -46,8 +46,11 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("which, prediction, node", [
-    (which, h.KINDS[i % 2], ("sampler", "model")[i // 2 % 2]) for i, which in enumerate(MASKS)] + [("as large", "eps", "model")])
+@pytest.mark.parametrize(
+    "which, prediction, node",
+    [(which, h.KINDS[i % 2], ("sampler", "model")[i // 2 % 2]) for i, which in enumerate(MASKS)]
+    + [("as large", "eps", "model")],
+)
 def test_the_mask_weights_the_guidance_and_its_statistics(prediction, node, which):
     model = h.exact_model(prediction)
     result, seen, sigmas = recorded(*guided(model, node, 0.2, mask=MASKS[which]))
@@ -68,8 +71,11 @@ def test_masks_of_video_and_audio(family):
         frames = torch.linspace(0, 2, 8)[None, :, None].clamp(max=1) * torch.linspace(0, 1, 32)[None, None]
         weights = frames.mean(1)
     _, seen, sigmas = recorded(
-        model, h.guided_sampler(0.2, sampler="euler", mask=frames), {"samples": latent},
-        positive=tiny_models.conditioning(family, 1))
+        model,
+        h.guided_sampler(0.2, sampler="euler", mask=frames),
+        {"samples": latent},
+        positive=tiny_models.conditioning(family, 1),
+    )
     assert steering.deviation(model, seen, sigmas, 0.2, weights.expand(latent.shape))[0] < 1e-4
 
 
@@ -97,8 +103,11 @@ def test_two_regions_by_chaining(prediction):
     left = torch.zeros(1, 32, 32)
     left[..., :16] = 1
     both = h.guided_sampler(0.8, mask=1 - left, sampler=h.guided_sampler(0.1, mask=left, sampler="euler"))
-    runs = {"both": both, "left": h.guided_sampler(0.1, mask=left, sampler="euler"),
-            "right": h.guided_sampler(0.8, mask=1 - left, sampler="euler")}
+    runs = {
+        "both": both,
+        "left": h.guided_sampler(0.1, mask=left, sampler="euler"),
+        "right": h.guided_sampler(0.8, mask=1 - left, sampler="euler"),
+    }
     seen = {name: recorded(model, sampler)[1] for name, sampler in runs.items()}
     first = steering.guided_steps(model, h.schedule(model, STEPS).tolist())[0]
     final = {name: s.final[first] for name, s in seen.items()}
@@ -106,8 +115,9 @@ def test_two_regions_by_chaining(prediction):
     assert torch.equal(final["both"][..., 16:], final["right"][..., 16:])
     assert not torch.equal(final["both"], final["left"]) and not torch.equal(final["both"], final["right"])
     patched = h.guided_model(h.guided_model(model, 0.1, mask=left), 0.8, mask=1 - left)
-    expected, _, _ = recorded(model, h.guided_sampler(0.1, mask=left, sampler=h.guided_sampler(
-        0.8, mask=1 - left, sampler="euler")))
+    expected, _, _ = recorded(
+        model, h.guided_sampler(0.1, mask=left, sampler=h.guided_sampler(0.8, mask=1 - left, sampler="euler"))
+    )
     assert torch.allclose(recorded(patched, h.core_sampler("euler"))[0], expected, atol=1e-5)
 
 
@@ -137,9 +147,16 @@ def test_previews_with_a_mask_are_unguided(name):
     shown = []
     guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
     with torch.inference_mode():
-        guider.sample(h.random_noise().generate_noise(h.empty_latent()), h.empty_latent()["samples"],
-                      h.guided_sampler(0.05, sampler=name, mask=h.soft_disc(64)), h.schedule(model, STEPS), None,
-                      lambda i, denoised, x, total: shown.append(denoised.clone()), True, h.SEED)
+        guider.sample(
+            h.random_noise().generate_noise(h.empty_latent()),
+            h.empty_latent()["samples"],
+            h.guided_sampler(0.05, sampler=name, mask=h.soft_disc(64)),
+            h.schedule(model, STEPS),
+            None,
+            lambda i, denoised, x, total: shown.append(denoised.clone()),
+            True,
+            h.SEED,
+        )
     assert len(shown) == STEPS and all(torch.equal(a, b) for a, b in zip(shown, seen.denoised))
 
 
@@ -204,26 +221,33 @@ def test_the_curve_weights_the_steps(prediction, node):
 def test_an_even_curve_changes_nothing(sampler, prediction):
     """Also at sigma = 1 of a flow, where ln s is infinite."""
     model = h.exact_model(prediction)
-    plain, even, single = (recorded(model, h.guided_sampler(0.2, sampler=sampler, **more))[0]
-                           for more in ({}, {"curve": [3.0, 3.0, 3.0]}, {"curve": [0.2]}))
+    plain, even, single = (
+        recorded(model, h.guided_sampler(0.2, sampler=sampler, **more))[0]
+        for more in ({}, {"curve": [3.0, 3.0, 3.0]}, {"curve": [0.2]})
+    )
     assert torch.allclose(even, plain, atol=1e-5) and torch.allclose(single, plain, atol=1e-5)
-    assert torch.equal(recorded(model, h.guided_sampler(0.5, sampler="euler", curve=[1.0, 0.0]))[0],
-                       recorded(model, h.core_sampler("euler"))[0])
+    assert torch.equal(
+        recorded(model, h.guided_sampler(0.5, sampler="euler", curve=[1.0, 0.0]))[0],
+        recorded(model, h.core_sampler("euler"))[0],
+    )
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more, words", [
-    ({"mask": 2 * torch.ones(1, 8, 8)}, ["mask", "2", "0 to 1"]),
-    ({"mask": torch.full((1, 8, 8), math.nan)}, ["mask", "nan", "0 to 1"]),
-    ({"mask": torch.ones(8)}, ["mask", "(8,)", "height"]),
-    ({"mask": "face"}, ["mask", "str", "height"]),
-    ({"curve": [1.0, -1.0]}, ["curve", "-1"]),
-    ({"curve": [0.0, 0.0]}, ["curve", "0.0", "above 0"]),
-    ({"curve": [1.0, math.inf]}, ["curve", "inf"]),
-    ({"curve": []}, ["curve", "[]"]),
-])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"mask": 2 * torch.ones(1, 8, 8)}, ["mask", "2", "0 to 1"]),
+        ({"mask": torch.full((1, 8, 8), math.nan)}, ["mask", "nan", "0 to 1"]),
+        ({"mask": torch.ones(8)}, ["mask", "(8,)", "height"]),
+        ({"mask": "face"}, ["mask", "str", "height"]),
+        ({"curve": [1.0, -1.0]}, ["curve", "-1"]),
+        ({"curve": [0.0, 0.0]}, ["curve", "0.0", "above 0"]),
+        ({"curve": [1.0, math.inf]}, ["curve", "inf"]),
+        ({"curve": []}, ["curve", "[]"]),
+    ],
+)
 @NODES
 def test_bad_masks_and_curves(node, more, words):
     with pytest.raises(ValueError) as error:

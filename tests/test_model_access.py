@@ -32,11 +32,15 @@ def latent(batch=3, channels=4):
     return torch.randn(batch, channels, 16, 16, generator=torch.Generator().manual_seed(4))
 
 
-@pytest.mark.parametrize("make", [
-    lambda m: basic(m, networks.unet_conditioning(1)),
-    lambda m: cfg(m, networks.unet_conditioning(1), networks.unet_conditioning(2)),
-    lambda m: dual(m, *map(networks.unet_conditioning, (1, 2, 3))),
-], ids=["BasicGuider", "CFGGuider", "DualCFGGuider"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: basic(m, networks.unet_conditioning(1)),
+        lambda m: cfg(m, networks.unet_conditioning(1), networks.unet_conditioning(2)),
+        lambda m: dual(m, *map(networks.unet_conditioning, (1, 2, 3))),
+    ],
+    ids=["BasicGuider", "CFGGuider", "DualCFGGuider"],
+)
 def test_the_model_is_the_one_that_samplers_get(make):
     """One Euler step of the host at sigma = 1 returns denoised; so does the run."""
     model = networks.unet()
@@ -73,7 +77,8 @@ def test_density_guidance_of_the_model_is_left_out():
     model = h.exact_model("eps")
     plain, guided = (
         run(basic(m, h.conditioning()), lambda m: m.predict(m.x, 3.0), latent(2, 3).new_ones(2, 3, h.SIZE, h.SIZE))
-        for m in (model, h.guided_model(model, 0.05)))
+        for m in (model, h.guided_model(model, 0.05))
+    )
     assert torch.equal(plain, guided)
 
 
@@ -94,7 +99,8 @@ def test_patches_see_the_noise_levels_that_come():
     model.add_wrapper(WrappersMP.APPLY_MODEL, attention_patches)
     with torch.inference_mode():
         model_access.run_in_guider(
-            basic(model, h.conditioning()), torch.ones(1, 3, h.SIZE, h.SIZE), lambda m: m.predict(m.x, 2.0), 1, [4, 2])
+            basic(model, h.conditioning()), torch.ones(1, 3, h.SIZE, h.SIZE), lambda m: m.predict(m.x, 2.0), 1, [4, 2]
+        )
     assert levels[0].tolist() == [4.0, 2.0]
     assert levels[0].dtype == torch.float32 and levels[0].device == model.load_device
 
@@ -114,8 +120,9 @@ def test_an_interrupt_stops_at_the_next_call():
 
 def test_progress_counts_the_calls(monkeypatch):
     steps = []
-    monkeypatch.setattr(model_access.latent_preview, "prepare_callback",
-                        lambda *_: lambda i, x0, x, total: steps.append((i, total, type(x0))))
+    monkeypatch.setattr(
+        model_access.latent_preview, "prepare_callback", lambda *_: lambda i, x0, x, total: steps.append((i, total, type(x0)))
+    )
 
     def work(m):
         v = divergence.rademacher(m.x, 0, 0)
@@ -126,13 +133,17 @@ def test_progress_counts_the_calls(monkeypatch):
     assert [(i, total) for i, total, _ in steps] == [(0, 4), (1, 4), (2, 4), (3, 4)]
 
 
-@pytest.mark.parametrize("value, words", [
-    (torch.zeros(2, 4, 8, 8), ["empty", "(2, 4, 8, 8)"]),
-    (torch.ones(0, 4, 8, 8), ["empty", "(0, 4, 8, 8)"]),
-    (torch.full((1, 4, 8, 8), torch.nan), ["NaN"]),
-    (torch.ones(1, 16, 8, 8), ["16 channels", "takes 4"]),
-    (torch.ones(1, 4, 8, 8, 8), ["(1, 4, 8, 8, 8)", "4 dimensions"]),
-], ids=["zeros", "no image", "NaN", "channels", "dimensions"])
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (torch.zeros(2, 4, 8, 8), ["empty", "(2, 4, 8, 8)"]),
+        (torch.ones(0, 4, 8, 8), ["empty", "(0, 4, 8, 8)"]),
+        (torch.full((1, 4, 8, 8), torch.nan), ["NaN"]),
+        (torch.ones(1, 16, 8, 8), ["16 channels", "takes 4"]),
+        (torch.ones(1, 4, 8, 8, 8), ["(1, 4, 8, 8, 8)", "4 dimensions"]),
+    ],
+    ids=["zeros", "no image", "NaN", "channels", "dimensions"],
+)
 def test_latents_are_checked_before_any_call(value, words):
     model, seen = h.recording(networks.unet())
     with pytest.raises(ValueError) as error:

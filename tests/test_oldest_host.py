@@ -36,16 +36,17 @@ def four_runs():
     settings = {**graph.pop("sampler")["inputs"], "detail_shift": 0.0}
     graph["levels"] = {"class_type": "DensityLevels", "inputs": {"values": "1, 2"}}
     graph["neutral"] = {"class_type": "DensityGuidanceSampler", "inputs": {**settings, "quantile": 0.5}}
-    graph["guided"] = {"class_type": "DensityGuidanceSampler",
-                       "inputs": {**settings, "quantile": 0.2, "curve": ["levels", 1]}}
+    graph["guided"] = {"class_type": "DensityGuidanceSampler", "inputs": {**settings, "quantile": 0.2, "curve": ["levels", 1]}}
     del graph["save"]
     for name in ("select", "neutral", "guided", "traced"):
         kind, more = "SamplerCustomAdvanced", {"sampler": [name, 0]}
         if name == "traced":
             kind, more = "DensityTrace", {"sampler": ["guided", 0], "exact_trace": False}
         graph[f"{name} sampled"] = {"class_type": kind, "inputs": {**sampled, **more}}
-        graph[f"{name} saved"] = {"class_type": "SaveLatent",
-                                  "inputs": {"samples": [f"{name} sampled", 0], "filename_prefix": name}}
+        graph[f"{name} saved"] = {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": [f"{name} sampled", 0], "filename_prefix": name},
+        }
     return graph
 
 

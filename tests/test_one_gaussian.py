@@ -29,7 +29,8 @@ def test_oracle_diagonalises_the_covariance(oracle):
     density = model.model.density
     y = density.sample(3, 0.3, torch.Generator().manual_seed(0))
     assert oracle.log_prob(oracle.coefficients(y), 0.3).tolist() == pytest.approx(
-        density.log_prob(y, 0.3, density.one_hot(COMPONENT)).tolist(), rel=1e-10)
+        density.log_prob(y, 0.3, density.one_hot(COMPONENT)).tolist(), rel=1e-10
+    )
 
 
 @pytest.fixture(scope="module", params=["eps", "flow"])
@@ -44,8 +45,15 @@ def run(request):
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(conditioning, conditioning)
         states = {}
-        guider.sample(noise(latent), latent["samples"], sampler, sigmas, seed=1, disable_pbar=True,
-                      callback=lambda i, denoised, x, total: states.__setitem__(i, x))
+        guider.sample(
+            noise(latent),
+            latent["samples"],
+            sampler,
+            sigmas,
+            seed=1,
+            disable_pbar=True,
+            callback=lambda i, denoised, x, total: states.__setitem__(i, x),
+        )
         assert len(states) == steps
         last = float(sigmas[-2])
         return sigmas.tolist(), path, states[steps - 1].double() / path.alpha(last)
@@ -80,7 +88,8 @@ def test_converged_result_at_32_steps_and_twentieth_of_euler(run, oracle, schedu
         s = path.s(schedule[-2])
         true = oracle.converged(start_noise(schedule, path), schedule, path, quantile_to_z(quantile))
         error = lambda y: float(
-            (oracle.log_prob(oracle.coefficients(y), s) - oracle.log_prob(true, s)).abs().max() / oracle.dim)
+            (oracle.log_prob(oracle.coefficients(y), s) - oracle.log_prob(true, s)).abs().max() / oracle.dim
+        )
         worst, worst_euler = max(worst, error(y)), max(worst_euler, error(y_euler))
     print(f"{scheduler}: {worst:.1e} nats per dimension, Euler {worst_euler:.1e}")
     assert worst < 5e-4
@@ -113,14 +122,17 @@ def change_of_bits(prediction, size, detail_shift, steps, sampler=None):
     return (bits[1] - bits[0]).tolist()
 
 
-@pytest.mark.parametrize("prediction, detail_shift, size", [
-    ("eps", -0.3, "32"), ("eps", 0.5, "64"), ("flow", 0.5, "32"), ("flow", -0.3, "64")])
+@pytest.mark.parametrize(
+    "prediction, detail_shift, size", [("eps", -0.3, "32"), ("eps", 0.5, "64"), ("flow", 0.5, "32"), ("flow", -0.3, "64")]
+)
 def test_detail_shift_means_the_same_at_every_size(prediction, detail_shift, size):
     assert change_of_bits(prediction, size, detail_shift, 20) == pytest.approx([detail_shift] * 2, rel=0.02)
 
 
-@pytest.mark.parametrize("prediction, detail_shift, sampler, tolerance", [
-    ("eps", -0.8, None, 0.03), ("flow", -2.0, None, 0.03), ("eps", -2.0, "euler", 0.06), ("flow", -0.8, "euler", 0.06)])
+@pytest.mark.parametrize(
+    "prediction, detail_shift, sampler, tolerance",
+    [("eps", -0.8, None, 0.03), ("flow", -2.0, None, 0.03), ("eps", -2.0, "euler", 0.06), ("flow", -0.8, "euler", 0.06)],
+)
 def test_unreachable_smoothing_ends_at_the_limit(prediction, detail_shift, sampler, tolerance, caplog):
     change = change_of_bits(prediction, "32", detail_shift, 32, sampler)
     assert "the most that can be reached" in caplog.text

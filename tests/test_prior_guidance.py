@@ -74,8 +74,7 @@ def test_dtype_of_the_latent_is_kept(dtype):
     """The squared norm, 65,536, overflows float16."""
     noise = scaled(quantile=0.01).generate_noise({"samples": torch.zeros(2, 16, 64, 64, dtype=dtype)})
     assert noise.dtype == dtype
-    np.testing.assert_allclose(norms(noise), scipy.stats.chi.ppf(0.99, 65536),
-                               rtol=max(1e-6, torch.finfo(dtype).eps / 20))
+    np.testing.assert_allclose(norms(noise), scipy.stats.chi.ppf(0.99, 65536), rtol=max(1e-6, torch.finfo(dtype).eps / 20))
 
 
 def test_mask_limits_the_norm_and_the_change():
@@ -107,9 +106,18 @@ def test_parts_of_nested_noise_are_scaled_each():
         np.testing.assert_allclose(norms(scaled_part), scipy.stats.chi.ppf(0.8, part[0].numel()), rtol=1e-6)
 
 
-@pytest.mark.parametrize("prediction, settings, latent", [
-    ("eps", (0.1, 1.0, True), "empty"), ("flow", (0.9, 1.02, True), "img2img"), ("eps", (0.5, 1.05, False), "inpaint"),
-    ("flow", (0.1, 1.0, True), "inpaint"), ("eps", (0.9, 1.02, True), "img2img"), ("flow", (0.5, 1.05, False), "empty")], ids=str)
+@pytest.mark.parametrize(
+    "prediction, settings, latent",
+    [
+        ("eps", (0.1, 1.0, True), "empty"),
+        ("flow", (0.9, 1.02, True), "img2img"),
+        ("eps", (0.5, 1.05, False), "inpaint"),
+        ("flow", (0.1, 1.0, True), "inpaint"),
+        ("eps", (0.9, 1.02, True), "img2img"),
+        ("flow", (0.5, 1.05, False), "empty"),
+    ],
+    ids=str,
+)
 def test_model_patch_in_ksampler_equals_the_noise_source(prediction, settings, latent):
     model, denoise = h.exact_model(prediction), 1.0
     samples = {**h.empty_latent(), "batch_index": [4, 2]}

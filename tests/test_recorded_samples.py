@@ -13,8 +13,11 @@ SLOW = ("unet v", "bfloat16, variation", ": with score", ": without score", "bit
 # Relative to the largest number of a run: rounding in float32 and what 8 steps make of it; more where a network rounds to
 # bfloat16, and where the number is a derivative or found by passes that correct each other.
 TOLERANCE, LOOSE, LOOSELY = 2e-5, 1e-3, ("bfloat16", "target", "alignment", ", log-density")
-NAMES = [name for name in recorded_samples.recorded() if WHICH == "all" or name in OF_V or not (
-    name.startswith("v, ") or any(word in name for word in SLOW))]
+NAMES = [
+    name
+    for name in recorded_samples.recorded()
+    if WHICH == "all" or name in OF_V or not (name.startswith("v, ") or any(word in name for word in SLOW))
+]
 
 
 @lru_cache

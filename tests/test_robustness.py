@@ -42,9 +42,11 @@ def test_readme_has_the_numbers_of_the_long_runs():
 
 def test_nothing_of_the_host_is_replaced():
     """No module or class of the host holds a function or class of the pack."""
-    host = [m for name, m in list(sys.modules.items())
-            if name.split(".")[0] in ("comfy", "comfy_extras", "comfy_execution", "nodes", "execution",
-                                      "latent_preview")]
+    host = [
+        m
+        for name, m in list(sys.modules.items())
+        if name.split(".")[0] in ("comfy", "comfy_extras", "comfy_execution", "nodes", "execution", "latent_preview")
+    ]
     assert len(host) > 50
     places = [(m.__name__, vars(m)) for m in host]
     places += [(c.__qualname__, vars(c)) for m in host for c in vars(m).values() if isinstance(c, type)]
@@ -61,11 +63,16 @@ def test_beside_a_pack_that_patches_the_samplers(monkeypatch):
         def function(*args, **kwargs):
             calls.append(original.__name__)
             return original(*args, **kwargs)
+
         return function
 
-    for owner, name in ((comfy.samplers, "sampling_function"), (comfy.samplers, "calc_cond_batch"),
-                        (comfy.samplers, "cfg_function"),
-                        (comfy.samplers.KSAMPLER, "sample"), (comfy.samplers.CFGGuider, "predict_noise")):
+    for owner, name in (
+        (comfy.samplers, "sampling_function"),
+        (comfy.samplers, "calc_cond_batch"),
+        (comfy.samplers, "cfg_function"),
+        (comfy.samplers.KSAMPLER, "sample"),
+        (comfy.samplers.CFGGuider, "predict_noise"),
+    ):
         monkeypatch.setattr(owner, name, replaced(getattr(owner, name)))
     monkeypatch.setattr(comfy.samplers, "SAMPLER_NAMES", [*comfy.samplers.SAMPLER_NAMES, "another_packs"])
     model, seen = h.recording(h.exact_model("flow"))
@@ -93,8 +100,11 @@ def test_killed_in_mid_run_and_started_again(host_environment, server, tmp_path)
 
         def queue():
             with contextlib.suppress(WorkflowError, OSError):
-                host.client.run(small_run(0.23, "killed", steps=1000, batch_size=8),
-                                lambda progress: progress.step > 1 and under_way.set(), timeout=60)
+                host.client.run(
+                    small_run(0.23, "killed", steps=1000, batch_size=8),
+                    lambda progress: progress.step > 1 and under_way.set(),
+                    timeout=60,
+                )
 
         worker = threading.Thread(target=queue, daemon=True)
         worker.start()

@@ -18,7 +18,11 @@ SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
 STEPS = 4
 NETWORKS = {"EPS": h.noise_of_a_pattern, "FLOW": h.towards_a_pattern}
 # Each sampler meets one scheduler in each kind of model, and each scheduler nine samplers or more.
-PAIRS = [(name, SCHEDULERS[(i + 4 * k) % len(SCHEDULERS)], kind) for k, kind in enumerate(NETWORKS) for i, name in enumerate(SAMPLERS)]
+PAIRS = [
+    (name, SCHEDULERS[(i + 4 * k) % len(SCHEDULERS)], kind)
+    for k, kind in enumerate(NETWORKS)
+    for i, name in enumerate(SAMPLERS)
+]
 
 
 @pytest.mark.parametrize("name, scheduler, kind", PAIRS)
@@ -84,9 +88,18 @@ def warnings_of(caplog, model, sampler, steps=5):
     return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Density guidance: ")]
 
 
-@pytest.mark.parametrize("name, word", [
-    ("euler_cfg_pp", "renoises"), ("euler_ancestral", "forgets"), ("dpmpp_2m_sde", "forgets"), ("lcm", "forgets"),
-    ("euler", None), ("dpmpp_2m", None), (None, None)])
+@pytest.mark.parametrize(
+    "name, word",
+    [
+        ("euler_cfg_pp", "renoises"),
+        ("euler_ancestral", "forgets"),
+        ("dpmpp_2m_sde", "forgets"),
+        ("lcm", "forgets"),
+        ("euler", None),
+        ("dpmpp_2m", None),
+        (None, None),
+    ],
+)
 def test_one_warning_per_run(caplog, name, word):
     """By the node and by the model patch; nothing where guidance does nothing."""
     model = h.exact_model("flow")

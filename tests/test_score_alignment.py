@@ -28,6 +28,7 @@ def start(count, dim, path, generator):
 
 def check(mixture, x, sigmas, path, probes=None, method=divergence.FORWARD):
     """The `Profile` of a whole schedule. probes(shape) -> list of probes, for the way without the score."""
+
     def differentiate(x, sigma, tangent):
         predict = lambda x: mixture.denoised(x, sigma, path)
         if probes is None:
@@ -39,8 +40,13 @@ def check(mixture, x, sigmas, path, probes=None, method=divergence.FORWARD):
 
 def end_of_run(mixture, x, sigmas, path):
     """y at the last sigma."""
-    y = solve(lambda x, sigma: mixture.denoised(x, sigma, path), x, Schedule(path, [*sigmas, sigmas[-1]]),
-              order=alignment.order_of([path.s(v) for v in sigmas]), limit_order=False)
+    y = solve(
+        lambda x, sigma: mixture.denoised(x, sigma, path),
+        x,
+        Schedule(path, [*sigmas, sigmas[-1]]),
+        order=alignment.order_of([path.s(v) for v in sigmas]),
+        limit_order=False,
+    )
     return y / path.alpha(sigmas[-1])
 
 
@@ -107,8 +113,11 @@ def test_verdict_on_random_mixtures(path, components, dim):
 @PATHS
 def test_narrow_beside_broad(path):
     """Noise that points to the narrow component: more of it comes closer, to a higher density. Away: aligned."""
-    mixture = Mixture([[0.5, 0.5]], [[[0.0, 0.0], [3.0, 0.0]]], torch.diag_embed(
-        torch.tensor([[[1.0, 1.0], [0.01, 0.01]]], dtype=torch.float64)))
+    mixture = Mixture(
+        [[0.5, 0.5]],
+        [[[0.0, 0.0], [3.0, 0.0]]],
+        torch.diag_embed(torch.tensor([[[1.0, 1.0], [0.01, 0.01]]], dtype=torch.float64)),
+    )
     towards = torch.tensor([[0.45, 0.1], [-1.5, 0.1]], dtype=torch.float64)
     x = towards * (math.hypot(1, S_START) if path is VE else 1)
     profile = check(mixture, x, nodes(64, path), path)
@@ -153,8 +162,7 @@ def test_response_and_scale(path):
     _, x = start(64, dim, path, generator)
     sigmas = nodes(64, path)
     a = check(mixtures, x, sigmas, path).alignment[-1]
-    bits = lambda r: mixtures.log_prob(end_of_run(mixtures, x * r, nodes(400, path), path), S_END) / (
-        -dim * math.log(2))
+    bits = lambda r: mixtures.log_prob(end_of_run(mixtures, x * r, nodes(400, path), path), S_END) / (-dim * math.log(2))
     change = bits(1.005) - bits(0.995)
     assert ((alignment.percent_response(a, dim) - change).abs() < 0.05 * change.abs()).double().mean() >= 0.9
     aligned = a > 0
@@ -173,8 +181,8 @@ def test_scale_is_exact_for_centred_gaussian_data():
     for shift in (-0.1, 0.3):
         r = alignment.scale_for_shift(shift, a, 4)
         density = lambda r: gaussian.log_prob(
-            (gaussian.bases[:, 0] @ ((gaussian.variances[:, 0] + S_END**2).sqrt() * noise)[..., None])[..., 0] * r,
-            S_END)
+            (gaussian.bases[:, 0] @ ((gaussian.variances[:, 0] + S_END**2).sqrt() * noise)[..., None])[..., 0] * r, S_END
+        )
         reachable = (r > alignment.SCALE_RANGE[0]) & (r < alignment.SCALE_RANGE[1])
         assert reachable.sum() >= 8
         found = (density(1.0) - density(r[:, None])) / (4 * math.log(2))
@@ -193,8 +201,9 @@ def test_where_alignment_is_lost():
     assert alignment.lost_at(cosine).tolist() == [-1, -1, 1, 2]
 
 
-@pytest.mark.parametrize("sigmas, stop", [([3.0, 3.0, 1.0], 2), ([3.0, 1.0, 0.0], 2), ([3.0, 1.0], 0), ([3.0, 1.0], 2)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "sigmas, stop", [([3.0, 3.0, 1.0], 2), ([3.0, 1.0, 0.0], 2), ([3.0, 1.0], 0), ([3.0, 1.0], 2)], ids=str
+)
 def test_bad_schedules(sigmas, stop):
     with pytest.raises(ValueError, match=f"stop is {stop}"):
         alignment.trace_alignment(None, None, torch.ones(1, 2), torch.ones(1, 2), Schedule(VE, sigmas), stop)
@@ -211,14 +220,18 @@ def test_samples_do_not_depend_on_the_stop():
         calls.append(sigma)
         return mixture.denoised(x, sigma, FLOW)
 
-    differentiate = lambda x, sigma, w: (*divergence.directional_derivative(
-        lambda x: mixture.denoised(x, sigma, FLOW), x, w, divergence.FORWARD), None)
+    differentiate = lambda x, sigma, w: (
+        *divergence.directional_derivative(lambda x: mixture.denoised(x, sigma, FLOW), x, w, divergence.FORWARD),
+        None,
+    )
     ends = [alignment.trace_alignment(differentiate, predict, x, -x, Schedule(FLOW, sigmas), stop)[0] for stop in (4, 11)]
     assert calls == sigmas[5:12]
     assert torch.equal(*ends)
     order = alignment.order_of([FLOW.s(v) for v in sigmas[:-1]])
-    assert torch.equal(ends[0], solve(lambda x, sigma: mixture.denoised(x, sigma, FLOW), x, Schedule(FLOW, sigmas), order=order,
-                                      limit_order=False))
+    assert torch.equal(
+        ends[0],
+        solve(lambda x, sigma: mixture.denoised(x, sigma, FLOW), x, Schedule(FLOW, sigmas), order=order, limit_order=False),
+    )
 
 
 # --- the derivative of the trace ----------------------------------------------------------------------------------
@@ -241,8 +254,7 @@ def test_trace_derivative(method, dtype, tolerance):
     predict = lambda y: in_parts(mixture, y, s)
 
     def trace(y):
-        columns = [torch.func.jvp(lambda y: mixture.denoised(y, s, VE), (y,), (e.expand_as(y),))[1]
-                   for e in torch.eye(4).to(y)]
+        columns = [torch.func.jvp(lambda y: mixture.denoised(y, s, VE), (y,), (e.expand_as(y),))[1] for e in torch.eye(4).to(y)]
         return sum(column[:, i] for i, column in enumerate(columns))
 
     h = 1e-4
@@ -250,8 +262,8 @@ def test_trace_derivative(method, dtype, tolerance):
     steps = divergence.trace_steps(y, v, torch.float32, method, s)
     scale = 1e-1 if dtype is torch.float64 else 1
     value, slope, found = divergence.trace_derivative(
-        predict, y.to(dtype), v.to(dtype), lambda _: [p.to(dtype) for p in basis(y)], method,
-        tuple(scale * a for a in steps))
+        predict, y.to(dtype), v.to(dtype), lambda _: [p.to(dtype) for p in basis(y)], method, tuple(scale * a for a in steps)
+    )
     torch.testing.assert_close(value.double(), predict(y), rtol=1e-5, atol=1e-5)
     derivative = torch.func.jvp(lambda y: mixture.denoised(y, s, VE), (y,), (v,))[1]
     assert (slope.double() - derivative).norm() < tolerance * derivative.norm()
@@ -268,8 +280,13 @@ def test_steps_lie_between_rounding_and_bending():
     def run(dtype, factor, method):
         steps = tuple(factor * a.to(dtype) for a in divergence.trace_steps(y, v, torch.float32, method, s))
         return divergence.trace_derivative(
-            lambda y: in_parts(mixture, y, s), y.to(dtype), v.to(dtype),
-            lambda _: [p.to(dtype) for p in basis(y)], method, steps)[2].double()
+            lambda y: in_parts(mixture, y, s),
+            y.to(dtype),
+            v.to(dtype),
+            lambda _: [p.to(dtype) for p in basis(y)],
+            method,
+            steps,
+        )[2].double()
 
     for method in divergence.METHODS:
         exact = run(torch.float64, 0.02, method)
@@ -286,7 +303,8 @@ def test_stratified_probes_leave_every_trace_as_it_is():
     patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * (dim + 2))
     directions = 3 * torch.randn(2, dim, dtype=torch.float64, generator=generator)
     probes = divergence.stratified(
-        patterns[:, :dim], [d.expand(len(patterns), dim) for d in directions], [patterns[:, dim], patterns[:, dim + 1]])
+        patterns[:, :dim], [d.expand(len(patterns), dim) for d in directions], [patterns[:, dim], patterns[:, dim + 1]]
+    )
     values = torch.einsum("bi,ij,bj->b", probes, matrix, probes)
     assert float(values.mean()) == pytest.approx(float(matrix.trace()), rel=1e-12)
     # and of a matrix of rank one along the first direction, or along what the second adds to it, no value differs

@@ -63,20 +63,21 @@ def test_gaussian_closed_form(prediction, forward, oracle):
     unit = h.random_noise().generate_noise(h.empty_latent()).double()
     moved = oracle.coefficients(unit) + oracle.mean
     if math.isinf(s[0]):
-        ratio = (oracle.variance + s[-1]**2).sqrt()
+        ratio = (oracle.variance + s[-1] ** 2).sqrt()
         centred = moved
     else:
-        ratio = ((oracle.variance + s[-1]**2) / (oracle.variance + s[0]**2)).sqrt()
+        ratio = ((oracle.variance + s[-1] ** 2) / (oracle.variance + s[0] ** 2)).sqrt()
         moved = moved * math.hypot(1, s[0])
         centred = moved - oracle.mean
-    score, tangent = -centred * ratio / (oracle.variance + s[-1]**2), -moved * ratio
+    score, tangent = -centred * ratio / (oracle.variance + s[-1] ** 2), -moved * ratio
     exact = (score * tangent).sum(1)
     cosine = exact / (score.norm(dim=1) * tangent.norm(dim=1))
     bits = 0.01 * exact / (oracle.dim * math.log(2))
     positive = h.conditioning(prediction, COMPONENT)
     for way in WAYS if forward else WAYS[:2]:
         aligned, found, report, _, _, _, response = check(
-            model if forward else without_forward_mode(model), way, positive=positive)
+            model if forward else without_forward_mode(model), way, positive=positive
+        )
         print(prediction, way, [r / float(b) - 1 for r, b in zip(response, bits)], found - float(cosine.min()))
         assert response == pytest.approx(bits.tolist(), rel=1e-2), way
         assert found == pytest.approx(float(cosine.min()), abs=1e-2) and aligned
@@ -126,8 +127,9 @@ def test_the_report_tells_of_both_ways():
 
 def test_more_probes_and_other_seeds_agree():
     model = h.exact_model("flow")
-    few, other, many = (torch.tensor(check(model, "without score", steps=12, batch=1, probes=n, seed=s)[6])
-                        for n, s in ((1, 0), (1, 1), (4, 0)))
+    few, other, many = (
+        torch.tensor(check(model, "without score", steps=12, batch=1, probes=n, seed=s)[6]) for n, s in ((1, 0), (1, 1), (4, 0))
+    )
     assert few != other
     assert many.tolist() == pytest.approx(few.tolist(), rel=0.05)
 
@@ -157,10 +159,15 @@ def test_a_sampler_that_adds_noise_is_named():
     churned, still = (comfy.samplers.ksampler(*a) for a in (("euler", {"s_churn": 1.0}), ("euler_ancestral", {"eta": 0.0})))
     varied = h.outputs(StochasticDetailVariation, 0.5, 0.0, "structure", 1.0, 0.0, 1.0, 5, "expected", 1)[0]
     for name, sampler, stochastic in (
-            ("euler_ancestral", None, True), ("lcm", None, True), ("euler", None, False), ("euler", churned, True),
-            ("euler", h.guided_sampler(0.4, sampler="euler"), False), ("euler", h.outputs(
-                DensityGuidanceSampler, 0.4, 0.0, 0.0, 1.0, churned)[0], True),
-            ("euler_ancestral", still, False), ("", varied, True)):
+        ("euler_ancestral", None, True),
+        ("lcm", None, True),
+        ("euler", None, False),
+        ("euler", churned, True),
+        ("euler", h.guided_sampler(0.4, sampler="euler"), False),
+        ("euler", h.outputs(DensityGuidanceSampler, 0.4, 0.0, 0.0, 1.0, churned)[0], True),
+        ("euler_ancestral", still, False),
+        ("", varied, True),
+    ):
         report = check(model, "finite scale", steps=6, batch=1, sampler=sampler or h.core_sampler(name))[2]
         assert (note in report and name in report) == stochastic, (name, report)
 
@@ -181,8 +188,17 @@ def test_caches_of_predictions_are_refused():
         cached = h.core_node(node, model=model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
         for way in ("with score", "without score"):
             h.fails(["carries " + node, "without it"], check, cached, way)
-        h.fails(["carries " + node], h.outputs, LogDensity, guider(cached), {"samples": torch.ones(1, 3, h.SIZE, h.SIZE)},
-              4, 1, 0, 0.1)
+        h.fails(
+            ["carries " + node],
+            h.outputs,
+            LogDensity,
+            guider(cached),
+            {"samples": torch.ones(1, 3, h.SIZE, h.SIZE)},
+            4,
+            1,
+            0,
+            0.1,
+        )
     assert seen.calls == 0
 
 
@@ -199,9 +215,16 @@ def test_a_control_has_its_derivative_tried_anew():
 # --- what it costs ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way, forward, each", [
-    ("with score", True, 1), ("with score", False, 3), ("without score", True, 3), ("without score", False, 5),
-    ("both", False, 5)])
+@pytest.mark.parametrize(
+    "way, forward, each",
+    [
+        ("with score", True, 1),
+        ("with score", False, 3),
+        ("without score", True, 3),
+        ("without score", False, 5),
+        ("both", False, 5),
+    ],
+)
 def test_calls_and_memory(way, forward, each):
     """Never more images at once than the latent has, and as many calls as the report says."""
     model = h.exact_model("flow")
@@ -217,8 +240,10 @@ def test_calls_and_memory(way, forward, each):
 
 def test_an_interrupt_ends_it_at_the_next_call():
     model, seen = h.recording(h.exact_model("flow"))
-    model.add_wrapper(WrappersMP.APPLY_MODEL, lambda executor, *a, **k: (
-        comfy.model_management.interrupt_current_processing(seen.calls == 20), executor(*a, **k))[1])
+    model.add_wrapper(
+        WrappersMP.APPLY_MODEL,
+        lambda executor, *a, **k: (comfy.model_management.interrupt_current_processing(seen.calls == 20), executor(*a, **k))[1],
+    )
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         check(model)
     assert seen.calls == 20
@@ -269,15 +294,15 @@ def test_an_image_in_the_latent_does_not_count_as_noise():
 
 # --- real networks ----------------------------------------------------------------------------------------------
 
-NETWORKS = {
-    "unet": (networks.unet, networks.unet_conditioning, 4),
-    "dit": (networks.dit, networks.dit_conditioning, 16),
-}
+NETWORKS = {"unet": (networks.unet, networks.unet_conditioning, 4), "dit": (networks.dit, networks.dit_conditioning, 16)}
 FLOWS = {**NETWORKS, "unet": (functools.partial(networks.unet, model_type="FLOW"), networks.unet_conditioning, 4)}
 
 
-@pytest.mark.parametrize("name, dtype", [("unet", torch.float32), ("dit", torch.float32), ("dit", torch.bfloat16)],
-                         ids=["unet", "dit", "dit in bf16"])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("unet", torch.float32), ("dit", torch.float32), ("dit", torch.bfloat16)],
+    ids=["unet", "dit", "dit in bf16"],
+)
 def test_with_score_agrees_with_finite_scale_on_real_networks(name, dtype):
     """On networks that attend, normalise and round, whose eps stands for the score in both."""
     make, positive, channels = NETWORKS[name]
@@ -290,8 +315,9 @@ def test_with_score_agrees_with_finite_scale_on_real_networks(name, dtype):
     cut = read_level(model, schedule)
     eighths = torch.arange(8) / 8  # it keeps to the scheduler's noise levels, which are coarse for random weights
     finer = (cut[:-1, None] + (cut[1:] - cut[:-1])[:, None] * eighths).flatten()
-    finite = run("finite scale", sigmas=torch.cat([finer, schedule[len(cut) - 1:]]),
-                 scale_step=0.01 if dtype is torch.float32 else 0.05)
+    finite = run(
+        "finite scale", sigmas=torch.cat([finer, schedule[len(cut) - 1 :]]), scale_step=0.01 if dtype is torch.float32 else 0.05
+    )
     print(name, dtype, by_default[6], differences[6], finite[6], by_default[2].splitlines()[-2:])
     rel = 0.01 if dtype is torch.float32 else 0.1
     assert differences[6] == pytest.approx(by_default[6], rel=rel)
@@ -313,8 +339,10 @@ def test_without_score_agrees_with_the_density_of_the_flow_on_real_networks(name
         return torch.tensor(h.outputs(LogDensity, guider(model, positive()), end, 64, 4, 0, level)[0], dtype=torch.float64)
 
     measured = 0.01 * (bits(1 + step) - bits(1 - step)) / (2 * step)
-    found, coarse = (check(model, "without score", steps=40, positive=positive(), latent=latent, probes=4)[6]
-                     for model in (model, make(torch.bfloat16)))
+    found, coarse = (
+        check(model, "without score", steps=40, positive=positive(), latent=latent, probes=4)[6]
+        for model in (model, make(torch.bfloat16))
+    )
     print(name, found, measured.tolist(), coarse)
     assert found == pytest.approx(measured.tolist(), rel=0.05)
     assert coarse == pytest.approx(measured.tolist(), rel=0.1)
@@ -356,8 +384,9 @@ def test_bad_input_before_any_call():
     ]
     for words, wrong in cases:
         h.fails(words, check, model, **wrong)
-    h.fails(["guider is a int", "GUIDER"], h.outputs, ScoreAlignmentCheck, 3, h.random_noise(), latent, full, "both",
-          0.95, 1, 0)
+    h.fails(
+        ["guider is a int", "GUIDER"], h.outputs, ScoreAlignmentCheck, 3, h.random_noise(), latent, full, "both", 0.95, 1, 0
+    )
     assert seen.calls == 0
 
 

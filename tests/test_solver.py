@@ -55,8 +55,9 @@ def test_order(noise, path, start, stop, z):
         return (s * (eps + k * eps / eps.square().flatten(1).sum(1).view(-1, 1, 1, 1))).flatten().numpy()
 
     y0 = noise * start / path.alpha(start)
-    exact = solve_ivp(rate, (math.log(s_start), math.log(s_stop)), y0.flatten().numpy(), method="DOP853",
-                      rtol=1e-12, atol=1e-14).y[:, -1]
+    exact = solve_ivp(
+        rate, (math.log(s_start), math.log(s_stop)), y0.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-14
+    ).y[:, -1]
     errors, steps = [], [500, 1000, 2000]
     for n in steps:
         s = np.geomspace(s_start, s_stop, n + 1)

@@ -8,15 +8,25 @@ from density_guidance.dg_core import variation
 from density_guidance.testing import host_runs as h
 
 # prediction, scheduler and steps at which high orders are unstable, but the host's first-order samplers are not
-STIFF = pytest.mark.parametrize("prediction, scheduler, steps", [
-    ("eps", "karras", 16), ("eps", "exponential", 8), ("flow", "simple", 12)], ids=lambda v: str(v))
+STIFF = pytest.mark.parametrize(
+    "prediction, scheduler, steps",
+    [("eps", "karras", 16), ("eps", "exponential", 8), ("flow", "simple", 12)],
+    ids=lambda v: str(v),
+)
 COMPONENT = 3
 
 
 def run(prediction, scheduler, steps, cfg, sampler, images=1):
     model = h.exact_model(prediction)
-    return h.picture(model, sampler, h.schedule(model, steps, scheduler), h.empty_latent(images), cfg=cfg,
-                     positive=h.conditioning(prediction, COMPONENT), negative=h.conditioning(prediction))
+    return h.picture(
+        model,
+        sampler,
+        h.schedule(model, steps, scheduler),
+        h.empty_latent(images),
+        cfg=cfg,
+        positive=h.conditioning(prediction, COMPONENT),
+        negative=h.conditioning(prediction),
+    )
 
 
 @lru_cache
@@ -42,17 +52,29 @@ def test_error_is_no_larger_than_that_of_euler(prediction, scheduler, steps, qua
     assert error < error_euler
 
 
-@pytest.mark.parametrize("prediction, scheduler, steps, correction, strength", [
-    ("eps", "karras", 16, "exact", 3.0), ("eps", "exponential", 10, "hutchinson", 3.0), ("flow", "simple", 12, "exact", 3.0),
-    ("flow", "simple", 12, "expected", 0.5), ("eps", "exponential", 12, "hutchinson", 2.0), ("eps", "karras", 6, "expected", 3.0),
-    ("eps", "karras", 6, "exact", 2.0), ("eps", "exponential", 8, "expected", 1.0), ("eps", "exponential", 8, "hutchinson", 3.0)])
+@pytest.mark.parametrize(
+    "prediction, scheduler, steps, correction, strength",
+    [
+        ("eps", "karras", 16, "exact", 3.0),
+        ("eps", "exponential", 10, "hutchinson", 3.0),
+        ("flow", "simple", 12, "exact", 3.0),
+        ("flow", "simple", 12, "expected", 0.5),
+        ("eps", "exponential", 12, "hutchinson", 2.0),
+        ("eps", "karras", 6, "expected", 3.0),
+        ("eps", "karras", 6, "exact", 2.0),
+        ("eps", "exponential", 8, "expected", 1.0),
+        ("eps", "exponential", 8, "hutchinson", 3.0),
+    ],
+)
 def test_variations_stay_in_range(prediction, scheduler, steps, correction, strength):
     """Of docs/variation.md, which has every pair with 48 images: each correction at its strongest, and where steps are few."""
     noisy = reach_of(prediction, scheduler, steps, h.varied("everything", strength, correction))
     assert noisy < IN_RANGE * reach(prediction, scheduler, steps)
 
 
-@pytest.mark.parametrize("vary, correction", [("everything", "expected"), ("fine details", "hutchinson"), ("everything", "exact")])
+@pytest.mark.parametrize(
+    "vary, correction", [("everything", "expected"), ("fine details", "hutchinson"), ("everything", "exact")]
+)
 def test_variations_go_no_further_where_even_euler_leaves_the_range(vary, correction):
     """Strengths to 1, the most noise that the host's own samplers add."""
     converged = reach("flow", "simple", 40, sampler="euler")
@@ -75,8 +97,10 @@ def test_the_bound_of_the_step_is_for_stiff_flows_only(prediction, correction, m
 
 
 def test_strong_noise_in_many_pieces_stays_in_range():
-    plain, noisy = (run("eps", "karras", 10, 1.0, sampler) for sampler in (
-        h.guided_sampler(), h.varied("everything", 3.0, "exact", probes=16)))
+    plain, noisy = (
+        run("eps", "karras", 10, 1.0, sampler)
+        for sampler in (h.guided_sampler(), h.varied("everything", 3.0, "exact", probes=16))
+    )
     assert float(noisy.abs().max()) < IN_RANGE * float(plain.abs().max())
 
 

@@ -17,8 +17,9 @@ from density_guidance.testing.euler_maruyama import fine_details_change
 
 EVERY_KIND = pytest.mark.parametrize("prediction", h.KINDS)
 EVERY_CORRECTION = pytest.mark.parametrize("correction", CORRECTIONS)
-KIND_AND_CORRECTION = pytest.mark.parametrize("prediction, correction", [
-    ("flow", "expected"), ("flow", "hutchinson"), ("eps", "exact")])
+KIND_AND_CORRECTION = pytest.mark.parametrize(
+    "prediction, correction", [("flow", "expected"), ("flow", "hutchinson"), ("eps", "exact")]
+)
 VARIATIONS = 16  # docs/variation.md: 32
 STEPS = 32
 
@@ -65,8 +66,10 @@ def test_fine_details_keep_the_log_density(prediction, correction):
     change, calls = log_density_run(prediction, "fine details", 0.5, correction)
     reference = euler_maruyama_run(prediction, calls)
     error = change.std(ddof=1) / math.sqrt(VARIATIONS)
-    print(f"{prediction} {correction}: bias {change.mean():+.2e} +- {error:.0e}, spread {change.std(ddof=1):.1e}, "
-          f"{calls} calls; Euler-Maruyama {reference.mean():+.2e}, {reference.std(ddof=1):.1e}")
+    print(
+        f"{prediction} {correction}: bias {change.mean():+.2e} +- {error:.0e}, spread {change.std(ddof=1):.1e}, "
+        f"{calls} calls; Euler-Maruyama {reference.mean():+.2e}, {reference.std(ddof=1):.1e}"
+    )
     allowed = 2 if correction == "expected" else 1
     assert abs(change.mean()) + 3 * error <= allowed * 5e-3
     assert change.std(ddof=1) <= allowed * 2e-3
@@ -90,8 +93,11 @@ def test_variations_keep_the_guided_level(prediction):
     sigmas = schedule(model)
     guided = nats_per_dim(model, h.picture(model, h.guided_sampler(0.3, 0.2), sigmas, same_noise(1)), sigmas)
     plain = nats_per_dim(model, h.picture(model, h.guided_sampler(), sigmas, same_noise(1)), sigmas)
-    level = nats_per_dim(model, h.picture(model, h.varied(quantile=0.3, detail_shift=0.2, correction="hutchinson"), sigmas,
-                                          same_noise(4)), sigmas)
+    level = nats_per_dim(
+        model,
+        h.picture(model, h.varied(quantile=0.3, detail_shift=0.2, correction="hutchinson"), sigmas, same_noise(4)),
+        sigmas,
+    )
     assert abs(guided - plain).min() > 0.1
     assert level == pytest.approx(np.repeat(guided, 4), abs=5e-3)
 
@@ -146,8 +152,9 @@ def test_outside_the_mask_is_the_plain_flow(correction):
     for steps in (16, 64):
         sigmas = h.schedule(model, steps)
         sampler = h.varied("everything", correction=correction, quantile=0.3, mask=mask)
-        difference = (h.free_run(model, sampler, sigmas, noise)
-                      - h.free_run(model, h.guided_sampler(0.3, mask=mask), sigmas, noise)).abs()
+        difference = (
+            h.free_run(model, sampler, sigmas, noise) - h.free_run(model, h.guided_sampler(0.3, mask=mask), sigmas, noise)
+        ).abs()
         errors.append(float(difference[outside].mean()))
         assert float(difference[inside].mean()) > 0.4
     print(f"{correction}: {errors}")
@@ -179,8 +186,9 @@ def test_mask_within_an_inpainting(prediction):
     latent["noise_mask"][..., 16:] = 1
     mask = torch.zeros(1, h.SIZE, h.SIZE)
     mask[:, 16:] = 1
-    result, plain = (h.picture(model, sampler, sigmas, latent) for sampler in (
-        h.varied("everything", mask=mask), h.guided_sampler()))
+    result, plain = (
+        h.picture(model, sampler, sigmas, latent) for sampler in (h.varied("everything", mask=mask), h.guided_sampler())
+    )
     difference = (result - plain).abs()
     assert not difference[..., :16].any()
     assert float(difference[..., 16:, 16:].mean()) > 3 * float(difference[..., :16, 16:].mean())
@@ -284,8 +292,11 @@ def test_inpainting(prediction, correction):
 
 
 @EVERY_CORRECTION
-@pytest.mark.parametrize("shape, dtype", [((2, 16, 3, 8, 8), torch.float16), ((1, 8, 40), torch.bfloat16),
-                                          ((2, 4, 8, 8), torch.float32)], ids=["video", "audio", "image"])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((2, 16, 3, 8, 8), torch.float16), ((1, 8, 40), torch.bfloat16), ((2, 4, 8, 8), torch.float32)],
+    ids=["video", "audio", "image"],
+)
 def test_latents_of_any_kind(shape, dtype, correction):
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     model = h.free_model("FLOW", h.half)
@@ -307,37 +318,44 @@ def test_cfg():
 def test_interrupt_stops_before_the_next_model_call():
     model, seen = h.recording(h.exact_model("flow"))
     model.set_model_sampler_post_cfg_function(
-        lambda args: comfy.model_management.interrupt_current_processing(seen.calls == 6) or args["denoised"])
+        lambda args: comfy.model_management.interrupt_current_processing(seen.calls == 6) or args["denoised"]
+    )
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         h.sample(model, h.varied("everything", correction="exact", probes=8), h.schedule(model, 4))
     assert seen.calls == 6
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    ({"vary": "colour"}, ["vary", "'colour'", "fine details", "custom"]),
-    ({"strength": 3.5}, ["strength", "3.5", "0.0", "3.0"]),
-    ({"strength": math.nan}, ["strength", "nan"]),
-    ({"seed": -1}, ["variation_seed", "-1"]),
-    ({"seed": 1.5}, ["variation_seed", "1.5", "whole"]),
-    ({"probes": "2"}, ["probes", "'2'", "whole"]),
-    ({"correction": "best"}, ["correction", "'best'", "hutchinson"]),
-    ({"probes": 0}, ["probes", "0", "16"]),
-    ({"quantile": 0.0}, ["quantile", "0.0", "0.001"]),
-    ({"detail_shift": 3.0}, ["detail_shift", "3.0", "2"]),
-    ({"vary": "custom", "window": (0.5, 0.5)}, ["start_percent", "end_percent", "smaller"]),
-    ({"vary": "custom", "window": (-0.5, 0.5)}, ["start_percent", "-0.5"]),
-    ({"variation_index": [0.5]}, ["variation_index", "image 0", "0.5", "whole"]),
-    ({"variation_index": [-1.0]}, ["variation_index", "image 0", "-1"]),
-    ({"variation_index": 3}, ["variation_index", "3", "list"]),
-    ({"mask": 2 * torch.ones(1, 8, 8)}, ["mask", "2", "0 to 1"]),
-], ids=str)
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"vary": "colour"}, ["vary", "'colour'", "fine details", "custom"]),
+        ({"strength": 3.5}, ["strength", "3.5", "0.0", "3.0"]),
+        ({"strength": math.nan}, ["strength", "nan"]),
+        ({"seed": -1}, ["variation_seed", "-1"]),
+        ({"seed": 1.5}, ["variation_seed", "1.5", "whole"]),
+        ({"probes": "2"}, ["probes", "'2'", "whole"]),
+        ({"correction": "best"}, ["correction", "'best'", "hutchinson"]),
+        ({"probes": 0}, ["probes", "0", "16"]),
+        ({"quantile": 0.0}, ["quantile", "0.0", "0.001"]),
+        ({"detail_shift": 3.0}, ["detail_shift", "3.0", "2"]),
+        ({"vary": "custom", "window": (0.5, 0.5)}, ["start_percent", "end_percent", "smaller"]),
+        ({"vary": "custom", "window": (-0.5, 0.5)}, ["start_percent", "-0.5"]),
+        ({"variation_index": [0.5]}, ["variation_index", "image 0", "0.5", "whole"]),
+        ({"variation_index": [-1.0]}, ["variation_index", "image 0", "-1"]),
+        ({"variation_index": 3}, ["variation_index", "3", "list"]),
+        ({"mask": 2 * torch.ones(1, 8, 8)}, ["mask", "2", "0 to 1"]),
+    ],
+    ids=str,
+)
 def test_bad_input_is_named(kwargs, words):
     with pytest.raises(ValueError) as error:
         h.varied(**kwargs)
     assert not [word for word in words if word not in str(error.value)], str(error.value)
 
 
-@pytest.mark.parametrize("prediction, vary, steps", [("flow", "structure", 2), ("eps", "everything", 2), ("flow", "fine details", 4)])
+@pytest.mark.parametrize(
+    "prediction, vary, steps", [("flow", "structure", 2), ("eps", "everything", 2), ("flow", "fine details", 4)]
+)
 def test_a_window_without_a_step_is_said_in_the_log(prediction, vary, steps, caplog):
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, steps)
@@ -391,16 +409,21 @@ def test_grid_is_what_its_rows_would_be():
     together = h.picture(model, h.varied(quantiles=quantiles, variation_index=index), sigmas, grid)
     assert seen.calls == 8
     for row, quantile in enumerate(levels):
-        alone = h.picture(model, h.varied(quantile=quantile, variation_index=index[:3]), sigmas,
-                          {**h.empty_latent(3), "batch_index": [4] * 3})
-        assert torch.allclose(together[3 * row:3 * row + 3], alone, atol=1e-4)
+        alone = h.picture(
+            model, h.varied(quantile=quantile, variation_index=index[:3]), sigmas, {**h.empty_latent(3), "batch_index": [4] * 3}
+        )
+        assert torch.allclose(together[3 * row : 3 * row + 3], alone, atol=1e-4)
 
 
 def test_grid_repeats_the_mask_and_names_bad_input():
     latent = {**h.empty_latent(2), "noise_mask": torch.ones(2, 1, h.SIZE, h.SIZE)}
     assert h.outputs(VariationGrid, latent, "0.5", 4)[0]["noise_mask"].shape == (4, 1, h.SIZE, h.SIZE)
-    for text, word in (("0.5, 2", "quantiles, row 1, is 2"), ("a", "quantiles has 'a'"), ("", "quantiles is empty"),
-                       (0.5, "quantiles is 0.5; write numbers")):
+    for text, word in (
+        ("0.5, 2", "quantiles, row 1, is 2"),
+        ("a", "quantiles has 'a'"),
+        ("", "quantiles is empty"),
+        (0.5, "quantiles is 0.5; write numbers"),
+    ):
         with pytest.raises(ValueError, match=word):
             h.outputs(VariationGrid, latent, text, 2)
     for bad in ({}, {"samples": torch.zeros(0, 3, 8, 8)}):

@@ -32,13 +32,13 @@ def start(seed=0):
     return noise.expand(IMAGES, -1, -1, -1)
 
 
-def run(sigmas, variance, strength=1.0, correction="expected", path=VE, z=0.0, mask=None, probes=1,
-        window=(1e9, 0)):
+def run(sigmas, variance, strength=1.0, correction="expected", path=VE, z=0.0, mask=None, probes=1, window=(1e9, 0)):
     """(state at the last sigma, calls)."""
     model, calls = gaussian(variance, path)
     schedule = Schedule(path, sigmas)
     variation = strength and Variation(
-        guided_steps(schedule, *window), strength, ImageNoise(3, range(IMAGES)), correction, probes, mask)
+        guided_steps(schedule, *window), strength, ImageNoise(3, range(IMAGES)), correction, probes, mask
+    )
     control = control_of_z(schedule, z, DIM) if mask is None else control_of_z(schedule, z, float(mask.sum()), mask)
     x = solver.solve(model, start() * sigmas[0], schedule, control, variation or None, mask=mask)
     return x, calls
@@ -64,8 +64,7 @@ def test_isotropic_gaussian_keeps_its_norm(correction, path, z):
         assert abs(float(turned.mean())) < 0.5 if strength else float(turned.min()) > 1 - 1e-9
     of_the_dropped_term = math.log((C2 + s[0] ** 2) / (C2 + s[-1] ** 2))
     change = w[1.0] - w[0.0]
-    print(f"w changes by {float(change.mean()):+.3f}, spread {float(change.std()):.3f}; {of_the_dropped_term:.2f} "
-          "without P")
+    print(f"w changes by {float(change.mean()):+.3f}, spread {float(change.std()):.3f}; {of_the_dropped_term:.2f} without P")
     assert abs(float(change.mean())) < 0.15 * of_the_dropped_term
     assert float(change.std()) < 0.15 * of_the_dropped_term
 
@@ -131,7 +130,9 @@ def test_step_to_the_level_set_is_that_of_the_gaussian():
 @pytest.mark.parametrize("eps_top_size", [0.0, 0.1, 1.0, 10.0])
 def test_step_to_the_level_set_is_bounded(eps_top_size):
     """Feet and tops that know nothing of each other."""
-    foot, change, eps_foot, eps_top = torch.randn(4, 8, 2, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    foot, change, eps_foot, eps_top = torch.randn(
+        4, 8, 2, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
     eps_top = eps_top_size * eps_top
     stepped, eps = level_set_step(foot, change, eps_foot, eps_top)
     step, room, moved, size = (v.flatten(1).norm(dim=1) for v in (stepped - foot - change, change, eps - eps_top, eps_top))
@@ -154,8 +155,7 @@ def test_mask_keeps_the_noise_inside(correction):
     assert inside.numpy() == pytest.approx(whole.numpy(), rel=0.1)
 
 
-@pytest.mark.parametrize("strength, window", [(0.0, (1e9, 0)), (1.0, (0.01, 0.001))],
-                         ids=["strength 0", "empty window"])
+@pytest.mark.parametrize("strength, window", [(0.0, (1e9, 0)), (1.0, (0.01, 0.001))], ids=["strength 0", "empty window"])
 @EVERY_CORRECTION
 def test_nothing_to_add_is_the_plain_solver(strength, window, correction):
     s = [*geometric(5.0, 0.1, 12), 0.0]
@@ -168,9 +168,10 @@ def test_nothing_to_add_is_the_plain_solver(strength, window, correction):
     assert torch.equal(x, plain) and calls == plain_calls == s[:-1]
 
 
-@pytest.mark.parametrize("correction, probes, extra", [
-    ("expected", 1, 0), ("expected", 5, 0), ("hutchinson", 1, 1), ("hutchinson", 3, 3), ("exact", 1, 2),
-    ("exact", 2, 4)])
+@pytest.mark.parametrize(
+    "correction, probes, extra",
+    [("expected", 1, 0), ("expected", 5, 0), ("hutchinson", 1, 1), ("hutchinson", 3, 3), ("exact", 1, 2), ("exact", 2, 4)],
+)
 def test_model_calls(correction, probes, extra):
     """Only steps with noise call more often, and none at more than the first level."""
     s = [*geometric(5.0, 0.1, 12), 0.0]
@@ -262,13 +263,17 @@ def test_noise_is_standard_normal():
     assert float(mean.square().mean() * 400) == pytest.approx(1, abs=4 * math.sqrt(2 / 256))  # images are independent
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    ({"strength": -0.1}, ["strength", "-0.1", "0.0", "3.0"]),
-    ({"strength": math.nan}, ["strength", "nan"]),
-    ({"correction": "none"}, ["correction", "'none'", "expected", "hutchinson", "exact"]),
-    ({"probes": 0}, ["probes", "0", "1", "16"]),
-    ({"probes": 1.5}, ["probes", "1.5", "whole"]),
-], ids=str)
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"strength": -0.1}, ["strength", "-0.1", "0.0", "3.0"]),
+        ({"strength": math.nan}, ["strength", "nan"]),
+        ({"correction": "none"}, ["correction", "'none'", "expected", "hutchinson", "exact"]),
+        ({"probes": 0}, ["probes", "0", "1", "16"]),
+        ({"probes": 1.5}, ["probes", "1.5", "whole"]),
+    ],
+    ids=str,
+)
 def test_bad_values_are_named(kwargs, words):
     with pytest.raises(ValueError) as error:
         Variation(**{"steps": None, "strength": 1.0, "noise": None, **kwargs})

@@ -50,17 +50,23 @@ async def curve_in_the_node(page):
     """Sizes of the pictures in two guidance nodes, the first with a curve and the second without, after a run."""
     graph = long_queue.mixed_run(1)
     sampler = graph["sampler"]["inputs"]
-    graph |= {name: {"class_type": kind, "inputs": inputs} for name, kind, inputs in (
-        ("levels", "DensityLevels", {"values": "0, 2, 1"}),
-        ("even", "DensityGuidanceSampler", {**sampler, "sampler": ["sampler", 0]}),
-        ("decode", "VAEDecode", {"samples": ["sampled", 0], "vae": ["load", 1]}),
-        ("show", "PreviewImage", {"images": ["decode", 0]}))}
+    graph |= {
+        name: {"class_type": kind, "inputs": inputs}
+        for name, kind, inputs in (
+            ("levels", "DensityLevels", {"values": "0, 2, 1"}),
+            ("even", "DensityGuidanceSampler", {**sampler, "sampler": ["sampler", 0]}),
+            ("decode", "VAEDecode", {"samples": ["sampled", 0], "vae": ["load", 1]}),
+            ("show", "PreviewImage", {"images": ["decode", 0]}),
+        )
+    }
     sampler["curve"] = ["levels", 1]
     graph["sampled"]["inputs"]["sampler"] = ["even", 0]
     await page.evaluate(f"app.loadApiJson({json.dumps(graph)}, 'curve')")
     await page.evaluate("app.queuePrompt(0)")
-    pictures = ("app.graph.nodes.filter(node => node.type === '{}').flatMap(node => node.imgs ?? [])"
-                ".filter(img => img.complete && img.naturalWidth)").format
+    pictures = (
+        "app.graph.nodes.filter(node => node.type === '{}').flatMap(node => node.imgs ?? [])"
+        ".filter(img => img.complete && img.naturalWidth)"
+    ).format
     await page.wait_for(f"{pictures('PreviewImage')}.length && {pictures('DensityGuidanceSampler')}.length")
     return await page.evaluate(f"{pictures('DensityGuidanceSampler')}.map(img => [img.naturalWidth, img.naturalHeight])")
 
@@ -95,10 +101,13 @@ def test_page_shows_the_pictures_of_the_templates(seen):
     assert all(width > 200 for width in seen["pictures"].values())
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("DensityGuidanceSampler", "in bits per dimension = -nats / (D * ln 2)"),
-    ("ExactLogDensity", "Why the sigmas must end above 0"),
-])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("DensityGuidanceSampler", "in bits per dimension = -nats / (D * ln 2)"),
+        ("ExactLogDensity", "Why the sigmas must end above 0"),
+    ],
+)
 def test_page_shows_the_documentation(name, words, seen):
     assert words in seen["help"][name]
 

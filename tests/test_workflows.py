@@ -108,8 +108,9 @@ def test_template_has_a_picture_and_a_note(name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_nodes_of_a_template_do_not_overlap(name):
     title = 30
-    boxes = [(n["pos"][0], n["pos"][1] - title, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1])
-             for n in read(name)["nodes"]]
+    boxes = [
+        (n["pos"][0], n["pos"][1] - title, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1]) for n in read(name)["nodes"]
+    ]
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
@@ -145,8 +146,7 @@ def test_measured_change_of_detail_sweep_is_the_asked_for_one(prediction, server
     (shown,) = node_outputs(entry, "DensityContactSheet")
     table = np.array([row["bits_per_dim"] for row in json.loads(shown["table"][0])["rows"]])
     assert table.shape == (len(shifts), inputs_of(workflow, "LoadExactDensityModel")["batch_size"])
-    np.testing.assert_allclose(table - table[shifts.index(0)], np.array(shifts)[:, None] * np.ones(table.shape[1]),
-                               atol=0.01)
+    np.testing.assert_allclose(table - table[shifts.index(0)], np.array(shifts)[:, None] * np.ones(table.shape[1]), atol=0.01)
 
     latents = [path for path in server.saved_files(entry) if path.suffix == ".latent"]
     assert len(latents) == len(shifts)
@@ -206,9 +206,18 @@ def test_node_describes_itself(node_id, object_info):
 
 # Where the maths has a symbol for a socket, its tooltip names it.
 SYMBOLS = {
-    "quantile": "q", "quantiles": "q", "detail_shift": "-log2 p / D", "detail_shifts": "-log2 p / D",
-    "bits_per_dim": "-log2 p / D", "target": "-log2 p / D", "mask": "w", "strength": "c",
-    "sigmas": "sigma", "noise_floor": "s = sigma / alpha", "scale_step": "h", "steps": "N",
+    "quantile": "q",
+    "quantiles": "q",
+    "detail_shift": "-log2 p / D",
+    "detail_shifts": "-log2 p / D",
+    "bits_per_dim": "-log2 p / D",
+    "target": "-log2 p / D",
+    "mask": "w",
+    "strength": "c",
+    "sigmas": "sigma",
+    "noise_floor": "s = sigma / alpha",
+    "scale_step": "h",
+    "steps": "N",
 }
 UNIT = re.compile("[Nn]o unit|[Bb]its per dimension|pixels|[Ss]hare of the sampling|[Nn]umber of|[Ss]eed")
 
@@ -284,8 +293,10 @@ def test_queued_prompts_do_not_touch_each_other(server):
 def forget_everything(server):
     """Empty the server's cache of node outputs and unload its models."""
     request = urllib.request.Request(
-        server.client.url + "/free", json.dumps({"unload_models": True, "free_memory": True}).encode(),
-        {"Content-Type": "application/json"})
+        server.client.url + "/free",
+        json.dumps({"unload_models": True, "free_memory": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
     urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
 
 

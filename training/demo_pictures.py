@@ -65,15 +65,17 @@ def read(archive):
 
 
 def likeness(pictures, others):
-    """Highest correlation of each picture (n, SIZE, SIZE, 3) with any of `others`, (n,): grey, at any shift, mirrored or not."""
+    """Highest correlation of each picture (n, SIZE, SIZE, 3) with any of `others`, (n,): grey, any shift, mirrored or not."""
+
     def waves(colour):
         grey = torch.nn.functional.avg_pool2d(colour.float().mean(-1), 2)
         grey = grey - grey.mean((1, 2), keepdim=True)
         return torch.fft.rfft2(grey / grey.square().sum((1, 2), keepdim=True).sqrt())
 
     theirs = waves(others)
-    return torch.stack([
-        torch.fft.irfft2(theirs * waves(torch.stack([one, one.flip(1)]))[:, None].conj()).max() for one in pictures])
+    return torch.stack(
+        [torch.fft.irfft2(theirs * waves(torch.stack([one, one.flip(1)]))[:, None].conj()).max() for one in pictures]
+    )
 
 
 class Pictures:
@@ -87,13 +89,15 @@ class Pictures:
 
     def draw(self, count, size, generator):
         """(crops (count, 3, size, size) in [-1, 1], classes (count,)): every class as often, mirrored at random."""
+
         def uniform(n):
             return torch.randint(n, (count,), generator=generator).tolist()
 
         kinds = uniform(len(CLASSES))
         crops = []
         for kind, pick, side, row, column, mirrored in zip(
-                kinds, uniform(2**31), uniform(CROPS[1] - CROPS[0] + 1), uniform(2**31), uniform(2**31), uniform(2)):
+            kinds, uniform(2**31), uniform(CROPS[1] - CROPS[0] + 1), uniform(2**31), uniform(2**31), uniform(2)
+        ):
             members = (self.classes == kind).nonzero()[:, 0]
             picture = self.pictures[members[pick % len(members)]]
             side += CROPS[0]

@@ -123,10 +123,14 @@ def main():
     tables = fit(exact_density.dct((pictures - shift[:, None, None]) * SCALE), torch.Generator().manual_seed(0))
     tables["shift"] = shift
     tables["scale"] = torch.tensor(SCALE, dtype=torch.float64)
-    save_file(tables, args.output, metadata={
-        "data": "Noto Color Emoji, Copyright Google Inc., SIL Open Font License 1.1",
-        "script": "training/fit_exact_density.py",
-    })
+    save_file(
+        tables,
+        args.output,
+        metadata={
+            "data": "Noto Color Emoji, Copyright Google Inc., SIL Open Font License 1.1",
+            "script": "training/fit_exact_density.py",
+        },
+    )
     print(f"{len(pictures)} pictures, {COMPONENTS} components, {args.output.stat().st_size / 1e6:.1f} MB -> {args.output}")
 
 

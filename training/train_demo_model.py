@@ -132,8 +132,13 @@ class Trainer:
         return (total / count).tolist()
 
     def state(self):
-        return {"step": self.step, "unet": self.unet.state_dict(), "context": self.context.detach(),
-                "average": self.average, "optimiser": self.optimiser.state_dict()}
+        return {
+            "step": self.step,
+            "unet": self.unet.state_dict(),
+            "context": self.context.detach(),
+            "average": self.average,
+            "optimiser": self.optimiser.state_dict(),
+        }
 
     def resume(self, state):
         self.step, self.average = state["step"], [a.to(self.device) for a in state["average"]]
@@ -154,8 +159,12 @@ def export(trainer, classes):
     """The averaged weights as the file that LoadDemoModel reads."""
     unet, context = trainer.averaged()
     tensors = {name: value.half().contiguous().cpu() for name, value in {**unet, "context": context}.items()}
-    metadata = {"size": trainer.config["size"], "classes": json.dumps(classes), "script": "training/train_demo_model.py",
-                "data": "ground textures of 0 A.D., Copyright Wildfire Games, CC BY-SA 3.0"}
+    metadata = {
+        "size": trainer.config["size"],
+        "classes": json.dumps(classes),
+        "script": "training/train_demo_model.py",
+        "data": "ground textures of 0 A.D., Copyright Wildfire Games, CC BY-SA 3.0",
+    }
     write_atomically(lambda path: save_file(tensors, path, metadata), demo.WEIGHTS)
 
 
@@ -170,14 +179,24 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = Pictures(options.pictures, False), Pictures(options.pictures, True)
     trainer = Trainer(config, len(CLASSES), device)
-    record = {"config": {"name": options.config, **config}, "machine": f"{platform.processor() or platform.machine()}, "
-              f"{torch.get_num_threads()} of {os.cpu_count()} cores" if device.type == "cpu" else torch.cuda.get_device_name(),
-              "parameters": sum(p.numel() for p in trainer.parameters), "note": options.note, "seconds": 0.0, "loss": [], "held_out": []}
+    record = {
+        "config": {"name": options.config, **config},
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(),
+        "parameters": sum(p.numel() for p in trainer.parameters),
+        "note": options.note,
+        "seconds": 0.0,
+        "loss": [],
+        "held_out": [],
+    }
     if options.checkpoint.exists():
         saved = torch.load(options.checkpoint, map_location=device, weights_only=True)
         if saved["record"]["config"] != record["config"]:
-            parser.error(f"--checkpoint {options.checkpoint} is of {saved['record']['config']}; this run is of "
-                         f"{record['config']}: name another file")
+            parser.error(
+                f"--checkpoint {options.checkpoint} is of {saved['record']['config']}; this run is of "
+                f"{record['config']}: name another file"
+            )
         trainer.resume(saved["trainer"])
         record = saved["record"]
     every = config["steps"] // 30

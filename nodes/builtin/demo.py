@@ -42,13 +42,22 @@ def network(
     """
     unet = UNETS[size]
     blocks = unet["num_res_blocks"]
-    config = _Config({
-        **unet, "image_size": SIZE, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_heads": -1,
-        "num_head_channels": 32, "use_spatial_transformer": True, "use_linear_in_transformer": True,
-        "context_dim": CONTEXT_DIM, "transformer_depth_middle": 1,
-        "transformer_depth": [d for d, n in zip(ATTENTION, blocks) for _ in range(n)],
-        "transformer_depth_output": [d for d, n in zip(ATTENTION, blocks) for _ in range(n + 1)],
-    })
+    config = _Config(
+        {
+            **unet,
+            "image_size": SIZE,
+            "in_channels": CHANNELS,
+            "out_channels": CHANNELS,
+            "num_heads": -1,
+            "num_head_channels": 32,
+            "use_spatial_transformer": True,
+            "use_linear_in_transformer": True,
+            "context_dim": CONTEXT_DIM,
+            "transformer_depth_middle": 1,
+            "transformer_depth": [d for d, n in zip(ATTENTION, blocks) for _ in range(n)],
+            "transformer_depth_output": [d for d, n in zip(ATTENTION, blocks) for _ in range(n + 1)],
+        }
+    )
     config.latent_format = PixelLatent(scale=SCALE)
     config.set_inference_dtype(dtype, compute_dtype)
     return comfy.model_base.BaseModel(config, comfy.model_base.ModelType.V_PREDICTION)
@@ -62,12 +71,15 @@ def load(
     dtype, compute_dtype: see `network`. Raises FileNotFoundError where the pack lacks the weights.
     """
     if not WEIGHTS.is_file():
-        raise FileNotFoundError(f"{WEIGHTS} is missing: the pack's folder is not complete, get it again, or train the model "
-                                "with training/train_demo_model.py")
+        raise FileNotFoundError(
+            f"{WEIGHTS} is missing: the pack's folder is not complete, get it again, or train the model "
+            "with training/train_demo_model.py"
+        )
     weights, metadata = comfy.utils.load_torch_file(str(WEIGHTS), return_metadata=True)
     context = weights.pop("context").float()
     model = network(metadata["size"], dtype, compute_dtype)
     model.diffusion_model.load_state_dict(weights)
     patcher = comfy.model_patcher.ModelPatcher(
-        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    )
     return patcher, pixel_vae(), json.loads(metadata["classes"]), context[:, None]

@@ -76,9 +76,7 @@ class ExactDensityNetwork(torch.nn.Module):
             self._tables[device] = self._tables[torch.device("cpu")].to(device, sum_dtype(device))
         return self._tables[device]
 
-    def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None, **_: Any
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
         """The network's output (B, 3, size, size) for the host's input and timesteps (B,); context: (B, 1, K) weights."""
         density = self.density_on(x.device)
         wide = density.means.dtype
@@ -122,7 +120,8 @@ class ExactDensityModel(comfy.model_base.BaseModel):
         if not own:
             raise ValueError(
                 f"model has its sampling patched to {type(self.model_sampling).__name__}; the exact-density model takes no "
-                "other than its own: choose eps, v or flow in its loader")
+                "other than its own: choose eps, v or flow in its loader"
+            )
         return super().extra_conds(**kwargs)
 
 
@@ -130,7 +129,8 @@ def _require_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if shape != expected:
         raise ValueError(
             f"the latent has {' x '.join(map(str, shape))} elements per image; this exact-density model takes "
-            f"{' x '.join(map(str, expected))}: use the latent output of its loader, or load the model at that size")
+            f"{' x '.join(map(str, expected))}: use the latent output of its loader, or load the model at that size"
+        )
 
 
 def load(prediction: str, size: int) -> tuple[comfy.model_patcher.ModelPatcher, Any]:
@@ -139,29 +139,27 @@ def load(prediction: str, size: int) -> tuple[comfy.model_patcher.ModelPatcher, 
         latent_format = PixelLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
     model = ExactDensityModel(ExactDensity.load(WEIGHTS, size), prediction, latent_format)
     patcher = comfy.model_patcher.ModelPatcher(
-        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    )
     return patcher, pixel_vae()
 
 
-def read(
-    model: Any, samples: torch.Tensor, sigmas: Sequence[float], weights: torch.Tensor | None = None
-) -> list[float]:
+def read(model: Any, samples: torch.Tensor, sigmas: Sequence[float], weights: torch.Tensor | None = None) -> list[float]:
     """Exact bits per dimension of a latent that a sampler returned, at the last of `sigmas`: a list of floats.
 
     The host divides what a flow model returns by alpha, so `samples` are VE coordinates for every prediction type.
     """
     base = require("model", model, "model", "LoadExactDensityModel").model
     if not isinstance(base, ExactDensityModel):
-        raise ValueError(
-            f"model is a {type(base).__name__}; its density is not known exactly: connect LoadExactDensityModel")
+        raise ValueError(f"model is a {type(base).__name__}; its density is not known exactly: connect LoadExactDensityModel")
     sigma = float(sigmas[-1]) if len(sigmas) else 0.0
     if not sigma > 0:
         raise ValueError(
             f"sigmas end at {sigma}; the log-density is read at a noise level above 0: "
-            "cut the last step off with SplitSigmas and sample with high_sigmas")
+            "cut the last step off with SplitSigmas and sample with high_sigmas"
+        )
     s = path_of(model.get_model_object("model_sampling")).s(sigma)
     if not math.isfinite(s):
-        raise ValueError(f"sigmas end at {sigma}, pure noise of a flow model, which has no log-density; sample further "
-                         "down")
+        raise ValueError(f"sigmas end at {sigma}, pure noise of a flow model, which has no log-density; sample further down")
     _require_shape(tuple(samples.shape[1:]), (CHANNELS, base.density.size, base.density.size))
     return base.density.bits_per_dim(base.process_latent_in(samples.cpu().double()), s, weights).tolist()

@@ -28,7 +28,8 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
             shape = " x ".join(map(str, latent.shape[1:]))
             raise ValueError(
                 f"the latent has {shape} elements per image; this built-in model takes {CHANNELS} channels: use the "
-                "latent output of its loader, or encode with its vae")
+                "latent output of its loader, or encode with its vae"
+            )
         return (latent - self._shift.to(latent)) * self.scale_factor
 
     def process_out(self, latent: torch.Tensor) -> torch.Tensor:

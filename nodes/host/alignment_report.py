@@ -30,27 +30,33 @@ def verdict(check: "Check") -> str:
     return f"Not aligned for image {_images(~good)}: use density guidance, not scaling."
 
 
-def text(
-    check: "Check", settings: "CheckSettings", dim: int, scales: torch.Tensor, response: torch.Tensor
-) -> str:
+def text(check: "Check", settings: "CheckSettings", dim: int, scales: torch.Tensor, response: torch.Tensor) -> str:
     """The report: verdict, numbers of each image, profile, cost, advice."""
     lines = [verdict(check), ""]
     for i, cosine in enumerate(check.final_cosine.tolist()):
         lines.append(
             f"image {i}: cosine {cosine:+.3f}; 1% more noise changes the image by {response[i]:+.5f} bits per "
-            "dimension; "
-            + _scale_words(settings.detail_shift, float(scales[i])))
+            "dimension; " + _scale_words(settings.detail_shift, float(scales[i]))
+        )
     if len(check.cosines) == 2:
         a, b = (c[-1] for c in check.cosines.values())
         gap = float((a - b).abs().max())
-        lines.append(f"with and without the score: cosines differ by at most {gap:.3f}"
-                     + ("" if gap < GAP else ": too few steps or probes, or the prediction is not the score of its own flow's "
-                        "density, as with a strong CFG; then only the number without the score is about that density"))
+        lines.append(
+            f"with and without the score: cosines differ by at most {gap:.3f}"
+            + (
+                ""
+                if gap < GAP
+                else ": too few steps or probes, or the prediction is not the score of its own flow's "
+                "density, as with a strong CFG; then only the number without the score is about that density"
+            )
+        )
     for name, cosine in check.cosines.items():
         for i, node in enumerate(lost_at(cosine).tolist()):
             if node >= 0:
-                lines.append(f"image {i}, {name}: alignment is lost at log-SNR {check.log_snr[node]:+.2f} "
-                             f"(sigma {check.sigmas[node]:.4g})")
+                lines.append(
+                    f"image {i}, {name}: alignment is lost at log-SNR {check.log_snr[node]:+.2f} "
+                    f"(sigma {check.sigmas[node]:.4g})"
+                )
         lines += ["", f"cosine, {name}:", *_profile(check, cosine)]
     lines += [
         "",
@@ -61,14 +67,21 @@ def text(
         + f"; plain sampling takes {check.plain_calls}",
     ]
     if check.stochastic:
-        lines.append(f"{check.stochastic} adds noise of its own at every step, which is not scaled: this is what scaling the "
-                     "starting noise alone does with it, mostly little. Connect a deterministic sampler to ask about the model")
+        lines.append(
+            f"{check.stochastic} adds noise of its own at every step, which is not scaled: this is what scaling the "
+            "starting noise alone does with it, mostly little. Connect a deterministic sampler to ask about the model"
+        )
     if check.steps < ENOUGH_STEPS:
-        lines.append(f"only {check.steps} steps: an image that changes early in the run may get a wrong number; "
-                     f"take {ENOUGH_STEPS} or more")
+        lines.append(
+            f"only {check.steps} steps: an image that changes early in the run may get a wrong number; "
+            f"take {ENOUGH_STEPS} or more"
+        )
     if not (check.final_cosine > 0).all():
-        lines += ["", "What to do: scaling the noise (Prior Guidance) does not change the detail of these images "
-                      "steadily. Use the Density Guidance Sampler, which steers log-density along the whole run."]
+        lines += [
+            "",
+            "What to do: scaling the noise (Prior Guidance) does not change the detail of these images "
+            "steadily. Use the Density Guidance Sampler, which steers log-density along the whole run.",
+        ]
     return "\n".join(lines)
 
 
@@ -100,8 +113,14 @@ def _draw(check: "Check", axes: Any) -> None:
     x = [check.log_snr[i] for i in shown]
     for cosine, style in zip(check.cosines.values(), ("-", "--")):
         for i, line in enumerate(cosine[shown].T.tolist()):
-            axes.plot(x, line, style, marker="o" if len(x) == 1 else None, color=f"C{i % 10}",
-                      label=f"image {i}" if style == "-" and i < LEGEND else None)
+            axes.plot(
+                x,
+                line,
+                style,
+                marker="o" if len(x) == 1 else None,
+                color=f"C{i % 10}",
+                label=f"image {i}" if style == "-" and i < LEGEND else None,
+            )
     if len(check.cosines) == 2:
         axes.plot([], [], "-", color="grey", label="with score")
         axes.plot([], [], "--", color="grey", label="without score")

@@ -31,42 +31,61 @@ from .inputs import (
     samples_of,
     sigmas_of,
 )
-from .model_access import (
-    GuiderModel,
-    Probe,
-    check_latent,
-    known_method,
-    open_probe,
-    path_of,
-    run_in_guider,
-    training_table,
-)
+from .model_access import GuiderModel, Probe, check_latent, known_method, open_probe, path_of, run_in_guider, training_table
 from .steering import GuidanceSettings, solver_sampler
 from .wrappers import outermost, without_guidance
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
 FAR = 2.0  # times the noise level of end_percent: alignment is not read there
-GUIDER = Socket("guider", "Model, prompt and CFG, as for SamplerCustomAdvanced. Every patch counts, but not density guidance.",
-                io.Guider)
+GUIDER = Socket(
+    "guider", "Model, prompt and CFG, as for SamplerCustomAdvanced. Every patch counts, but not density guidance.", io.Guider
+)
 NOISE = Socket("noise", "The starting noise whose scaling is examined, for instance of RandomNoise.", io.Noise)
 SAMPLER = Socket("sampler", "Only for finite scale: any sampler.", io.Sampler, unlinked="the pack's own solver")
 INPUTS = (
     Choice(
-        "method", "How scaling is examined. with score: follows the change along the run, about 3 model calls per step. "
+        "method",
+        "How scaling is examined. with score: follows the change along the run, about 3 model calls per step. "
         "without score: about 5, with random probes. both: compares the two. finite scale: a finite difference of two whole "
         "runs, with slightly less and slightly more noise; takes any sampler.",
-        options=(WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE), default=WITH_SCORE, neutral=WITH_SCORE),
-    replace(END_PERCENT, low=0.05, default=0.95, neutral=None,
-            text="Alignment is read here, because near zero noise the score is unreliable; the image is finished all the "
-                 "same. 1 reads at the last sigma above 0."),
-    replace(PROBES, text="Number of random probes per step, for without score. The error falls with the square root of it; "
-                         "each costs 4 model calls."),
+        options=(WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE),
+        default=WITH_SCORE,
+        neutral=WITH_SCORE,
+    ),
+    replace(
+        END_PERCENT,
+        low=0.05,
+        default=0.95,
+        neutral=None,
+        text="Alignment is read here, because near zero noise the score is unreliable; the image is finished all the "
+        "same. 1 reads at the last sigma above 0.",
+    ),
+    replace(
+        PROBES,
+        text="Number of random probes per step, for without score. The error falls with the square root of it; "
+        "each costs 4 model calls.",
+    ),
     Seed("seed", "Seed of the probes only; the noise has its own."),
-    replace(DETAIL_SHIFT, default=0.02, step=0.01, round=0.0001, optional=True,
-            text="The change of detail that the output scale should make; positive: more. 0.1 at most is met well."),
-    Number("scale_step", "For finite scale: h, compares the noise times 1 - h and 1 + h. Smaller is closer to the derivative, "
-                         "until rounding takes over: take 0.05 in float16 and bfloat16.",
-           symbol="h", default=0.01, low=0.0001, high=0.2, step=0.001, round=0.0001, optional=True),
+    replace(
+        DETAIL_SHIFT,
+        default=0.02,
+        step=0.01,
+        round=0.0001,
+        optional=True,
+        text="The change of detail that the output scale should make; positive: more. 0.1 at most is met well.",
+    ),
+    Number(
+        "scale_step",
+        "For finite scale: h, compares the noise times 1 - h and 1 + h. Smaller is closer to the derivative, "
+        "until rounding takes over: take 0.05 in float16 and bfloat16.",
+        symbol="h",
+        default=0.01,
+        low=0.0001,
+        high=0.2,
+        step=0.001,
+        round=0.0001,
+        optional=True,
+    ),
 )
 
 
@@ -132,9 +151,7 @@ class _Run:
     settings: CheckSettings
 
     @classmethod
-    def prepare(
-        cls, guider: Any, noise: Any, latent: dict[str, Any], sigmas: torch.Tensor, settings: CheckSettings
-    ) -> "_Run":
+    def prepare(cls, guider: Any, noise: Any, latent: dict[str, Any], sigmas: torch.Tensor, settings: CheckSettings) -> "_Run":
         """Raises ValueError, before any model call, where an input does not fit."""
         GUIDER.check(guider)
         NOISE.check(noise)
@@ -142,7 +159,8 @@ class _Run:
         if latent.get("noise_mask") is not None:
             raise ValueError(
                 "latent_image has a noise_mask; score alignment is about whole images that start from noise: connect "
-                "the latent without a mask")
+                "the latent without a mask"
+            )
         patcher = guider.model_patcher
         samples = comfy.sample.fix_empty_latent_channels(patcher, samples)
         check_latent(patcher, samples, empty_allowed=True)
@@ -162,7 +180,7 @@ class _Run:
         wanted = self.settings.method
         probes = 0 if wanted == WITH_SCORE else self.settings.probes
         sigmas, stop = self._placed()
-        evaluations, rest = stop + 1, sum(v > 0 for v in sigmas[stop + 1:])
+        evaluations, rest = stop + 1, sum(v > 0 for v in sigmas[stop + 1 :])
 
         trial = 0 if known_method(self.guider) else divergence.TRIAL_CALLS
 
@@ -173,24 +191,34 @@ class _Run:
             probe = self._open_probe(model)
             model.expect(trial + calls(probe.method))
             differentiate = alignment.Differentiate(
-                model.predict, probe.method, probe.dtype, probes, self.settings.seed, self.indices)
+                model.predict, probe.method, probe.dtype, probes, self.settings.seed, self.indices
+            )
             samples, profile = alignment.trace_alignment(
-                differentiate, model.predict, *self._start(model), Schedule(model.path, sigmas), stop)
+                differentiate, model.predict, *self._start(model), Schedule(model.path, sigmas), stop
+            )
             end = torch.tensor(self.sigmas[-1]).to(samples)
             return model.model_sampling.inverse_noise_scaling(end, samples), profile, probe
 
         samples, profile, probe = run_in_guider(
-            self.guider, self.samples, work, trial + calls(divergence.DIFFERENCES), sigmas,
-            self.noise_seed, self.noise)
+            self.guider, self.samples, work, trial + calls(divergence.DIFFERENCES), sigmas, self.noise_seed, self.noise
+        )
         amounts = {WITH_SCORE: profile.alignment}
         if probes:
             amounts[WITHOUT_SCORE] = profile.alignment_without_score
         amounts = amounts if wanted == BOTH else {wanted: amounts[wanted]}
         forward = evaluations * (1 + 2 * probes) if probe.method == divergence.FORWARD else 0
         return Check(
-            self._finished(samples), sigmas[:stop + 1], profile.log_snr,
-            {way: amount / profile.norms for way, amount in amounts.items()}, next(iter(amounts.values()))[-1],
-            calls(probe.method), forward, len(sigmas) - 1, len(sigmas) - 1, probe.reason)
+            self._finished(samples),
+            sigmas[: stop + 1],
+            profile.log_snr,
+            {way: amount / profile.norms for way, amount in amounts.items()},
+            next(iter(amounts.values()))[-1],
+            calls(probe.method),
+            forward,
+            len(sigmas) - 1,
+            len(sigmas) - 1,
+            probe.reason,
+        )
 
     def _placed(self) -> tuple[list[float], int]:
         """(sigmas, stop): the schedule with as many noise levels down to `stop`, but placed where derivatives want them."""
@@ -201,7 +229,7 @@ class _Run:
         if table is not None:
             nodes = snapped(nodes, table)
         nodes = [self.sigmas[0], *nodes[1:-1], self.sigmas[self.stop]]
-        return nodes + self.sigmas[self.stop + 1:], len(nodes) - 1
+        return nodes + self.sigmas[self.stop + 1 :], len(nodes) - 1
 
     def finite_scale(self, sampler: Any) -> Check:
         """`Check` by ordinary runs with scaled noise."""
@@ -219,13 +247,23 @@ class _Run:
         # The host's samplers return y = x / alpha.
         grad = run_in_guider(self.guider, (less + more) / 2, score, 1, [sigma], self.noise_seed)
         inside = self.guider.model_patcher.model.process_latent_in
-        amount, cosine = (v.cpu().double() for v in alignment.finite_alignment(
-            inside(less).to(grad), inside(more).to(grad), grad, h))
+        amount, cosine = (
+            v.cpu().double() for v in alignment.finite_alignment(inside(less).to(grad), inside(more).to(grad), grad, h)
+        )
         calls = sum(scaled.calls for scaled, _ in runs) + 1
         return Check(
-            finished, [sigma], [log_snr(level.s)], {FINITE_SCALE: cosine[None]}, amount, calls,
-            0, runs[-1][0].calls, whole, f"none: runs with the noise times {1 - h:g} and {1 + h:g}",
-            (name_of(sampler) or "this sampler") if adds_noise(sampler) else "")
+            finished,
+            [sigma],
+            [log_snr(level.s)],
+            {FINITE_SCALE: cosine[None]},
+            amount,
+            calls,
+            0,
+            runs[-1][0].calls,
+            whole,
+            f"none: runs with the noise times {1 - h:g} and {1 + h:g}",
+            (name_of(sampler) or "this sampler") if adds_noise(sampler) else "",
+        )
 
     def _start(self, model: GuiderModel) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, tangent) at the first noise level; the tangent is what less noise changes, without the latent's part."""
@@ -246,8 +284,14 @@ class _Run:
     def _sample(self, sampler: Any, steps: int) -> torch.Tensor:
         callback = latent_preview.prepare_callback(self.guider.model_patcher, steps)
         return self.guider.sample(
-            self.noise, self.samples, sampler, torch.tensor(self.sigmas[:steps + 1]), callback=callback,
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=self.noise_seed).cpu()
+            self.noise,
+            self.samples,
+            sampler,
+            torch.tensor(self.sigmas[: steps + 1]),
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=self.noise_seed,
+        ).cpu()
 
     def _finished(self, samples: torch.Tensor) -> torch.Tensor:
         return self.guider.model_patcher.model.process_latent_out(samples.to(torch.float32)).cpu()
@@ -262,13 +306,20 @@ class _Scaled(comfy.samplers.Sampler):
         self._scale = scale
 
     def sample(
-        self, guider: Any, sigmas: torch.Tensor, extra_args: dict[str, Any], callback: Callable[..., None] | None,
-        noise: torch.Tensor, *args: Any, **kwargs: Any,
+        self,
+        guider: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """As the host's `Sampler.sample`."""
         armed = guider.model_options
         guider.model_options = outermost(
-            without_guidance(armed), comfy.patcher_extension.WrappersMP.PREDICT_NOISE, self._count, "calls")
+            without_guidance(armed), comfy.patcher_extension.WrappersMP.PREDICT_NOISE, self._count, "calls"
+        )
         try:
             return self.sampler.sample(guider, sigmas, extra_args, callback, noise * self._scale, *args, **kwargs)
         finally:
@@ -290,20 +341,29 @@ def _schedule(sigmas: torch.Tensor, model_sampling: Any, end_percent: float) -> 
         raise ValueError(f"sigmas are {shown}; they must be finite, not negative, and descend")
     values = [v for i, v in enumerate(values) if not i or v < values[i - 1]]
     if sum(v > 0 for v in values) < 3:
-        raise ValueError(f"sigmas are {shown}; score alignment needs at least three different noise levels above 0, "
-                         f"that is three steps; {ENOUGH_STEPS} are usually enough")
+        raise ValueError(
+            f"sigmas are {shown}; score alignment needs at least three different noise levels above 0, "
+            f"that is three steps; {ENOUGH_STEPS} are usually enough"
+        )
     highest = float(model_sampling.sigma_max)
     if not math.isclose(highest, values[0], rel_tol=1e-5):
-        advice = ("use denoise 1, and a scheduler that begins at the maximum (not ddim_uniform or the optimal steps)"
-                  if values[0] < highest else "take sigmas that a scheduler made for this model")
-        raise ValueError(f"sigmas begin at {values[0]:.6g} and the model's maximum is {highest:.6g}; scaling the noise is "
-                         f"about images that start from pure noise: {advice}")
+        advice = (
+            "use denoise 1, and a scheduler that begins at the maximum (not ddim_uniform or the optimal steps)"
+            if values[0] < highest
+            else "take sigmas that a scheduler made for this model"
+        )
+        raise ValueError(
+            f"sigmas begin at {values[0]:.6g} and the model's maximum is {highest:.6g}; scaling the noise is "
+            f"about images that start from pure noise: {advice}"
+        )
     level = float(model_sampling.percent_to_sigma(end_percent)) * (1 - 1e-6)
     stop = max(i for i, v in enumerate(values) if i == 0 or (v >= level and v > 0))
-    if stop and level > 0 and values[stop] > FAR * level and values[stop + 1:]:  # one step leads far beyond
+    if stop and level > 0 and values[stop] > FAR * level and values[stop + 1 :]:  # one step leads far beyond
         values.insert(stop + 1, level)
         stop += 1
     if stop < 2:
-        raise ValueError(f"end_percent is {end_percent}: it leaves {stop + 1} of the noise levels {shown}; at least "
-                         "three are needed: take a larger end_percent or more steps")
+        raise ValueError(
+            f"end_percent is {end_percent}: it leaves {stop + 1} of the noise levels {shown}; at least "
+            "three are needed: take a larger end_percent or more steps"
+        )
     return values, stop

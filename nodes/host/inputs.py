@@ -62,8 +62,10 @@ class Socket(Input):
     symbol: str = ""
 
     def facts(self) -> list[str]:
-        return [*([f"Symbol: {self.symbol}"] if self.symbol else []),
-                *([f"Not connected (neutral): {self.unlinked}"] if self.unlinked else [])]
+        return [
+            *([f"Symbol: {self.symbol}"] if self.symbol else []),
+            *([f"Not connected (neutral): {self.unlinked}"] if self.unlinked else []),
+        ]
 
     def schema(self) -> io.Input:
         widget = {"force_input": True} if issubclass(self.kind, io.Float) else {}
@@ -100,8 +102,14 @@ class Widget(Input):
         return self._widget(io.Boolean if isinstance(self.default, bool) else io.String)
 
     def _widget(self, kind: Any, **options: Any) -> io.Input:
-        return kind.Input(self.name, display_name=self.shown or None, optional=self.optional, tooltip=self.tooltip,
-                          default=self.default, **options)
+        return kind.Input(
+            self.name,
+            display_name=self.shown or None,
+            optional=self.optional,
+            tooltip=self.tooltip,
+            default=self.default,
+            **options,
+        )
 
 
 def _written(value: float | str | bool) -> str:
@@ -211,8 +219,10 @@ class Numbers(Socket):
         if value is None:
             return None
         if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError(f"{self.name} is {value!r}; connect a list with a number for each {self.item}, for instance the "
-                             "all_values of DensityLevels")
+            raise ValueError(
+                f"{self.name} is {value!r}; connect a list with a number for each {self.item}, for instance the "
+                "all_values of DensityLevels"
+            )
         return tuple(self.each.check(v, f"{self.name}, for {self.item} {i},") for i, v in enumerate(value))
 
 
@@ -251,38 +261,80 @@ def check_fields(settings: object, inputs: Iterable[Input]) -> None:
 
 
 QUANTILE = Number(
-    "quantile", "Below 0.5 adds detail, above 0.5 smooths, 0.5 does nothing. Acts less on larger images.",
-    symbol="q", default=0.5, neutral=0.5, low=0.001, high=0.999)
+    "quantile",
+    "Below 0.5 adds detail, above 0.5 smooths, 0.5 does nothing. Acts less on larger images.",
+    symbol="q",
+    default=0.5,
+    neutral=0.5,
+    low=0.001,
+    high=0.999,
+)
 DETAIL_SHIFT = Number(
     "detail_shift",
     "Positive adds detail, negative smooths, on top of quantile. Means the same at every resolution. Trained models amplify "
     "the change; use Density Target Sampler when the number matters. A short guided range allows only a small shift.",
-    unit=BITS, default=0.0, neutral=0.0, low=-2.0, high=2.0, step=0.05)
+    unit=BITS,
+    default=0.0,
+    neutral=0.0,
+    low=-2.0,
+    high=2.0,
+    step=0.05,
+)
 START_PERCENT = Number(
-    "start_percent", "Guidance begins here; 0 is pure noise. Begin late to change texture and keep the composition.",
-    unit=SHARE, default=0.0, neutral=0.0, low=0.0, high=1.0)
+    "start_percent",
+    "Guidance begins here; 0 is pure noise. Begin late to change texture and keep the composition.",
+    unit=SHARE,
+    default=0.0,
+    neutral=0.0,
+    low=0.0,
+    high=1.0,
+)
 END_PERCENT = Number(
-    "end_percent", "Guidance ends here; 1 is the finished image. The last step to zero noise is never guided.",
-    unit=SHARE, default=1.0, neutral=1.0, low=0.0, high=1.0)
+    "end_percent",
+    "Guidance ends here; 1 is the finished image. The last step to zero noise is never guided.",
+    unit=SHARE,
+    default=1.0,
+    neutral=1.0,
+    low=0.0,
+    high=1.0,
+)
 QUANTILES = Numbers(
-    "quantiles", "One quantile for each image of the batch, in place of quantile; a single number goes to all. Connect "
+    "quantiles",
+    "One quantile for each image of the batch, in place of quantile; a single number goes to all. Connect "
     "all_values of Density Levels.",
-    symbol="q", each=QUANTILE, unlinked="quantile")
+    symbol="q",
+    each=QUANTILE,
+    unlinked="quantile",
+)
 DETAIL_SHIFTS = Numbers(
-    "detail_shifts", f"One shift for each image of the batch, in {BITS}, in place of detail_shift; a single number goes to "
-    "all.", each=DETAIL_SHIFT, unlinked="detail_shift")
+    "detail_shifts",
+    f"One shift for each image of the batch, in {BITS}, in place of detail_shift; a single number goes to all.",
+    each=DETAIL_SHIFT,
+    unlinked="detail_shift",
+)
 MASK = Mask(
-    "mask", "Where the node acts and how strongly, from 0 to 1. Any size, soft edges; one mask for all, or one per image (per "
+    "mask",
+    "Where the node acts and how strongly, from 0 to 1. Any size, soft edges; one mask for all, or one per image (per "
     "frame of a video). quantile and detail_shift then mean this region. Chain two nodes for two regions.",
-    symbol="w", unlinked="everywhere")
+    symbol="w",
+    unlinked="everywhere",
+)
 CURVE = Numbers(
-    "curve", "When guidance acts: its strength from the beginning to the end of the guided range, evenly spaced in log-SNR. "
+    "curve",
+    "When guidance acts: its strength from the beginning to the end of the guided range, evenly spaced in log-SNR. "
     "Only ratios count; the whole shift stays the same. The node shows the curve as a plot.",
-    each=Number("curve", "", default=1.0, low=0.0, high=math.inf), item="point", unlinked="evenly")
+    each=Number("curve", "", default=1.0, low=0.0, high=math.inf),
+    item="point",
+    unlinked="evenly",
+)
 PROBES = Number(
-    "probes", "Number of random probes at each evaluation. The error falls with the square root of it. Each probe costs a "
+    "probes",
+    "Number of random probes at each evaluation. The error falls with the square root of it. Each probe costs a "
     "model call with its derivative, about two plain calls; or three plain calls where the model gives no derivative.",
-    default=1, low=1, high=64)
+    default=1,
+    low=1,
+    high=64,
+)
 LEVELS = QUANTILE, DETAIL_SHIFT
 WINDOW = START_PERCENT, END_PERCENT
 
@@ -298,8 +350,10 @@ def samples_of(name: str, latent: Any) -> Any:
     """The tensor of a LATENT input (several in one for video with audio); raises ValueError, naming the input, for others."""
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if not (torch.is_tensor(samples) or getattr(samples, "is_nested", False)):
-        raise ValueError(f"{name} is a {type(latent).__name__} without samples; connect a LATENT, from VAEEncode, an empty "
-                         "latent or a sampler")
+        raise ValueError(
+            f"{name} is a {type(latent).__name__} without samples; connect a LATENT, from VAEEncode, an empty "
+            "latent or a sampler"
+        )
     return samples
 
 
@@ -308,8 +362,10 @@ def batch_index_of(name: str, latent: dict[str, Any], count: int) -> list[int] |
     unless it numbers every image."""
     indices = latent.get("batch_index")
     if indices is not None and len(indices) != count:
-        raise ValueError(f"{name} has {count} images and a batch_index for {len(indices)}; it must number every image: "
-                         "LatentFromBatch keeps the two together")
+        raise ValueError(
+            f"{name} has {count} images and a batch_index for {len(indices)}; it must number every image: "
+            "LatentFromBatch keeps the two together"
+        )
     return indices
 
 

@@ -19,13 +19,11 @@ def mask_for(mask: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     return comfy.sampler_helpers.prepare_mask(mask, latent.shape, latent.device)
 
 
-def weights_of(
-    mask: torch.Tensor | None, latent: torch.Tensor, denoise_mask: torch.Tensor | None
-) -> torch.Tensor | None:
+def weights_of(mask: torch.Tensor | None, latent: torch.Tensor, denoise_mask: torch.Tensor | None) -> torch.Tensor | None:
     """How much each element of a latent counts, and how strongly it is changed: None, or broadcastable to the latent.
 
-    mask: None, or the input (N, height, width), which acts within the region that an inpainting run replaces (denoise_mask: None,
-    or from 0 to 1, broadcastable).
+    mask: None, or the input (N, height, width), which acts within the region that an inpainting run replaces (denoise_mask:
+    None, or from 0 to 1, broadcastable).
     """
     region = None if denoise_mask is None else region_of(denoise_mask)
     if mask is None:

@@ -54,13 +54,15 @@ def path_of(model_sampling: Any) -> NoisePath:
     reason = "has no Gaussian noise path" if known else "is not known here"
     raise ValueError(
         f"the model's sampling type {known or ' / '.join(names[:-1])} {reason}, so its log-density is undefined; "
-        f"density guidance works with models of type {gaussian}")
+        f"density guidance works with models of type {gaussian}"
+    )
 
 
 def training_table(sampling: Any) -> list[float] | None:
     """The noise levels, floats, to which a model sampling of the host rounds every other; None where it takes any."""
     if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or isinstance(
-            sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
+        sampling, comfy.model_sampling.ModelSamplingContinuousEDM
+    ):
         return None
     return sampling.sigmas.tolist()
 
@@ -70,7 +72,8 @@ def require_one_part(guider: Any) -> None:
     if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
         raise ValueError(
             "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
-            "without it, or with neutral settings")
+            "without it, or with neutral settings"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,12 @@ class GuiderModel:
 
 
 def run_in_guider(
-    guider: Any, samples: torch.Tensor, function: Callable[[GuiderModel], Any], calls: int, sigmas: Sequence[float], seed: int = 0,
+    guider: Any,
+    samples: torch.Tensor,
+    function: Callable[[GuiderModel], Any],
+    calls: int,
+    sigmas: Sequence[float],
+    seed: int = 0,
     noise: torch.Tensor | None = None,
 ) -> Any:
     """function(GuiderModel) as it returns, with the model of a GUIDER of the host; `samples`: a LATENT's tensor.
@@ -111,8 +119,14 @@ def run_in_guider(
     path_of(patcher.get_model_object("model_sampling"))
     sampler = _Work(function, calls)
     guider.sample(
-        torch.zeros_like(samples) if noise is None else noise, samples, sampler, torch.tensor(sigmas, dtype=torch.float32),
-        callback=latent_preview.prepare_callback(patcher, calls), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+        torch.zeros_like(samples) if noise is None else noise,
+        samples,
+        sampler,
+        torch.tensor(sigmas, dtype=torch.float32),
+        callback=latent_preview.prepare_callback(patcher, calls),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
     return sampler.result
 
 
@@ -120,17 +134,22 @@ def check_latent(patcher: Any, samples: torch.Tensor, empty_allowed: bool = Fals
     """Raise ValueError unless `samples` are finite, of the model's channels and dimensions, and hold images (or zeros,
     where those are allowed)."""
     if getattr(samples, "is_nested", False):
-        raise ValueError("the latent packs several parts (video and audio) into one; its density is not defined: "
-                         "take it apart and connect one part")
+        raise ValueError(
+            "the latent packs several parts (video and audio) into one; its density is not defined: "
+            "take it apart and connect one part"
+        )
     if samples.numel() == 0 or not (empty_allowed or samples.any()):
-        raise ValueError(f"the latent of shape {tuple(samples.shape)} is empty; connect one that holds images, from "
-                         "VAEEncode or a sampler")
+        raise ValueError(
+            f"the latent of shape {tuple(samples.shape)} is empty; connect one that holds images, from VAEEncode or a sampler"
+        )
     if not samples.isfinite().all():
         raise ValueError("the latent has elements that are NaN or infinite; its density is not defined")
     latent_format = patcher.get_model_object("latent_format")
     if samples.shape[1] != latent_format.latent_channels:
-        raise ValueError(f"the latent has {samples.shape[1]} channels and the model takes {latent_format.latent_channels}: "
-                         "encode the image with the VAE of this model")
+        raise ValueError(
+            f"the latent has {samples.shape[1]} channels and the model takes {latent_format.latent_channels}: "
+            "encode the image with the VAE of this model"
+        )
     wanted = latent_format.latent_dimensions + 2
     if samples.ndim != wanted:
         raise ValueError(f"the latent has shape {tuple(samples.shape)}; the model takes latents of {wanted} dimensions")
@@ -144,14 +163,22 @@ class _Work(comfy.samplers.Sampler):
         self.result: Any = None
 
     def sample(
-        self, guider: Any, sigmas: torch.Tensor, extra_args: dict[str, Any], callback: Callable[..., None] | None,
-        noise: torch.Tensor, latent_image: torch.Tensor, denoise_mask: torch.Tensor | None = None, disable_pbar: bool = False,
+        self,
+        guider: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None,
+        disable_pbar: bool = False,
     ) -> torch.Tensor:
         """As the host's `Sampler.sample`; returns the latent as it came."""
         # Derivatives do not exist in inference mode, in which the host runs nodes.
         with torch.inference_mode(False), torch.no_grad():
             x, noise = (v.to(compute_dtype(v.dtype), copy=True) for v in (latent_image, noise))
             with tqdm(total=self._calls, disable=disable_pbar) as bar:
+
                 def expect(calls: int) -> None:
                     self._calls = bar.total = calls
 
@@ -166,6 +193,7 @@ class _Work(comfy.samplers.Sampler):
             bar.update(bar.n < self._calls)
             if callback is not None:
                 callback(step, denoised, x, self._calls)
+
         return show
 
 
@@ -193,8 +221,13 @@ def known_method(guider: Any) -> tuple[str, str] | None:
 def _kind(guider: Any) -> Any:
     """What of a run besides its model decides how derivatives can be taken: the guider, and what conditionings carry with
     them, for instance a ControlNet. Another prompt does not."""
-    carried = {(key, type(value)) for conds in getattr(guider, "original_conds", {}).values() for cond in conds
-               for key, value in cond.items() if not key.startswith("uuid")}
+    carried = {
+        (key, type(value))
+        for conds in getattr(guider, "original_conds", {}).values()
+        for cond in conds
+        for key, value in cond.items()
+        if not key.startswith("uuid")
+    }
     return type(guider), frozenset(carried)
 
 
@@ -234,9 +267,9 @@ def open_probe(
 
 
 def middle_level(schedule: Schedule) -> Level | None:
-    """A noise level for `open_probe`: in the middle of a schedule or below, above 0 and not pure noise; None where there is none."""
+    """A noise level for `open_probe`: in the middle of a schedule or below, above 0 and not pure noise; else None."""
     levels = schedule.levels
-    return next((v for v in levels[len(levels) // 2:] + levels[::-1] if v.sigma > 0 and v.alpha > 0), None)
+    return next((v for v in levels[len(levels) // 2 :] + levels[::-1] if v.sigma > 0 and v.alpha > 0), None)
 
 
 def network_dtype(model: Any) -> torch.dtype:
@@ -252,23 +285,30 @@ class Predict:
     """
 
     def __init__(
-        self, guider: Any, extra_args: dict[str, Any], batch: int,
+        self,
+        guider: Any,
+        extra_args: dict[str, Any],
+        batch: int,
         show: Callable[[torch.Tensor, torch.Tensor], None] = lambda x, denoised: None,
     ):
         """Raises ValueError for a model whose patch returns old predictions in the place of new ones."""
         cache = extra_args["model_options"].get("transformer_options", {}).get(CACHE)
         if cache is not None:
-            raise ValueError(f"the model carries {type(cache).__name__.removesuffix('Holder')}, which returns earlier "
-                             "predictions for new ones; what is computed here needs every prediction: connect the model "
-                             "without it")
+            raise ValueError(
+                f"the model carries {type(cache).__name__.removesuffix('Holder')}, which returns earlier "
+                "predictions for new ones; what is computed here needs every prediction: connect the model "
+                "without it"
+            )
         self._guider, self._batch, self._show = guider, batch, show
         self._seed = extra_args.get("seed")
         self._options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         transformer = self._options.setdefault("transformer_options", {})
         # Fused attention has no forward-mode derivative, nor has the host's sliced one where memory is short, and plain
         # attention takes memory without end.
-        self._dual_options = {**self._options, "transformer_options": {
-            "optimized_attention_override": _sliced_attention, **transformer}}
+        self._dual_options = {
+            **self._options,
+            "transformer_options": {"optimized_attention_override": _sliced_attention, **transformer},
+        }
 
     def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         return torch.cat([self._call(part, sigma) for part in x.split(self._batch)])
@@ -280,8 +320,11 @@ class Predict:
         self._guider.model_options = without_guidance(armed)
         try:
             denoised = self._guider(
-                x, torch.full((len(x),), sigma, dtype=torch.float32, device=x.device),
-                model_options=self._options if tangent is None else self._dual_options, seed=self._seed)
+                x,
+                torch.full((len(x),), sigma, dtype=torch.float32, device=x.device),
+                model_options=self._options if tangent is None else self._dual_options,
+                seed=self._seed,
+            )
         finally:
             self._guider.model_options = armed
         self._show(primal, forward_ad.unpack_dual(denoised).primal)
@@ -289,12 +332,19 @@ class Predict:
 
 
 def _sliced_attention(
-    _: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, mask: torch.Tensor | None = None,
-    *args: Any, **kwargs: Any,
+    _: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    mask: torch.Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """The host's attention for some queries at a time, (B, N, heads * d) or (B, heads, N, d): see `_SCORES`."""
     tokens = max(1, _SCORES * query.numel() // (len(query) * heads * key.shape[-2]))
     queries = query.split(tokens, -2)
     masks = [mask] * len(queries) if mask is None or mask.shape[-2] != query.shape[-2] else mask.split(tokens, -2)
-    return torch.cat([attention.attention_pytorch(part, key, value, heads, m, *args, **kwargs)
-                      for part, m in zip(queries, masks)], -2)
+    return torch.cat(
+        [attention.attention_pytorch(part, key, value, heads, m, *args, **kwargs) for part, m in zip(queries, masks)], -2
+    )

@@ -42,6 +42,7 @@ def curves_image(
 
     labels: names of the B curves, for a legend. See `figure_image`.
     """
+
     def draw(figure: Any) -> None:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (label, values) in zip(axes, panels.items()):

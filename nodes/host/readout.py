@@ -12,27 +12,32 @@ from ...dg_core import divergence
 from ...dg_core.levels import noise_levels, snapped
 from ...dg_core.log_density import Readout, read_log_density, require_noise_floor, rounding_cost
 from .inputs import Number, Socket
-from .model_access import (
-    GuiderModel,
-    Probe,
-    check_latent,
-    known_method,
-    open_probe,
-    path_of,
-    run_in_guider,
-    training_table,
-)
+from .model_access import GuiderModel, Probe, check_latent, known_method, open_probe, path_of, run_in_guider, training_table
 
 ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
 GUIDER = Socket(
-    "guider", "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance in "
-    "it does not. With a CFG above 1 compare only numbers of the same settings.", io.Guider)
+    "guider",
+    "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance in "
+    "it does not. With a CFG above 1 compare only numbers of the same settings.",
+    io.Guider,
+)
 STEPS = Number(
-    "steps", f"Number of noise levels N at which the model is evaluated. From {ENOUGH_STEPS} on the error falls with the "
-    "square root of N; below it grows fast.", default=32, low=2, high=1000)
+    "steps",
+    f"Number of noise levels N at which the model is evaluated. From {ENOUGH_STEPS} on the error falls with the "
+    "square root of N; below it grows fast.",
+    default=32,
+    low=2,
+    high=1000,
+)
 NOISE_FLOOR = Number(
-    "noise_floor", "Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is added. Must "
-    "lie in the model's range.", default=0.05, low=0.0001, high=100.0, round=0.0001)
+    "noise_floor",
+    "Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is added. Must "
+    "lie in the model's range.",
+    default=0.05,
+    low=0.0001,
+    high=100.0,
+    round=0.0001,
+)
 
 
 def levels_of(guider: Any, samples: torch.Tensor, noise_floor: float, steps: int) -> list[float]:
@@ -55,6 +60,7 @@ def read(
 
     indices: a number for each image, with which its probes are drawn; None: its place in the batch.
     """
+
     def work(model: GuiderModel) -> tuple[Readout, list[str]]:
         sigma, x = in_the_middle(model, levels, seed)
         probe = open_probe(guider, model.predict, x, sigma, seed)
@@ -107,14 +113,20 @@ def report_of(readout: Readout, lines: list[str]) -> str:
     energy = torch.stack(readout.eps_energy).mean(1).tolist()
     few = sorted({round(k) for k in np.linspace(0, len(energy) - 1, 6)})
     if len(readout.s) < ENOUGH_STEPS:
-        lines = [f"only {len(readout.s)} noise levels: the error of the way itself, which ± does not count, is large; take "
-                 f"{ENOUGH_STEPS} steps or more", *lines]
+        lines = [
+            f"only {len(readout.s)} noise levels: the error of the way itself, which ± does not count, is large; take "
+            f"{ENOUGH_STEPS} steps or more",
+            *lines,
+        ]
     if not readout.log_prob.isfinite().all():
         lines = ["the model returned NaN or infinity at some noise level; nothing can be read", *lines]
-    return "\n".join([
-        *(f"image {i}: {b:.5f} ± {e:.5f} bits per dimension" for i, (b, e) in enumerate(zip(bits, errors))),
-        "mean ||eps||^2 / D at s: " + ", ".join(f"{energy[k]:.3f} at {readout.s[k]:.3g}" for k in few)
-        + " (near 1 wherever noise rules, if the model is calibrated)",
-        f"D = {readout.dim}",
-        *lines,
-    ])
+    return "\n".join(
+        [
+            *(f"image {i}: {b:.5f} ± {e:.5f} bits per dimension" for i, (b, e) in enumerate(zip(bits, errors))),
+            "mean ||eps||^2 / D at s: "
+            + ", ".join(f"{energy[k]:.3f} at {readout.s[k]:.3g}" for k in few)
+            + " (near 1 wherever noise rules, if the model is calibrated)",
+            f"D = {readout.dim}",
+            *lines,
+        ]
+    )

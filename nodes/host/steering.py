@@ -1,4 +1,4 @@
-"""One sampling run under density guidance: the settings, their control of a run, and the wrapper that applies it in the host."""
+"""One sampling run under density guidance: settings, the control of the run, and the wrapper that applies it."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -29,15 +29,16 @@ def require_window(start_percent: float, end_percent: float) -> None:
         declared.check(value)
     if start_percent >= end_percent:
         raise ValueError(
-            f"start_percent is {start_percent} and end_percent is {end_percent}; "
-            "start_percent must be smaller than end_percent")
+            f"start_percent is {start_percent} and end_percent is {end_percent}; start_percent must be smaller than end_percent"
+        )
 
 
 def require_batch(name: str, values: Sequence[float] | None, batch: int) -> None:
     """Raise ValueError unless `values` is None or has one number, or one for each of `batch` images."""
     if values and len(values) not in (1, batch):
-        raise ValueError(f"{name} has {len(values)} numbers and the latent has {batch} images; "
-                         f"give one number for all, or {batch}")
+        raise ValueError(
+            f"{name} has {len(values)} numbers and the latent has {batch} images; give one number for all, or {batch}"
+        )
 
 
 def repeated(values: Sequence[float], count: int) -> Sequence[float]:
@@ -47,8 +48,7 @@ def repeated(values: Sequence[float], count: int) -> Sequence[float]:
 
 def steps_of_percents(model_sampling: Any, schedule: Schedule, start_percent: float, end_percent: float) -> GuidedSteps | None:
     """The `GuidedSteps` of a schedule between two shares of the model's sampling; None where there are none."""
-    return guided_steps(
-        schedule, model_sampling.percent_to_sigma(start_percent), model_sampling.percent_to_sigma(end_percent))
+    return guided_steps(schedule, model_sampling.percent_to_sigma(start_percent), model_sampling.percent_to_sigma(end_percent))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ def control_of(
         logging.warning(
             "Density guidance: no step of this run of %d lies between start_percent %g and end_percent %g, the last step "
             "to zero noise and pure noise not counted; nothing is guided.",
-            schedule.steps, settings.start_percent, settings.end_percent)
+            schedule.steps,
+            settings.start_percent,
+            settings.end_percent,
+        )
         return None
     require_one_part(guider)
     weights = weights_of(settings.mask, latent, denoise_mask)
@@ -119,7 +122,10 @@ def control_of(
         logging.warning(
             "Density guidance: quantile %g with detail_shift %g asks for an image smoother than the peak of a density; "
             "guided to %g bits per dimension, the most that can be reached.",
-            quantile, detail_shift, SMOOTHEST)
+            quantile,
+            detail_shift,
+            SMOOTHEST,
+        )
     single = weights is None and not settings.per_image
     like = latent.new_empty((), dtype=compute_dtype(latent.dtype))
     gain = gains[0][0] if single else like.new_tensor([gain for gain, _ in gains])
@@ -154,9 +160,17 @@ class _GuidePrediction:
 
 
 def run_guided(
-    settings: GuidanceSettings, sample: Callable[..., torch.Tensor], guider: Any, sigmas: torch.Tensor, extra_args: dict[str, Any],
-    callback: Callable[..., None] | None, noise: torch.Tensor, latent_image: torch.Tensor | None = None,
-    denoise_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any,
+    settings: GuidanceSettings,
+    sample: Callable[..., torch.Tensor],
+    guider: Any,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any],
+    callback: Callable[..., None] | None,
+    noise: torch.Tensor,
+    latent_image: torch.Tensor | None = None,
+    denoise_mask: torch.Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Call `sample`, a `Sampler.sample` or an executor of it, with guidance of all that the guider predicts.
 
@@ -204,7 +218,12 @@ class VariationOfRun(Protocol):
     """The settings of a variation, which give its `Variation` in a run, or None."""
 
     def of_run(
-        self, guider: Any, schedule: Schedule, latent: torch.Tensor, start: torch.Tensor, mask: torch.Tensor | None,
+        self,
+        guider: Any,
+        schedule: Schedule,
+        latent: torch.Tensor,
+        start: torch.Tensor,
+        mask: torch.Tensor | None,
         denoise_mask: torch.Tensor | None,
     ) -> Variation | None: ...
 
@@ -216,9 +235,14 @@ def solver_sampler(settings: GuidanceSettings, variation: VariationOfRun | None 
 
 @torch.no_grad()
 def sample_density_guided(
-    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None, disable: bool | None = None,
-    settings: GuidanceSettings = GuidanceSettings(), variation: VariationOfRun | None = None,
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    settings: GuidanceSettings = GuidanceSettings(),
+    variation: VariationOfRun | None = None,
 ) -> torch.Tensor:
     """`dg_core.solver.solve` with the signature of the host's sampler functions."""
     extra_args = extra_args or {}
@@ -239,6 +263,7 @@ def sample_density_guided(
         return model(x.to(dtype), x.new_full((len(x),), sigma, dtype=torch.float32), **extra_args).to(wide)
 
     with tqdm(total=schedule.steps, disable=disable) as bar:
+
         def step_done(i: int, x: torch.Tensor, denoised: torch.Tensor) -> None:
             bar.update()
             if callback is not None:

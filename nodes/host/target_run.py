@@ -22,22 +22,51 @@ from .steering import GuidanceSettings, sample_density_guided
 ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "same for the whole batch"
 INPUTS = (
     Choice(
-        "target", "What to reach at the last noise level above 0. 'bits per dimension': value is -log2 p / D itself. 'shift "
+        "target",
+        "What to reach at the last noise level above 0. 'bits per dimension': value is -log2 p / D itself. 'shift "
         "from the unguided run': value is the change from what the same noise gives without guidance. 'same for the whole "
         "batch': every image gets one value.",
-        options=(ABSOLUTE, SHIFT, SAME), default=SHIFT, neutral=f"{SHIFT}, with value 0"),
+        options=(ABSOLUTE, SHIFT, SAME),
+        default=SHIFT,
+        neutral=f"{SHIFT}, with value 0",
+    ),
     Number(
-        "value", "The amount of detail; larger means more. Not used for 'same for the whole batch'.",
-        unit=BITS, default=0.0, neutral="0, as a shift", low=-20.0, high=20.0, round=0.0001),
+        "value",
+        "The amount of detail; larger means more. Not used for 'same for the whole batch'.",
+        unit=BITS,
+        default=0.0,
+        neutral="0, as a shift",
+        low=-20.0,
+        high=20.0,
+        round=0.0001,
+    ),
     Number(
-        "reference_image", "For 'same for the whole batch'. Number of the image, from 0, whose unguided value every image "
-        "gets; -1 takes the median of the batch.", default=-1, neutral=-1, low=-1, high=4095),
+        "reference_image",
+        "For 'same for the whole batch'. Number of the image, from 0, whose unguided value every image "
+        "gets; -1 takes the median of the batch.",
+        default=-1,
+        neutral=-1,
+        low=-1,
+        high=4095,
+    ),
     Number(
-        "tolerance", "A pass that misses by more is followed by another one. The error of the tracked value comes on top; more "
-        "probes lower it.", unit=BITS, default=0.002, low=0.0, high=1.0, step=0.001, round=0.00001),
+        "tolerance",
+        "A pass that misses by more is followed by another one. The error of the tracked value comes on top; more "
+        "probes lower it.",
+        unit=BITS,
+        default=0.002,
+        low=0.0,
+        high=1.0,
+        step=0.001,
+        round=0.00001,
+    ),
     Number(
-        "max_passes", "Number of guided passes at most, after the unguided one. Each is a whole sampling run.",
-        default=2, low=1, high=20),
+        "max_passes",
+        "Number of guided passes at most, after the unguided one. Each is a whole sampling run.",
+        default=2,
+        low=1,
+        high=20,
+    ),
     PROBES,
 )
 UNCERTAIN = 10  # times the tolerance
@@ -88,14 +117,20 @@ class TargetResult:
     def of(cls, reached: Reached, dim: int, s: float) -> "TargetResult":
         """From `target.reach`, of images with dim elements that end at s."""
         target, achieved, unguided = (
-            bits_of_state(v, s, dim).tolist() for v in (reached.target, reached.achieved, reached.unguided))
+            bits_of_state(v, s, dim).tolist() for v in (reached.target, reached.achieved, reached.unguided)
+        )
         return cls(target, achieved, (reached.standard_error / (dim * math.log(2))).tolist(), unguided, s, reached)
 
 
 def sample_to_target(
-    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None, disable: bool | None = None,
-    settings: TargetSettings = TargetSettings(), report: Callable[[TargetResult], None] | None = None,
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    settings: TargetSettings = TargetSettings(),
+    report: Callable[[TargetResult], None] | None = None,
     new_evaluate: Callable[[], Evaluate] | None = None,
 ) -> torch.Tensor:
     """Explicit control with the signature of the host's sampler functions.
@@ -125,8 +160,12 @@ def sample_to_target(
                 callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": denoised})
 
         runs = TrackedRuns(new_evaluate, x, schedule, guided, start, step_done)
-        reached = reach(runs, lambda unguided: settings.target_of(unguided, dim, runs.s_end),
-                        -bits_per_dim_to_nats(settings.tolerance, dim), settings.max_passes)
+        reached = reach(
+            runs,
+            lambda unguided: settings.target_of(unguided, dim, runs.s_end),
+            -bits_per_dim_to_nats(settings.tolerance, dim),
+            settings.max_passes,
+        )
         bar.update(steps - bar.n)
         result = TargetResult.of(reached, dim, runs.s_end)
         _log(result, settings)
@@ -138,15 +177,21 @@ def sample_to_target(
 def _check(settings: TargetSettings, schedule: Schedule, x: torch.Tensor, extra_args: dict[str, Any]) -> GuidedSteps:
     """The steps of a run to a target. Raises ValueError, naming the input, where there is no such run."""
     if extra_args.get("denoise_mask") is not None:
-        raise ValueError("the latent has a noise mask; a target is a density of the whole image: remove the mask, or use "
-                         "DensityGuidanceSampler")
+        raise ValueError(
+            "the latent has a noise mask; a target is a density of the whole image: remove the mask, or use "
+            "DensityGuidanceSampler"
+        )
     steps = guided_steps(schedule)
     if steps is None:
-        raise ValueError("sigmas have no step between two noise levels above 0 that could be guided; use a longer "
-                         "schedule, or target 'shift from the unguided run' with value 0")
+        raise ValueError(
+            "sigmas have no step between two noise levels above 0 that could be guided; use a longer "
+            "schedule, or target 'shift from the unguided run' with value 0"
+        )
     if settings.target == SAME and settings.reference_image >= len(x):
-        raise ValueError(f"reference_image is {settings.reference_image}, and the batch has {len(x)} images: choose 0 "
-                         f"to {len(x) - 1}, or -1 for the median")
+        raise ValueError(
+            f"reference_image is {settings.reference_image}, and the batch has {len(x)} images: choose 0 "
+            f"to {len(x) - 1}, or -1 for the median"
+        )
     return steps
 
 
@@ -169,10 +214,17 @@ def _log(result: TargetResult, settings: TargetSettings) -> None:
     for i, (wanted, got, error) in enumerate(zip(result.target, result.achieved, result.standard_error)):
         text = f"image {i}: {got:.4f} ± {error:.4f} bits per dimension at s = {result.s:.4g}, target {wanted:.4f}"
         if not abs(got - wanted) <= settings.tolerance:  # NaN is not reached either
-            logging.warning("Density target not reached in %d passes; %s. That is the nearest that was: ask for less, "
-                            "guide a longer schedule, or allow more passes.", result.reached.passes, text)
+            logging.warning(
+                "Density target not reached in %d passes; %s. That is the nearest that was: ask for less, "
+                "guide a longer schedule, or allow more passes.",
+                result.reached.passes,
+                text,
+            )
         elif settings.target == ABSOLUTE and error > UNCERTAIN * settings.tolerance:
-            logging.warning("Density target: %s. The number itself is uncertain: the schedule begins where the image still shows "
-                            "(denoise below 1), or few probes read it. 'shift from the unguided run' does not need it.", text)
+            logging.warning(
+                "Density target: %s. The number itself is uncertain: the schedule begins where the image still shows "
+                "(denoise below 1), or few probes read it. 'shift from the unguided run' does not need it.",
+                text,
+            )
         else:
             logging.info("Density target: %s", text)

@@ -30,15 +30,21 @@ OWN_LEVELS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_ada
 def require_traceable(sampler: Any, latent_image: dict[str, Any]) -> None:
     """Raise ValueError where there is no one density of the whole image at the noise levels of the schedule."""
     if latent_image.get("noise_mask") is not None:
-        raise ValueError("latent_image has a noise mask; what is recorded is the density of the whole image: remove the mask, "
-                         "or sample with SamplerCustomAdvanced")
+        raise ValueError(
+            "latent_image has a noise mask; what is recorded is the density of the whole image: remove the mask, "
+            "or sample with SamplerCustomAdvanced"
+        )
     if getattr(samples_of("latent_image", latent_image), "is_nested", False):
-        raise ValueError("latent_image packs several parts (video and audio) into one; its density is not defined: sample "
-                         "with SamplerCustomAdvanced")
+        raise ValueError(
+            "latent_image packs several parts (video and audio) into one; its density is not defined: sample "
+            "with SamplerCustomAdvanced"
+        )
     name = getattr(function_of(sampler), "__name__", "")
     if name in OWN_LEVELS:
-        raise ValueError(f"sampler is {OWN_LEVELS[name]}, which calls the model at noise levels of its own and not at those "
-                         "of sigmas: choose another sampler, for instance euler or dpmpp_2m")
+        raise ValueError(
+            f"sampler is {OWN_LEVELS[name]}, which calls the model at noise levels of its own and not at those "
+            "of sigmas: choose another sampler, for instance euler or dpmpp_2m"
+        )
 
 
 class _Witness:
@@ -75,8 +81,14 @@ class TracedSampler(comfy.samplers.Sampler):
         self.record: dict[str, Any] = {"rows": []}
 
     def sample(
-        self, guider: Any, sigmas: torch.Tensor, extra_args: dict[str, Any], callback: Callable[..., None] | None,
-        noise: torch.Tensor, *args: Any, **kwargs: Any,
+        self,
+        guider: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """As the host's `Sampler.sample`."""
         function = function_of(self._sampler)
@@ -113,8 +125,10 @@ class TracedSampler(comfy.samplers.Sampler):
         finally:
             guider.model_options = armed
         if called and not np.allclose(torch.stack(called).tolist(), free.sigmas, rtol=1e-3):
-            self.record = {"rows": [], "note": "this sampler calls the model at noise levels of its own, not at those of "
-                                               "sigmas: nothing is recorded"}
+            self.record = {
+                "rows": [],
+                "note": "this sampler calls the model at noise levels of its own, not at those of sigmas: nothing is recorded",
+            }
         else:
             exact = [{}] * len(steps) if tracked is None else tracked.rows()
             self.record = {"rows": [{**row, "step": i, **more} for i, row, more in zip(steps, free.rows(), exact)]}
@@ -122,9 +136,16 @@ class TracedSampler(comfy.samplers.Sampler):
 
     def _report(self, result: TargetResult) -> None:
         self.record = {
-            "target": {"target": result.target, "achieved": result.achieved, "standard_error": result.standard_error,
-                       "unguided": result.unguided, "s": result.s, "passes": result.reached.passes},
-            "rows": target_rows(result.reached.last)}
+            "target": {
+                "target": result.target,
+                "achieved": result.achieved,
+                "standard_error": result.standard_error,
+                "unguided": result.unguided,
+                "s": result.s,
+                "passes": result.reached.passes,
+            },
+            "rows": target_rows(result.reached.last),
+        }
 
 
 def _reporting(sampler: Any, report: Callable[[TargetResult], None]) -> Any:
@@ -133,7 +154,9 @@ def _reporting(sampler: Any, report: Callable[[TargetResult], None]) -> Any:
         outer = copy.copy(sampler)
         outer.sampler = _reporting(sampler.sampler, report)
         return outer
-    return comfy.samplers.KSAMPLER(sampler.sampler_function, {**sampler.extra_options, "report": report}, sampler.inpaint_options)
+    return comfy.samplers.KSAMPLER(
+        sampler.sampler_function, {**sampler.extra_options, "report": report}, sampler.inpaint_options
+    )
 
 
 class _Tracked:
@@ -171,12 +194,11 @@ class _Tracked:
 
     def rows(self) -> list[dict[str, list[float]]]:
         """bits_per_dim and standard_error of every step, lists over the images; nothing where s is infinite."""
-        return [density_row(log_p_u, s, self._track.dim, error)
-                for s, (log_p_u, error) in zip(self._track.s, self._log_prob)]
+        return [density_row(log_p_u, s, self._track.dim, error) for s, (log_p_u, error) in zip(self._track.s, self._log_prob)]
 
 
 def density_row(log_p_u: torch.Tensor, s: float, dim: int, error: torch.Tensor | None = None) -> dict[str, list[float]]:
-    """bits_per_dim, and standard_error where there is one, of log_p_u and error (B,) in nats at s; nothing where s is infinite."""
+    """bits_per_dim and standard_error (where there is an error) of log_p_u (B,) in nats at s; {} where s is infinite."""
     if not math.isfinite(s):
         return {}
     row = {"bits_per_dim": bits_of_state(log_p_u, s, dim).tolist()}
@@ -186,13 +208,25 @@ def density_row(log_p_u: torch.Tensor, s: float, dim: int, error: torch.Tensor |
 def target_rows(run: Run) -> list[dict[str, Any]]:
     """The rows of the last pass to a target."""
     track = run.track
-    return [{"step": i, "sigma": sigma, "s": s if math.isfinite(s) else None, "eps_energy": energy.tolist(),
-             **density_row(log_p_u, s, track.dim)}
-            for i, (sigma, (s, log_p_u), energy) in enumerate(zip(track.sigmas, run.log_prob.items(), track.eps_energy))]
+    return [
+        {
+            "step": i,
+            "sigma": sigma,
+            "s": s if math.isfinite(s) else None,
+            "eps_energy": energy.tolist(),
+            **density_row(log_p_u, s, track.dim),
+        }
+        for i, (sigma, (s, log_p_u), energy) in enumerate(zip(track.sigmas, run.log_prob.items(), track.eps_energy))
+    ]
 
 
-_CURVES = {"eps_energy": "||eps||² / D", "eta": "eta", "shift": "shift, bits/dim", "free_bits_per_dim": "free bits/dim",
-           "bits_per_dim": "bits/dim"}
+_CURVES = {
+    "eps_energy": "||eps||² / D",
+    "eta": "eta",
+    "shift": "shift, bits/dim",
+    "free_bits_per_dim": "free bits/dim",
+    "bits_per_dim": "bits/dim",
+}
 
 
 def plot_of(rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -201,7 +235,11 @@ def plot_of(rows: list[dict[str, Any]]) -> torch.Tensor:
     if not rows:
         return blank_image()
     images = len(rows[0]["eps_energy"])
-    panels = {label: np.array([row.get(key, [np.nan] * images) for row in rows])
-              for key, label in _CURVES.items() if any(key in row for row in rows)}
-    return curves_image(panels, "log-SNR, -2 ln s", [-2 * math.log(row["s"]) for row in rows],
-                        [f"image {i}" for i in range(images)])
+    panels = {
+        label: np.array([row.get(key, [np.nan] * images) for row in rows])
+        for key, label in _CURVES.items()
+        if any(key in row for row in rows)
+    }
+    return curves_image(
+        panels, "log-SNR, -2 ln s", [-2 * math.log(row["s"]) for row in rows], [f"image {i}" for i in range(images)]
+    )

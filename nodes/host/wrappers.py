@@ -27,5 +27,3 @@ def without_guidance(model_options: dict[str, Any]) -> dict[str, Any]:
     options = comfy.model_patcher.create_model_options_clone(model_options)
     options["transformer_options"]["wrappers"][kind] = {k: v for k, v in present.items() if k != WRAPPER_KEY}
     return options
-
-
