@@ -31,7 +31,12 @@ MUTATIONS = [
     Mutation("dg_core/control.py", "eta = self.gain / eps_norm2", "eta = -self.gain / eps_norm2", "control"),
     Mutation("dg_core/variation.py", "a_1 = (-inner(", "a_1 = (inner(", "variation"),
     Mutation("dg_core/target.py", "[here] - rest)", "[here] + rest)", "density_target"),
-    Mutation("dg_core/log_density.py", "+ self.defect - self.dim", "+ self.defect + self.dim", "log_density"),
+    Mutation(
+        "dg_core/log_density.py",
+        "- self.dim * math.log(sin_theta(self.s[-1])",
+        "+ self.dim * math.log(sin_theta(self.s[-1])",
+        "log_density",
+    ),
     Mutation("dg_core/alignment.py", "alignment.append(-divergence", "alignment.append(divergence", "score_alignment"),
     Mutation("dg_core/units.py", "return -bits * dim", "return bits * dim", "control"),
     # powers and factors

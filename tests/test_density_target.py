@@ -165,7 +165,7 @@ def test_packed_parts_are_refused(monkeypatch):
     monkeypatch.setattr(
         type(model.model), "extra_conds", lambda self, **kwargs: {**extra(self, **kwargs), "latent_shapes": None}
     )
-    with pytest.raises(ValueError, match="packs several parts"):
+    with pytest.raises(ValueError, match="combines video and audio"):
         h.picture(model, target_sampler(value=0.2), h.schedule(model, 4))
     assert seen.calls == 0
 

@@ -192,7 +192,7 @@ def test_repeated_and_rising_noise_levels_are_recorded_once(exact):
     "latent, words",
     [
         ({"noise_mask": torch.ones(1, 1, 32, 32)}, "noise mask"),
-        ({"samples": comfy.nested_tensor.NestedTensor([torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4)])}, "packs several"),
+        ({"samples": comfy.nested_tensor.NestedTensor([torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4)])}, "combines video"),
     ],
     ids=["mask", "parts"],
 )

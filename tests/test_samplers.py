@@ -73,7 +73,7 @@ def test_advice_agrees_with_what_was_measured():
     said = {name: " ".join(advice(name, {})) for name in SAMPLERS}
     silent = [r for name in SAMPLERS if not said[name] and name != "dpm_adaptive" for r in ratios[name]]
     forget = [r for name in SAMPLERS if "forgets" in said[name] for r in ratios[name]]
-    renoise = [r for name in SAMPLERS if "renoises" in said[name] for r in ratios[name]]
+    renoise = [r for name in SAMPLERS if "not guided" in said[name] for r in ratios[name]]
     assert 0.6 < min(silent) and max(silent) < 1.5
     low, *_, high = statistics.quantiles(forget, n=10)
     assert 0.3 <= round(low, 1) and round(statistics.quantiles(forget, n=4)[2], 1) <= 0.5
@@ -91,7 +91,7 @@ def warnings_of(caplog, model, sampler, steps=5):
 @pytest.mark.parametrize(
     "name, word",
     [
-        ("euler_cfg_pp", "renoises"),
+        ("euler_cfg_pp", "not guided"),
         ("euler_ancestral", "forgets"),
         ("dpmpp_2m_sde", "forgets"),
         ("lcm", "forgets"),

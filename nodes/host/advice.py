@@ -16,18 +16,18 @@ def advice(sampler_name: str, model_options: dict[str, Any]) -> list[str]:
     sentences = []
     if "cfg_pp" in sampler_name:
         sentences.append(
-            f"{sampler_name} renoises with a prediction that is not guided, so that the shift is not the one asked for "
-            "(measured from 0.4 to 43 times as much): use a smaller one, or the sampler without _cfg_pp"
+            f"{sampler_name} adds noise by a prediction that is not guided, so the change is not the one asked for "
+            "(measured from 0.4 to 43 times as much): ask for less, or take the sampler without _cfg_pp"
         )
     elif STOCHASTIC.search(sampler_name):
         sentences.append(
-            f"{sampler_name} adds noise at every step and so forgets part of the guidance (measured, mostly 0.3 to 0.5 of the "
-            "asked-for shift is left): deterministic samplers like euler, deis, uni_pc or the pack's own keep it"
+            f"{sampler_name} adds noise at every step and forgets part of the guidance (measured: mostly 0.3 to 0.5 of the "
+            "asked-for change is left): deterministic samplers like euler, deis, uni_pc or the pack's own keep it"
         )
     for function in model_options.get("sampler_post_cfg_function", ()):
         node = OVERLAPPING.get(getattr(function, "__qualname__", "").split(".")[0])
         if node:
-            sentences.append(f"{node} scales the predicted noise too, so that the amounts add up")
+            sentences.append(f"{node} scales the predicted noise too; the amounts add up")
     return sentences
 
 

@@ -71,8 +71,8 @@ def require_one_part(guider: Any) -> None:
     """Raise ValueError where the latent of a run is several, packed."""
     if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
         raise ValueError(
-            "the latent packs several parts (video and audio) into one; density guidance needs one part: sample "
-            "without it, or with neutral settings"
+            "the latent combines video and audio; density guidance needs a single image or video latent: connect one, or "
+            "use neutral settings"
         )
 
 
@@ -135,8 +135,7 @@ def check_latent(patcher: Any, samples: torch.Tensor, empty_allowed: bool = Fals
     where those are allowed)."""
     if getattr(samples, "is_nested", False):
         raise ValueError(
-            "the latent packs several parts (video and audio) into one; its density is not defined: "
-            "take it apart and connect one part"
+            "the latent combines video and audio; its density is not defined: connect a single image or video latent"
         )
     if samples.numel() == 0 or not (empty_allowed or samples.any()):
         raise ValueError(
@@ -295,9 +294,8 @@ class Predict:
         cache = extra_args["model_options"].get("transformer_options", {}).get(CACHE)
         if cache is not None:
             raise ValueError(
-                f"the model carries {type(cache).__name__.removesuffix('Holder')}, which returns earlier "
-                "predictions for new ones; what is computed here needs every prediction: connect the model "
-                "without it"
+                f"the model carries {type(cache).__name__.removesuffix('Holder')}, which reuses earlier "
+                "predictions, and this node needs a new one at every step: connect the model without it"
             )
         self._guider, self._batch, self._show = guider, batch, show
         self._seed = extra_args.get("seed")

@@ -178,13 +178,12 @@ def _check(settings: TargetSettings, schedule: Schedule, x: torch.Tensor, extra_
     """The steps of a run to a target. Raises ValueError, naming the input, where there is no such run."""
     if extra_args.get("denoise_mask") is not None:
         raise ValueError(
-            "the latent has a noise mask; a target is a density of the whole image: remove the mask, or use "
-            "DensityGuidanceSampler"
+            "the latent has a noise mask; a target is about whole images: remove the mask, or use DensityGuidanceSampler"
         )
     steps = guided_steps(schedule)
     if steps is None:
         raise ValueError(
-            "sigmas have no step between two noise levels above 0 that could be guided; use a longer "
+            "sigmas have no step between two noise levels above 0 ; use a longer "
             "schedule, or target 'shift from the unguided run' with value 0"
         )
     if settings.target == SAME and settings.reference_image >= len(x):

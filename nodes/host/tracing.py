@@ -31,14 +31,11 @@ def require_traceable(sampler: Any, latent_image: dict[str, Any]) -> None:
     """Raise ValueError where there is no one density of the whole image at the noise levels of the schedule."""
     if latent_image.get("noise_mask") is not None:
         raise ValueError(
-            "latent_image has a noise mask; what is recorded is the density of the whole image: remove the mask, "
+            "latent_image has a noise mask; the trace is about whole images: remove the mask, "
             "or sample with SamplerCustomAdvanced"
         )
     if getattr(samples_of("latent_image", latent_image), "is_nested", False):
-        raise ValueError(
-            "latent_image packs several parts (video and audio) into one; its density is not defined: sample "
-            "with SamplerCustomAdvanced"
-        )
+        raise ValueError("latent_image combines video and audio; its density is not defined: sample with SamplerCustomAdvanced")
     name = getattr(function_of(sampler), "__name__", "")
     if name in OWN_LEVELS:
         raise ValueError(
