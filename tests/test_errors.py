@@ -91,7 +91,7 @@ def test_prior_settings(values, words):
     h.fails(words, h.outputs, nodes.PriorGuidanceModel, h.exact_model("flow"), *values)
 
 
-@pytest.mark.parametrize("wrong", [object(), "euler", 3.0], ids=str)
+@pytest.mark.parametrize("wrong", [object(), "euler", 3.0], ids=["an object", "text", "a number"])
 def test_wrong_sockets(wrong):
     kind = type(wrong).__name__
     h.fails(["sampler", kind, "KSamplerSelect"], h.outputs, nodes.DensityGuidanceSampler, 0.5, 0.0, 0.0, 1.0, wrong)
