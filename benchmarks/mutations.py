@@ -43,7 +43,7 @@ MUTATIONS = [
     Mutation("dg_core/control.py", "wanted = (2 * dim) ** 0.5 *", "wanted = (2 * dim) *", "one_gaussian host_sampling"),
     Mutation("dg_core/control.py", "/ std.square()", "/ std", "control"),
     Mutation("dg_core/divergence.py", "(above - below) / (2 * h)", "(above - below) / h", "divergence"),
-    Mutation("dg_core/solver.py", "math.sin(level.theta) * eta", "math.cos(level.theta) * eta", "solver"),
+    Mutation("dg_core/flow.py", "math.sin(level.theta) * eta", "math.cos(level.theta) * eta", "solver"),
     Mutation("dg_core/prior.py", "stats.chi.isf(", "stats.chi.ppf(", "prior_guidance"),
     # off by one, and order of the scheme
     Mutation("dg_core/control.py", "steps[0], steps[-1] + 1", "steps[0], steps[-1]", "control"),

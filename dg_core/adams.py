@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from .quadrature import Weights, lagrange
-from .schedule import per_image
-from .statistics import squared_norm
+from .statistics import per_image, squared_norm
 
 # A term counts in full up to the first share of the term before, and not at all from the second; see `limited_sum`.
 SHARES = 0.3, 1.0  # 20 steps of a smooth flow stay below 0.3

@@ -37,8 +37,9 @@ import torch
 from scipy.interpolate import CubicSpline
 
 from . import divergence
-from .schedule import Schedule, log_snr
-from .solver import Callback, Denoiser, solve
+from .flow import Callback, Denoiser
+from .schedule import Schedule, brief, log_snr
+from .solver import solve
 from .statistics import sum_dtype
 from .units import bits_per_dim_to_nats, nats_to_bits_per_dim
 
@@ -164,7 +165,7 @@ def trace_alignment(
     sigmas, levels = schedule.sigmas, schedule.levels
     if any(b >= a for a, b in zip(sigmas, sigmas[1:])) or not 1 <= stop < len(sigmas) or not sigmas[stop] > 0:
         raise ValueError(
-            f"stop is {stop} and sigmas are {sigmas}; the sigmas must descend strictly, and stop must be "
+            f"stop is {stop} and sigmas are {brief(sigmas)}; the sigmas must descend strictly, and stop must be "
             "the index of one above 0 that is not the first"
         )
     wide = sum_dtype(x.device)

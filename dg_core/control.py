@@ -24,8 +24,8 @@ from typing import Protocol
 
 import torch
 
-from .schedule import ROUNDING, NoisePath, Schedule, per_image
-from .statistics import compute_dtype, squared_norm
+from .schedule import ROUNDING, NoisePath, Schedule
+from .statistics import compute_dtype, per_image, squared_norm
 from .units import bits_per_dim_to_nats, quantile_to_z
 
 # A flow model's state at a smaller alpha is noise alone: float32 schedules may begin at sigma = 1 less a rounding, where
@@ -126,12 +126,18 @@ class Steering(Protocol):
     """What a solver or a wrapper asks of a control, see `Control`."""
 
     @property
-    def steps(self) -> GuidedSteps: ...
+    def steps(self) -> GuidedSteps:
+        """The guided steps."""
+        ...
 
     @property
-    def weights(self) -> torch.Tensor | None: ...
+    def weights(self) -> torch.Tensor | None:
+        """Weights of the elements, see `Control`; None counts all alike."""
+        ...
 
-    def eta_minus_one(self, eps_norm2: torch.Tensor, s: torch.Tensor) -> torch.Tensor: ...
+    def eta_minus_one(self, eps_norm2: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """eta - 1 of every image, (B,), from ||eps||^2 (B,) and the VE noise levels s, (B,) or (1,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,8 @@ class Control:
         """
         if isinstance(self.gain, torch.Tensor) and len(self.gain) not in (1, len(eps_norm2)):
             raise ValueError(
-                f"{len(self.gain)} numbers for a batch of {len(eps_norm2)} images; give one for all, or {len(eps_norm2)}"
+                f"gain has {len(self.gain)} numbers and the batch has {len(eps_norm2)} images; give one number for all, or "
+                f"{len(eps_norm2)}"
             )
         eta = self.gain / eps_norm2.clamp_min(_LEAST_NORM2)
         return eta if self.curve is None else eta * curve_at(self.curve, self.steps, s)

@@ -18,8 +18,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .schedule import per_image
-from .statistics import compute_dtype, image_sums, inner, squared_norm, sum_dtype
+from .statistics import compute_dtype, image_sums, inner, per_image, squared_norm, sum_dtype
 
 # x (B, ...) -> denoised (B, ...), at a fixed noise level
 Predict = Callable[[torch.Tensor], torch.Tensor]
@@ -246,13 +245,3 @@ def random_signs(seed: int, call: int, place: int, indices: Sequence[int] | None
 def probe_trace(v: torch.Tensor, dhat_v: torch.Tensor) -> torch.Tensor:
     """<v, Dhat v> of every image, (B,), summed in float64 where the device has it."""
     return image_sums(v * dhat_v, sum_dtype(v.device))
-
-
-def derivative_in_ve(
-    predict: Predict, y: torch.Tensor, v: torch.Tensor, alpha: float, method: str, step: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(denoised, Dhat v) at y in VE coordinates, for predict(x) in the host's units x = alpha y; alpha > 0, float.
-
-    step: in the units of x. Dhat v = D (alpha v), so that v may be a probe of y.
-    """
-    return directional_derivative(predict, alpha * y, alpha * v, method, step)

@@ -17,8 +17,8 @@ M_k         -                 I + W_k P W_k^T, the r x r matrix of the Woodbury 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -33,27 +33,27 @@ BAND_EDGES = (0, 1.5, 2.5, 3.5, 4.5, 6, 8, 10, 13, 16, 20, 24, 28, 32, 38, 46, 5
 CHANNELS = 3
 
 
-@lru_cache
-def _dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def dct_matrix(n: int) -> torch.Tensor:
+    """The orthonormal DCT-II of n numbers, (n, n), float64."""
     matrix = scipy.fft.dct(np.eye(n), axis=0, norm="ortho")
-    with torch.inference_mode(False):  # the host's nodes run in it, and a cached inference tensor fails in autograd
-        return torch.from_numpy(matrix).to(device, dtype, copy=True)
+    with torch.inference_mode(False):  # the host's nodes run in it, and an inference tensor fails in autograd
+        return torch.from_numpy(matrix)
 
 
 def dct(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal DCT-II over channels, rows and columns: (..., C, H, W) -> (..., C, H, W)."""
-    for dim in (-3, -2, -1):
-        matrix = _dct_matrix(x.shape[dim], x.dtype, x.device)
-        x = torch.movedim(torch.movedim(x, dim, -1) @ matrix.T, -1, dim)
-    return x
+    return _transformed(x, [dct_matrix(n).to(x) for n in x.shape[-3:]])
 
 
 def idct(c: torch.Tensor) -> torch.Tensor:
     """Inverse of `dct`."""
-    for dim in (-3, -2, -1):
-        matrix = _dct_matrix(c.shape[dim], c.dtype, c.device)
-        c = torch.movedim(torch.movedim(c, dim, -1) @ matrix, -1, dim)
-    return c
+    return _transformed(c, [dct_matrix(n).to(c).T for n in c.shape[-3:]])
+
+
+def _transformed(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    for dim, matrix in zip((-3, -2, -1), matrices):
+        x = torch.movedim(torch.movedim(x, dim, -1) @ matrix.T, -1, dim)
+    return x
 
 
 def band_index(size: int) -> torch.Tensor:
@@ -106,10 +106,11 @@ class ExactDensity:
         if not 8 <= size <= full:
             raise ValueError(f"size is {size}; the density has sizes from 8 to {full}")
         low = min(size, factors.shape[-1])
-        # An orthonormal DCT coefficient of a image grows with its size.
+        # An orthonormal DCT coefficient of an image grows with its size.
         scale = size / full
         index = band_index(size)
         self.size, self.low = size, low
+        self.channel_dct, self.pixel_dct = dct_matrix(CHANNELS), dct_matrix(size)
         self.log_weights = log_weights.double()
         self.means = scale * means[..., :size, :size].double().flatten(1)  # (K, D)
         self.factors = scale * factors[..., :low, :low].double().flatten(2)  # (K, r, D_low)
@@ -208,7 +209,7 @@ class ExactDensity:
     def hessian_product(self, y: torch.Tensor, s: Levels, v: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """H v with H the Hessian of log p_s at y; v and the result have the shape of y."""
         e = self._evaluate(y, s, weights)
-        vc = dct(v.to(self.means)).flatten(1)
+        vc = self._dct(v)
         p = e.level.precision
         wv = self._project(p * vc)  # (B, K, r)
         within = -p * vc + p * self._expand(e.resp[..., None] * (e.level.m_inv @ wv[..., None])[..., 0])
@@ -225,7 +226,7 @@ class ExactDensity:
         variation = torch.randn(count, self.factors.shape[1], dtype=torch.float64, generator=generator).to(self.means)
         c = self.means[k] + (self.band_variance[self.index] + s**2).sqrt() * texture
         c[:, self.low_slots] += torch.einsum("brd,br->bd", self.factors[k], variation)
-        return idct(c.view(count, CHANNELS, self.size, self.size))
+        return self._idct(c)
 
     # --- inside -----------------------------------------------------------------------------------------------
 
@@ -244,7 +245,7 @@ class ExactDensity:
             # A row of zeros, as from ConditioningZeroOut, asks for nothing in particular.
             weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, self.log_weights.exp())
             log_w = weights.log() - weights.sum(1, keepdim=True).log()
-        c = dct(y.to(self.means)).flatten(1)
+        c = self._dct(y)
         pc = level.precision * c
         u = self._project(pc) - torch.einsum("bj,jkr->bkr", level.band_precision, self.factor_mean)
         a = (level.m_inv @ u[..., None])[..., 0]
@@ -286,5 +287,14 @@ class ExactDensity:
         centred = weights.sum(1, keepdim=True) * e.c - weights @ self.means
         return e.level.precision * (self._expand(weights[..., None] * e.a) - centred)
 
+    def _dct(self, y: torch.Tensor) -> torch.Tensor:
+        """(B, 3, size, size) -> (B, D), in the tables' dtype."""
+        return _transformed(y.to(self.means), [self.channel_dct, self.pixel_dct, self.pixel_dct]).flatten(1)
+
+    def _idct(self, c: torch.Tensor) -> torch.Tensor:
+        """Inverse of `_dct`."""
+        matrices = [self.channel_dct.T, self.pixel_dct.T, self.pixel_dct.T]
+        return _transformed(c.view(-1, CHANNELS, self.size, self.size), matrices)
+
     def _image(self, c: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return idct(c.view(-1, CHANNELS, self.size, self.size)).to(like.dtype)
+        return self._idct(c).to(like.dtype)

@@ -7,7 +7,7 @@ u(theta), whatever chose it, the log-density p of u obeys the exact differential
     F = cos(theta) eps - sin(theta) denoised,
 
 in which F is the probability-flow ODE, -eps / sin(theta) the score of u, and the identity part of the divergence is
-integrated exactly. So errors of a solver do not count: what its states stray from the flow is charged at the score.
+integrated exactly. So errors of a solver do not count: the defect of its states against the flow is charged at the score.
 Source of the rate: arXiv 2502.05807, section 4; the form above and the end: derived here.
 
 symbol     name         unit
@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 
-from .divergence import FORWARD, derivative_in_ve, difference_step, probe_trace, rademacher
+from .divergence import FORWARD, difference_step, directional_derivative, probe_trace, rademacher
+from .flow import Denoiser
 from .levels import clock, clock_rate
 from .quadrature import denoised_weights, eps_weights
 from .schedule import Level, NoisePath
-from .solver import Denoiser
 from .statistics import squared_norm, sum_dtype
 from .units import Amount, bits_per_dim_to_nats, nats_to_bits_per_dim, require_number
 
@@ -108,17 +108,16 @@ class ProbedModel:
         return self._probes if self._method == FORWARD else 3 * self._probes
 
     def __call__(self, x: torch.Tensor, sigma: float, call: int) -> Evaluation:
-        alpha = self._path.alpha(sigma)
-        if alpha <= 0:
+        level = self._path.at(sigma)
+        if level.alpha <= 0:
             zero = torch.zeros(len(x), dtype=sum_dtype(x.device), device=x.device)
             return Evaluation(self._predict(x, sigma), zero, zero)
         traces, variances = [], []
         for probe in range(self._probes):
             v = rademacher(x, self._seed, call * self._probes + probe, self._indices)
-            step = difference_step(x, alpha * v, self._dtype, sigma)
-            denoised, slope = derivative_in_ve(
-                lambda x: self._predict(x, sigma), x / alpha, v.to(x.dtype), alpha, self._method, step
-            )
+            of_x = level.alpha * v.to(x.dtype)  # v is a probe of y = x / alpha
+            step = difference_step(x, of_x, self._dtype, level.std)
+            denoised, slope = directional_derivative(lambda x: self._predict(x, sigma), x, of_x, self._method, step)
             diagonal, trace = v * slope, probe_trace(v, slope)
             same = trace.square() / x[0].numel()
             if self._last is not None:
@@ -146,9 +145,9 @@ class _Node:
 class LogDensityTrack:
     """The change of log p along the states that a solver visits, upwards or downwards.
 
-    `add` takes them in order, and keeps copies of the last four at most: u, eps and denoised of each. `defect` is the change
-    for which the states left the flow; `change` and `variance` are about the way so far, (B,), in nats of u; `s`, `traces` and
-    `eps_energy` (||eps||^2 / D) list what was seen.
+    `add` takes them in order, and keeps copies of the last four at most: u, eps and denoised of each. `change` and `variance` are
+    about the way so far, (B,), in nats of u; `defect` is the part of `change` that comes from states off the flow. `s`, `traces`
+    and `eps_energy` (||eps||^2 / D) list what was evaluated.
     """
 
     def __init__(self, path: NoisePath, dim: int):

@@ -101,8 +101,8 @@ FLOW = NoisePath("flow")
 class Schedule:
     """Descending noise levels of one path.
 
-    sigmas: floats. A rise by a rounding of float32 is levelled. Raises ValueError where they are not finite, negative, ascend,
-    or go beyond pure noise.
+    sigmas: floats. A rise by a rounding of float32 is levelled. Raises ValueError where one is not finite,
+    negative or beyond pure noise, or where they ascend.
     """
 
     def __init__(self, path: NoisePath, sigmas: Sequence[float]):
@@ -141,11 +141,6 @@ def brief(values: Sequence[float]) -> list[float]:
     """The values rounded for a message: all of them, or the first and last three."""
     shown = values if len(values) < 9 else [*values[:3], *values[-3:]]
     return [round(v, 4) for v in shown]
-
-
-def per_image(value: torch.Tensor, ndim: int) -> torch.Tensor:
-    """Reshape a tensor (B,) to (B, 1, ...) with `ndim` dimensions; a 0-d tensor is returned as it is."""
-    return value.reshape(-1, *[1] * (ndim - 1)) if value.ndim else value
 
 
 def log_snr(s: float) -> float:

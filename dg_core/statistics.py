@@ -6,7 +6,10 @@ batch that it is in.
 
 import torch
 
-from .schedule import per_image
+
+def per_image(value: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Reshape a tensor (B,) to (B, 1, ...) with `ndim` dimensions; a 0-d tensor is returned as it is."""
+    return value.reshape(-1, *[1] * (ndim - 1)) if value.ndim else value
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -23,8 +23,9 @@ import torch
 
 from .control import GuidedSteps
 from .log_density import Evaluate, LogDensityTrack
-from .schedule import Schedule, per_image
+from .schedule import Schedule
 from .solver import solve
+from .statistics import per_image
 
 # |eta - 1| beyond which a step is no small change of the flow any more.
 STRONGEST = 0.5

@@ -31,18 +31,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .control import GuidedSteps
+from .flow import Denoiser, Flow
 from .schedule import Schedule
 from .statistics import inner
 from .units import require_number, require_whole
-
-if TYPE_CHECKING:
-    from .solver import Denoiser, Flow
 
 # name -> (an evaluation at the state before the noise; one at the foot of every piece of noise)
 CORRECTIONS = {"expected": (False, False), "hutchinson": (True, False), "exact": (True, True)}
@@ -71,8 +68,10 @@ class Variation:
     amount: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        require_strength(self.strength)
-        require_correction(self.correction, self.probes)
+        require_number("strength", self.strength, 0.0, MAX_STRENGTH)
+        if self.correction not in CORRECTIONS:
+            raise ValueError(f"correction is {self.correction!r}; it must be one of {', '.join(CORRECTIONS)}")
+        require_whole("probes", self.probes, 1, MAX_PROBES)
 
     @property
     def evaluates_before(self) -> bool:
@@ -105,18 +104,11 @@ class Variation:
 
 
 def jump(
-    flow: "Flow",
-    model: "Denoiser",
-    variation: Variation,
-    schedule: Schedule,
-    step: int,
-    u: torch.Tensor,
-    theta: float,
-    s: float,
+    flow: Flow, model: Denoiser, variation: Variation, schedule: Schedule, step: int, u: torch.Tensor, theta: float, s: float
 ) -> tuple[torch.Tensor, float, torch.Tensor]:
     """From the state u (B, ...) at theta to the noise level s above it, by noise: (u, theta, denoised) there.
 
-    flow: the `solver.Flow` of the run, which gets the new evaluations.
+    flow: the `Flow` of the run, which gets the new evaluations.
     """
     level = schedule.path.at(schedule.path.sigma(s))
     raised = math.atan(s)
@@ -135,18 +127,6 @@ def jump(
     if not had_guidance:  # after pure noise, which is not guided, the way up could not be, and the way down will be
         u = flow.guide(u, theta, raised, step)
     return u, raised, denoised
-
-
-def require_strength(strength: float) -> float:
-    """Return `strength` as a float; raise ValueError unless it is a number from 0 to `MAX_STRENGTH`."""
-    return require_number("strength", strength, 0.0, MAX_STRENGTH)
-
-
-def require_correction(correction: str, probes: int) -> None:
-    """Raise ValueError unless `correction` is one of `CORRECTIONS` and `probes` a whole number from 1 to `MAX_PROBES`."""
-    if correction not in CORRECTIONS:
-        raise ValueError(f"correction is {correction!r}; it must be one of {', '.join(CORRECTIONS)}")
-    require_whole("probes", probes, 1, MAX_PROBES)
 
 
 def displacement(

@@ -185,7 +185,7 @@ def test_a_batch_of_another_size_is_guided_right_or_refused():
     both = guided(x, denoised, [2.0, 2.0])
     assert torch.equal(guided(x[1:], denoised[1:], [2.0]), both[1:])
     assert torch.equal(guided(x, denoised, [2.0]), both)
-    with pytest.raises(ValueError, match="2 numbers for a batch of 1"):
+    with pytest.raises(ValueError, match="gain has 2 numbers and the batch has 1 images"):
         guided(x[1:], denoised[1:], [2.0], z=torch.tensor([-20.0, 1.0]))
 
 

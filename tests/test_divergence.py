@@ -48,7 +48,7 @@ def test_a_denoiser_of_data_at_a_point_has_no_trace():
     """Pure noise: Dhat = 0 with any probe, so that div eps is its identity part alone."""
     y = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     v = divergence.rademacher(y, 0, 0)
-    _, slope = divergence.derivative_in_ve(lambda x: torch.zeros_like(x), y, v, 0.7, "forward")
+    _, slope = divergence.directional_derivative(lambda x: torch.zeros_like(x), y, v, "forward")
     assert divergence.probe_trace(v, slope).tolist() == [0.0, 0.0]
 
 
@@ -77,13 +77,6 @@ def test_numbers_are_not_copied_to_the_device_as_tensors(compute):
     with _Operators() as seen:
         compute(torch.ones(2, 8))
     assert seen.names and not any("lift_fresh" in name for name in seen.names)
-
-
-def test_ve_derivative_carries_alpha():
-    y, v = torch.randn(2, 1, 8), torch.ones(1, 1, 8)
-    value, slope = divergence.derivative_in_ve(lambda x: x.square(), y[:1], v, 0.25, "forward")
-    torch.testing.assert_close(value, (0.25 * y[:1]).square())
-    torch.testing.assert_close(slope, 2 * 0.25 * y[:1] * 0.25)
 
 
 def test_probes_depend_on_seed_image_and_call_alone():

@@ -6,7 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 from density_guidance.dg_core import log_density as ld
-from density_guidance.dg_core.schedule import VE
+from density_guidance.dg_core.schedule import FLOW, VE
 from density_guidance.nodes import LogDensity
 from density_guidance.nodes.host import model_access
 from density_guidance.nodes.host import readout as node
@@ -151,6 +151,14 @@ def test_a_track_refuses_to_turn_back(indices):
     with pytest.raises(ValueError, match="only ascend or only descend"):
         for i in indices:
             track.add(x, [1.0, 2.0, 4.0][i], evaluation)
+
+
+def test_a_probe_is_one_of_y():
+    """d x^2 / dy = 2 x alpha at x = alpha y, whatever the signs of the probe."""
+    x = torch.randn(1, 8)
+    evaluation = ld.ProbedModel(lambda x, sigma: x.square(), FLOW, "forward")(x, 0.75, 0)
+    torch.testing.assert_close(evaluation.denoised, x.square())
+    torch.testing.assert_close(evaluation.trace, 2 * 0.25 * x.double().sum(1))
 
 
 def test_error_bars_survive_a_trace_near_zero():

@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 
 from ...dg_core import divergence
+from ...dg_core.flow import Denoiser
 from ...dg_core.log_density import ProbedModel
 from ...dg_core.schedule import FLOW, VE, Level, NoisePath, Schedule
-from ...dg_core.solver import Denoiser
 from ...dg_core.statistics import compute_dtype
 from .inputs import require
 from .wrappers import without_guidance
