@@ -145,9 +145,9 @@ class _Node:
 class LogDensityTrack:
     """The change of log p along the states that a solver visits, upwards or downwards.
 
-    `add` takes them in order, and keeps copies of the last four at most: u, eps and denoised of each. `change` and `variance` are
-    about the way so far, (B,), in nats of u; `defect` is the part of `change` that comes from states off the flow. `s`, `traces`
-    and `eps_energy` (||eps||^2 / D) list what was evaluated.
+    `add` takes them in order, and keeps copies of the last four at most: u, eps and denoised of each. `change` and `variance`
+    are about the way so far, (B,), in nats of u; `defect` is the part of `change` that comes from states off the flow. `s`,
+    `traces` and `eps_energy` (||eps||^2 / D) list what was evaluated.
     """
 
     def __init__(self, path: NoisePath, dim: int):
