@@ -28,7 +28,7 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     # signs
-    Mutation("dg_core/control.py", "eta = self.gain / eps_norm2", "eta = -self.gain / eps_norm2", "control"),
+    Mutation("dg_core/control.py", "eta = gain / eps_norm2", "eta = -gain / eps_norm2", "control"),
     Mutation("dg_core/variation.py", "a_1 = (-inner(", "a_1 = (inner(", "variation"),
     Mutation("dg_core/target.py", "[here] - rest)", "[here] + rest)", "density_target"),
     Mutation(

@@ -163,12 +163,14 @@ class Control:
         eps_norm2: `squared_norm` of eps with the weights, (B,). s: VE noise levels, (B,) or (1,).
         Raises ValueError where there is a gain for each image of another batch.
         """
-        if isinstance(self.gain, torch.Tensor) and len(self.gain) not in (1, len(eps_norm2)):
+        # A float becomes a tensor, so that a gain is divided alike, whether it is that of all images or of each.
+        gain = self.gain if isinstance(self.gain, torch.Tensor) else torch.full_like(eps_norm2, self.gain)
+        if len(gain) not in (1, len(eps_norm2)):
             raise ValueError(
-                f"gain has {len(self.gain)} numbers and the batch has {len(eps_norm2)} images; give one number for all, or "
+                f"gain has {len(gain)} numbers and the batch has {len(eps_norm2)} images; give one number for all, or "
                 f"{len(eps_norm2)}"
             )
-        eta = self.gain / eps_norm2.clamp_min(_LEAST_NORM2)
+        eta = gain / eps_norm2.clamp_min(_LEAST_NORM2)
         return eta if self.curve is None else eta * curve_at(self.curve, self.steps, s)
 
 
