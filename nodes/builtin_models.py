@@ -30,7 +30,7 @@ COMPONENT = Number(
 )
 CLASS_NAME = Choice(
     "class_name",
-    "What positive asks for. any asks for nothing in particular.",
+    "The kind of ground that the output positive asks for. 'any': no particular one.",
     options=(*CLASSES, ANY),
     default="rock",
     neutral=ANY,

@@ -81,8 +81,8 @@ INPUTS = (
     Choice(
         "correction",
         "How the change of detail by the noise is undone. expected: no extra model call, noise in every second "
-        "step. hutchinson: more exact; 1 + noise pieces calls in a step with noise. exact: measures at the very place; 1 + 2 x "
-        "noise pieces calls.",
+        "step. hutchinson: more exact; a step with noise takes one call, and one more for each noise piece. exact: more exact "
+        "still; two more for each noise piece.",
         options=tuple(CORRECTIONS),
         default="expected",
         neutral="any, with strength 0",

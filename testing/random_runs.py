@@ -38,7 +38,6 @@ INPUTS = (
     "mask",
     "sampling type",
     "sigmas are",
-    "sigmas have",
     "reference_image",
 )
 OWN_SAMPLERS = ("StochasticDetailVariation", "DensityTargetSampler")

@@ -85,7 +85,7 @@ def read(
 def in_the_middle(model: GuiderModel, levels: list[float], seed: int) -> tuple[float, torch.Tensor]:
     """(sigma, x): a noise level in the middle, and the latent with noise of it, in the host's units."""
     middle = math.sqrt(levels[0] * min(levels[-1], 100.0))
-    # One of the levels: patches that look at the schedule know no other.
+    # One of the levels: patches that read the schedule know no other.
     s = min((s for s in levels if math.isfinite(s)), key=lambda s: abs(math.log(s / middle)))
     level = model.path.at(model.path.sigma(s))
     return level.sigma, level.alpha * model.x + level.std * divergence.rademacher(model.x, seed, -2)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ...dg_core.control import GuidedSteps, guided_steps
 from ...dg_core.log_density import Evaluate, bits_of_state, log_start, state_of_bits
-from ...dg_core.schedule import Schedule
+from ...dg_core.schedule import Schedule, brief
 from ...dg_core.statistics import compute_dtype
 from ...dg_core.target import Reached, TrackedRuns, reach
 from ...dg_core.units import bits_per_dim_to_nats
@@ -75,7 +75,7 @@ PROBE_SEED_OFFSET = 0x6A09E667F3BCC908  # the probes of a run are not those of a
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """The inputs of `DensityTargetSampler`. Raises ValueError, naming the input, where one is out of range."""
+    """The inputs of Density Target Sampler. Raises ValueError, naming the input, where one is out of range."""
 
     target: str = SHIFT
     value: float = 0.0
@@ -178,13 +178,13 @@ def _check(settings: TargetSettings, schedule: Schedule, x: torch.Tensor, extra_
     """The steps of a run to a target. Raises ValueError, naming the input, where there is no such run."""
     if extra_args.get("denoise_mask") is not None:
         raise ValueError(
-            "the latent has a noise mask; a target is about whole images: remove the mask, or use DensityGuidanceSampler"
+            "the latent has a noise mask; a target is about whole images: remove the mask, or use Density Guidance Sampler"
         )
     steps = guided_steps(schedule)
     if steps is None:
         raise ValueError(
-            "sigmas have no step between two noise levels above 0 ; use a longer "
-            "schedule, or target 'shift from the unguided run' with value 0"
+            f"sigmas are {brief(schedule.sigmas)}; no step lies between two noise levels above 0: use more steps, or target "
+            f"'{SHIFT}' with value 0"
         )
     if settings.target == SAME and settings.reference_image >= len(x):
         raise ValueError(
