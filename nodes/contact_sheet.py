@@ -24,6 +24,8 @@ SIZE = Number(
 
 
 class DensityLevels(io.ComfyNode):
+    """Numbers in a text, one run for each or all in one."""
+
     INPUTS = (VALUES,)
 
     @classmethod
@@ -50,6 +52,8 @@ class DensityLevels(io.ComfyNode):
 
 
 class DensityContactSheet(io.ComfyNode):
+    """The images of a sweep on one IMAGE: see `host.sheet`."""
+
     INPUTS = (
         Socket("images", "The batches of the sweep, one for each level.", io.Image),
         Socket(

@@ -24,6 +24,8 @@ def _output(result: Any, settings: GuidanceSettings) -> io.NodeOutput:
 
 
 class DensityGuidanceSampler(io.ComfyNode):
+    """Guidance of any SAMPLER, or of the pack's own solver: see `host.steering`."""
+
     INPUTS = (*LEVELS, *WINDOW, SAMPLER, QUANTILES, DETAIL_SHIFTS, MASK, CURVE)
 
     @classmethod
@@ -63,6 +65,8 @@ class DensityGuidanceSampler(io.ComfyNode):
 
 
 class DensityGuidanceModel(io.ComfyNode):
+    """Guidance of every run of a MODEL: see `steering.guided_patch`."""
+
     INPUTS = (MODEL, *LEVELS, *WINDOW, QUANTILES, DETAIL_SHIFTS, MASK, CURVE)
 
     @classmethod

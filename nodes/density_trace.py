@@ -12,6 +12,8 @@ SAMPLER = Socket("sampler", "Any sampler but dpm_fast and dpm_adaptive, guided o
 
 
 class DensityTrace(io.ComfyNode):
+    """SamplerCustomAdvanced with a record of the log-density: see `host.tracing`."""
+
     INPUTS = (
         Socket("noise", "The starting noise, for instance of RandomNoise.", io.Noise),
         Socket("guider", "The model with its prompt, from BasicGuider or CFGGuider.", io.Guider),

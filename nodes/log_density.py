@@ -11,6 +11,8 @@ SEED = Seed("seed", "Seed of the probes. Changing it changes the estimate slight
 
 
 class LogDensity(io.ComfyNode):
+    """Bits per dimension of any LATENT under a guider's model: see `host.readout`."""
+
     INPUTS = (
         GUIDER,
         Socket("latent", "The images to read, from VAEEncode or a sampler. A mask is ignored.", io.Latent),

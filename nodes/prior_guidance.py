@@ -14,6 +14,8 @@ MODEL = Socket("model", "The model whose starting noise is scaled. Its weights a
 
 
 class PriorGuidanceScale(io.ComfyNode):
+    """A NOISE at a quantile of its log-density: see `host.prior_run`."""
+
     INPUTS = (NOISE, *INPUTS)
 
     @classmethod
@@ -35,6 +37,8 @@ class PriorGuidanceScale(io.ComfyNode):
 
 
 class PriorGuidanceModel(io.ComfyNode):
+    """The same for every run of a MODEL: see `prior_run.scaled_patch`."""
+
     INPUTS = (MODEL, *INPUTS)
 
     @classmethod

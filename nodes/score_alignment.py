@@ -12,6 +12,8 @@ from .host.inputs import CATEGORY, Floats, Socket, schemas
 
 
 class ScoreAlignmentCheck(io.ComfyNode):
+    """Whether scaling the noise changes the detail of a sample: see `host.alignment_run`."""
+
     INPUTS = (
         GUIDER,
         NOISE,

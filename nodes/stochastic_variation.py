@@ -16,6 +16,8 @@ VARIATIONS = Number("variations", "Number of variations in each row.", default=4
 
 
 class StochasticDetailVariation(io.ComfyNode):
+    """The pack's own solver with noise at an unchanged log-density: see `host.variation_run`."""
+
     INPUTS = (*LEVELS, *INPUTS[:-1], QUANTILES, DETAIL_SHIFTS, VARIATION_INDEX, MASK)
 
     @classmethod
@@ -65,6 +67,8 @@ class StochasticDetailVariation(io.ComfyNode):
 
 
 class VariationGrid(io.ComfyNode):
+    """The batch for a grid of variations, out of one LATENT: see `variation_run.grid_of`."""
+
     INPUTS = (Socket("latent", "The latent to vary; its first image is taken.", io.Latent), ROW_QUANTILES, VARIATIONS)
 
     @classmethod

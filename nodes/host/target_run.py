@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.samplers
 import torch
 from tqdm.auto import tqdm
 
@@ -120,6 +121,11 @@ class TargetResult:
             bits_of_state(v, s, dim).tolist() for v in (reached.target, reached.achieved, reached.unguided)
         )
         return cls(target, achieved, (reached.standard_error / (dim * math.log(2))).tolist(), unguided, s, reached)
+
+
+def target_sampler(settings: TargetSettings) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER of the host for explicit control."""
+    return comfy.samplers.KSAMPLER(sample_to_target, {"settings": settings})
 
 
 def sample_to_target(
