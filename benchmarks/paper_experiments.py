@@ -20,9 +20,9 @@ from ..dg_core.units import nats_to_bits_per_dim
 from ..launcher.environment import PACK
 from ..nodes import StochasticDetailVariation
 from ..nodes.builtin import demo
-from ..nodes.contact_sheet import draw_sheet
 from ..nodes.host.alignment_run import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
 from ..nodes.host.model_access import path_of
+from ..nodes.host.sheet import draw_sheet
 from ..testing import held_out
 from ..testing.demo_runs import Demo, band_energy, high_energy, png_bytes, require_pictures
 from ..testing.figures import figure

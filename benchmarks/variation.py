@@ -13,7 +13,7 @@ import torch
 from ..dg_core.variation import CORRECTIONS
 from ..nodes import DensityGuidanceSampler, StochasticDetailVariation
 from ..nodes.builtin.exact import PREDICTIONS, read
-from ..nodes.stochastic_variation import WINDOWS
+from ..nodes.host.variation_run import WINDOWS
 from ..testing.euler_maruyama import fine_details_change
 from ..testing.exact_runs import Bench
 from ..testing.figures import figure

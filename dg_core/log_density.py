@@ -32,7 +32,7 @@ from .levels import clock, clock_rate
 from .quadrature import denoised_weights, eps_weights
 from .schedule import Level, NoisePath
 from .statistics import squared_norm, sum_dtype
-from .units import Amount, bits_per_dim_to_nats, nats_to_bits_per_dim, require_number
+from .units import Amount, bits_per_dim_to_nats, nats_to_bits_per_dim
 
 _DEFECT_NODES = 4
 _COMPARABLE = 0.1, 10.0  # ratio of two traces, within which their diagonals are taken to have one shape
@@ -74,6 +74,12 @@ class Evaluate(Protocol):
     def __call__(self, x: torch.Tensor, sigma: float, call: int, /) -> Evaluation: ...
 
 
+def calls_per_evaluation(method: str, probes: int = 1) -> int:
+    """Network calls on one batch that a `ProbedModel` takes at each call; with forward-mode AD each also carries a
+    derivative."""
+    return probes if method == FORWARD else 3 * probes
+
+
 class ProbedModel:
     """(x, sigma, call) -> `Evaluation`, with `probes` fresh Rademacher probes for every image and call.
 
@@ -101,11 +107,6 @@ class ProbedModel:
         self._method, self._dtype = method, dtype
         self._seed, self._probes, self._indices = seed, probes, indices
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # estimates of diagonal and trace by the last probe
-
-    @property
-    def calls_per_evaluation(self) -> int:
-        """Network calls on one batch that an `Evaluation` takes; with forward-mode AD each also carries a derivative."""
-        return self._probes if self._method == FORWARD else 3 * self._probes
 
     def __call__(self, x: torch.Tensor, sigma: float, call: int) -> Evaluation:
         level = self._path.at(sigma)
@@ -336,14 +337,3 @@ def rounding_cost(one: torch.Tensor, other: torch.Tensor, levels: Sequence[float
     """
     per_level = float((one - other).square().mean().sqrt()) / 2**0.5
     return -nats_to_bits_per_dim(per_level * float((trace_weights(levels, dim) ** 2).sum()) ** 0.5, dim)
-
-
-def require_noise_floor(noise_floor: float, s_min: float, s_max: float) -> float:
-    """Return `noise_floor`; raise ValueError unless it lies in [s_min, s_max), to a rounding: the model's range."""
-    value = require_number("noise_floor", noise_floor, 0.0, math.inf if math.isinf(s_max) else s_max)
-    if not s_min * (1 - 1e-4) <= value < s_max * (1 - 1e-4):
-        raise ValueError(
-            f"noise_floor is {noise_floor}; this model knows noise levels s = sigma/alpha from {s_min:.4g} to "
-            f"{s_max:.4g}: choose one in between, near the lower end for images"
-        )
-    return value

@@ -30,7 +30,7 @@ COMPONENT = Number(
 )
 CLASS_NAME = Choice(
     "class_name",
-    "What positive asks for. any asks for nothing in particular.",
+    "The kind of ground that the output positive asks for. 'any': no particular one.",
     options=(*CLASSES, ANY),
     default="rock",
     neutral=ANY,
@@ -39,6 +39,8 @@ BATCH_SIZE = Number("batch_size", "Number of images in the latent, each with its
 
 
 class LoadExactDensityModel(io.ComfyNode):
+    """The exact-density model with its VAE, a conditioning and an empty latent: see `builtin.exact`."""
+
     INPUTS = (PREDICTION, SIZE, COMPONENT, BATCH_SIZE)
 
     @classmethod
@@ -69,6 +71,8 @@ class LoadExactDensityModel(io.ComfyNode):
 
 
 class ExactLogDensity(io.ComfyNode):
+    """Exact bits per dimension of a latent of that model: see `exact.read`."""
+
     INPUTS = (
         Socket("model", "The model of Load Exact Density Model, patched or not.", io.Model),
         Socket("latent", "What a sampler returned for the sigmas below.", io.Latent),
@@ -102,6 +106,8 @@ class ExactLogDensity(io.ComfyNode):
 
 
 class LoadDemoModel(io.ComfyNode):
+    """The demo model with its VAE, two conditionings and an empty latent: see `builtin.demo`."""
+
     INPUTS = (CLASS_NAME, BATCH_SIZE)
 
     @classmethod

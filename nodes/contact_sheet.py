@@ -1,21 +1,14 @@
 """A sweep over density levels, and the labelled contact sheet of its images."""
 
-import itertools
 import json
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from comfy.utils import common_upscale
 from comfy_api.latest import io
-from PIL import Image, ImageDraw, ImageFont
 
 from .host.inputs import CATEGORY, Floats, Number, NumberText, Socket, Widget, schemas
+from .host.sheet import contact_sheet
 
-MARGIN = 8
-CAPTION = 22
-HEADER = 30
-ROW_LABEL = 90
 VALUES = NumberText(
     "values", "Numbers separated by commas, in the unit of what they are connected to.", default="0.05, 0.3, 0.5, 0.7, 0.95"
 )
@@ -31,6 +24,8 @@ SIZE = Number(
 
 
 class DensityLevels(io.ComfyNode):
+    """Numbers in a text, one run for each or all in one."""
+
     INPUTS = (VALUES,)
 
     @classmethod
@@ -57,6 +52,8 @@ class DensityLevels(io.ComfyNode):
 
 
 class DensityContactSheet(io.ComfyNode):
+    """The images of a sweep on one IMAGE: see `host.sheet`."""
+
     INPUTS = (
         Socket("images", "The batches of the sweep, one for each level.", io.Image),
         Socket(
@@ -96,60 +93,5 @@ class DensityContactSheet(io.ComfyNode):
         column_label: Sequence[str] = ("seed",),
     ) -> io.NodeOutput:
         size = SIZE.check(picture_size[0])
-        if bits_per_dim is not None and len(bits_per_dim) == 1 and len(bits_per_dim[0]) == sum(map(len, images)):
-            numbers_left = iter(bits_per_dim[0])  # of a grid that was sampled as one batch
-            bits_per_dim = [list(itertools.islice(numbers_left, len(batch))) for batch in images]
-        for name, values in (("bits_per_dim", bits_per_dim), ("levels", levels)):
-            if values is not None and len(values) != len(images):
-                raise ValueError(f"{name} has {len(values)} rows and images has {len(images)}; connect both from one sweep")
-        for i, batch in enumerate(images):
-            if batch.shape[1:] != images[0].shape[1:]:
-                raise ValueError(
-                    f"images of row {i} are {tuple(batch.shape[1:])} and those of row 0 "
-                    f"{tuple(images[0].shape[1:])}; a sheet takes images of one size"
-                )
-            if bits_per_dim is not None and len(bits_per_dim[i]) != len(batch):
-                raise ValueError(
-                    f"bits_per_dim has {len(bits_per_dim[i])} numbers in row {i} and images has "
-                    f"{len(batch)}; connect the log-density of the same latents"
-                )
-        labels = [f"{label[0]} {v:g}" for v in levels] if levels else [f"row {i}" for i in range(len(images))]
-        columns = [f"{column_label[0]} {i}" for i in range(max(map(len, images)))]
-        table = {
-            "columns": columns,
-            "rows": [{"label": text, "bits_per_dim": bits} for text, bits in zip(labels, bits_per_dim or [])],
-        }
-        sheet = draw_sheet(images, labels, columns, bits_per_dim, size)
+        sheet, table = contact_sheet(images, label[0], column_label[0], size, bits_per_dim, levels)
         return io.NodeOutput(sheet, ui={"table": [json.dumps(table)]})
-
-
-def draw_sheet(
-    rows: list[torch.Tensor], labels: list[str], columns: list[str], bits_per_dim: list[list[float]] | None, width: int
-) -> torch.Tensor:
-    """The contact sheet as an IMAGE (1, H, W, 3); rows: batches (B, H, W, 3) in [0, 1]."""
-    height = round(width * rows[0].shape[1] / rows[0].shape[2])
-    caption = CAPTION if bits_per_dim else 0
-    sheet = Image.new(
-        "RGB", (ROW_LABEL + len(columns) * (width + MARGIN), HEADER + len(rows) * (height + caption + MARGIN)), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(16), ImageFont.load_default(14)
-    for j, text in enumerate(columns):
-        x = ROW_LABEL + j * (width + MARGIN)
-        draw.text((x + width // 2, HEADER // 2), text, "black", font, anchor="mm")
-    for i, (batch, text) in enumerate(zip(rows, labels)):
-        y = HEADER + i * (height + caption + MARGIN)
-        draw.text((MARGIN, y + height // 2), text, "black", font, anchor="lm")
-        big = common_upscale(batch[..., :3].movedim(-1, 1), width, height, "nearest-exact", "disabled").movedim(1, -1)
-        for j, image in enumerate(big):
-            x = ROW_LABEL + j * (width + MARGIN)
-            sheet.paste(Image.fromarray(np.uint8((image.cpu().numpy() * 255).clip(0, 255).round())), (x, y))
-            if bits_per_dim:
-                draw.text(
-                    (x + width // 2, y + height + caption // 2),
-                    f"{bits_per_dim[i][j]:.3f} bits/dim",
-                    "black",
-                    small,
-                    anchor="mm",
-                )
-    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import comfy.patcher_extension
 import torch
 from comfy_api.latest import io, ui
 
 from .host.inputs import CATEGORY, CURVE, DETAIL_SHIFTS, LEVELS, MASK, QUANTILES, WINDOW, Socket, schemas
 from .host.plots import curve_image
-from .host.steering import GuidanceSettings, GuidedSampler, run_guided, solver_sampler
+from .host.steering import GuidanceSettings, GuidedSampler, guided_patch, solver_sampler
 
 SAMPLER = Socket(
     "sampler",
@@ -25,6 +24,8 @@ def _output(result: Any, settings: GuidanceSettings) -> io.NodeOutput:
 
 
 class DensityGuidanceSampler(io.ComfyNode):
+    """Guidance of any SAMPLER, or of the pack's own solver: see `host.steering`."""
+
     INPUTS = (*LEVELS, *WINDOW, SAMPLER, QUANTILES, DETAIL_SHIFTS, MASK, CURVE)
 
     @classmethod
@@ -64,6 +65,8 @@ class DensityGuidanceSampler(io.ComfyNode):
 
 
 class DensityGuidanceModel(io.ComfyNode):
+    """Guidance of every run of a MODEL: see `steering.guided_patch`."""
+
     INPUTS = (MODEL, *LEVELS, *WINDOW, QUANTILES, DETAIL_SHIFTS, MASK, CURVE)
 
     @classmethod
@@ -97,13 +100,4 @@ class DensityGuidanceModel(io.ComfyNode):
         curve: list[float] | None = None,
     ) -> io.NodeOutput:
         settings = GuidanceSettings(quantile, detail_shift, start_percent, end_percent, quantiles, detail_shifts, mask, curve)
-        MODEL.check(model)
-        if settings.neutral:
-            return _output(model, settings)
-
-        def guide_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
-            return run_guided(settings, executor, *args, **kwargs)
-
-        patched = model.clone()
-        patched.add_wrapper(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, guide_run)
-        return _output(patched, settings)
+        return _output(guided_patch(MODEL.check(model), settings), settings)

@@ -1,13 +1,14 @@
 """A sampler that ends at a wanted log-density."""
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from .host.inputs import CATEGORY, schemas
-from .host.target_run import INPUTS, TargetSettings, sample_to_target
+from .host.target_run import INPUTS, TargetSettings, target_sampler
 
 
 class DensityTargetSampler(io.ComfyNode):
+    """A SAMPLER that ends at a wanted log-density: see `host.target_run`."""
+
     INPUTS = INPUTS
 
     @classmethod
@@ -32,5 +33,4 @@ class DensityTargetSampler(io.ComfyNode):
     def execute(
         cls, target: str, value: float, reference_image: int, tolerance: float, max_passes: int, probes: int
     ) -> io.NodeOutput:
-        settings = TargetSettings(target, value, reference_image, tolerance, max_passes, probes)
-        return io.NodeOutput(comfy.samplers.KSAMPLER(sample_to_target, {"settings": settings}))
+        return io.NodeOutput(target_sampler(TargetSettings(target, value, reference_image, tolerance, max_passes, probes)))

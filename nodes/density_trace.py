@@ -1,19 +1,19 @@
 """A sampling run whose log-density is recorded on the way."""
 
-import json
-import math
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
 from .host.inputs import CATEGORY, Socket, Widget, schemas
-from .host.tracing import TracedSampler, plot_of, require_traceable
+from .host.tracing import trace
 
 SAMPLER = Socket("sampler", "Any sampler but dpm_fast and dpm_adaptive, guided or not.", io.Sampler)
 
 
 class DensityTrace(io.ComfyNode):
+    """SamplerCustomAdvanced with a record of the log-density: see `host.tracing`."""
+
     INPUTS = (
         Socket("noise", "The starting noise, for instance of RandomNoise.", io.Noise),
         Socket("guider", "The model with its prompt, from BasicGuider or CFGGuider.", io.Guider),
@@ -50,25 +50,4 @@ class DensityTrace(io.ComfyNode):
     def execute(
         cls, noise: Any, guider: Any, sampler: Any, sigmas: torch.Tensor, latent_image: dict[str, Any], exact_trace: bool
     ) -> io.NodeOutput:
-        SAMPLER.check(sampler)
-        require_traceable(sampler, latent_image)
-        traced = TracedSampler(sampler, exact_trace)
-        output, denoised = _sample(noise, guider, traced, sigmas, latent_image)
-        record = json.dumps(_numbers(traced.record), indent=1, allow_nan=False)
-        return io.NodeOutput(output, denoised, plot_of(traced.record["rows"]), record)
-
-
-def _sample(*inputs: Any) -> tuple[Any, ...]:
-    """The outputs of the host's SamplerCustomAdvanced, which is a V3 node in newer hosts only."""
-    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced as node
-
-    return node.execute(*inputs).result if hasattr(node, "execute") else node().sample(*inputs)
-
-
-def _numbers(value: Any) -> Any:
-    """A record with None in the place of numbers that JSON has not: NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: _numbers(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return io.NodeOutput(*trace(noise, guider, SAMPLER.check(sampler), sigmas, latent_image, exact_trace))

@@ -2,18 +2,17 @@
 
 from typing import Any
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 
 from .host.inputs import CATEGORY, PROBES, Floats, Seed, Socket, batch_index_of, samples_of, schemas
-from .host.plots import curves_image
-from .host.readout import GUIDER, NOISE_FLOOR, STEPS, levels_of, read, report_of
+from .host.readout import GUIDER, NOISE_FLOOR, STEPS, levels_of, plot_of, read, report_of
 
 SEED = Seed("seed", "Seed of the probes. Changing it changes the estimate slightly.")
 
 
 class LogDensity(io.ComfyNode):
+    """Bits per dimension of any LATENT under a guider's model: see `host.readout`."""
+
     INPUTS = (
         GUIDER,
         Socket("latent", "The images to read, from VAEEncode or a sampler. A mask is ignored.", io.Latent),
@@ -54,14 +53,5 @@ class LogDensity(io.ComfyNode):
         levels = levels_of(guider, samples, noise_floor, steps)
         indices = batch_index_of("latent", latent, len(samples))
         readout, how = read(guider, samples, levels, probes, seed, indices)
-        plot = curves_image(
-            {
-                "d log p / d log-SNR, nats per dimension": readout.rates().cpu().numpy(),
-                "||eps||² / D": torch.stack(readout.eps_energy).cpu().numpy(),
-            },
-            "log-SNR, -2 ln s",
-            -2 * np.log([min(s, 1e3) for s in readout.s]),
-            [f"image {i}" for i in range(len(readout.log_prob))],
-        )
         report = report_of(readout, [*how, f"steps {steps}, probes {probes}, seed {seed}, noise floor {levels[0]:.4g}"])
-        return io.NodeOutput(readout.bits_per_dim.tolist(), report, plot)
+        return io.NodeOutput(readout.bits_per_dim.tolist(), report, plot_of(readout))

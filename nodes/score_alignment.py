@@ -7,12 +7,13 @@ from comfy_api.latest import io
 
 from ..dg_core import alignment
 from .host import alignment_report
-from .host.alignment_report import ENOUGH_STEPS
-from .host.alignment_run import GUIDER, INPUTS, NOISE, SAMPLER, CheckSettings, examine
+from .host.alignment_run import ENOUGH_STEPS, GUIDER, INPUTS, NOISE, SAMPLER, CheckSettings, examine
 from .host.inputs import CATEGORY, Floats, Socket, schemas
 
 
 class ScoreAlignmentCheck(io.ComfyNode):
+    """Whether scaling the noise changes the detail of a sample: see `host.alignment_run`."""
+
     INPUTS = (
         GUIDER,
         NOISE,
@@ -82,18 +83,12 @@ class ScoreAlignmentCheck(io.ComfyNode):
     ) -> io.NodeOutput:
         settings = CheckSettings(method, end_percent, probes, seed, detail_shift, scale_step)
         check = examine(guider, noise, latent_image, sigmas, settings, sampler)
-        dim = check.samples[0].numel()
-        scales = alignment.scale_for_shift(detail_shift, check.alignment, dim)
-        response = alignment.percent_response(check.alignment, dim)
-        aligned = bool((check.final_cosine > 0).all())
-        low, high = alignment.SCALE_RANGE
-        reached = aligned and bool(((scales > low) & (scales < high)).all())
         return io.NodeOutput(
-            aligned,
+            check.aligned,
             float(torch.nan_to_num(check.final_cosine, nan=-1.0).min()),
-            alignment_report.text(check, settings, dim, scales, response),
+            alignment_report.text(check, settings),
             alignment_report.plot(check),
             {**latent_image, "samples": check.samples},
-            float(scales.mean()) if reached else 1.0,
-            response.tolist(),
+            check.common_scale(detail_shift),
+            check.response.tolist(),
         )

@@ -8,7 +8,7 @@ from ..dg_core.control import guided_steps
 from ..dg_core.schedule import Schedule
 from ..dg_core.variation import inner
 from ..nodes.host.model_access import path_of
-from ..nodes.stochastic_variation import WINDOWS
+from ..nodes.host.variation_run import WINDOWS
 
 
 def euler_maruyama(density, y, levels, strength, generator):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ..dg_core.variation import CORRECTIONS, MAX_STRENGTH
 from ..nodes import DensityTargetSampler, PriorGuidanceModel, PriorGuidanceScale, StochasticDetailVariation
 from ..nodes.host.target_run import ABSOLUTE, SAME, SHIFT
-from ..nodes.stochastic_variation import VARIATION_SEED, VARY
+from ..nodes.host.variation_run import VARIATION_SEED, VARY
 from . import host_runs as h
 from . import tiny_models
 
@@ -38,7 +38,6 @@ INPUTS = (
     "mask",
     "sampling type",
     "sigmas are",
-    "sigmas have",
     "reference_image",
 )
 OWN_SAMPLERS = ("StochasticDetailVariation", "DensityTargetSampler")

@@ -178,6 +178,25 @@ def test_another_sampler_with_noise_levels_of_its_own_leaves_a_note():
 
 
 @pytest.mark.parametrize("exact", [False, True])
+def test_a_report_before_the_first_call_is_not_recorded(exact):
+    model = h.exact_model("eps")
+
+    def sample_other(guider, x, sigmas, extra_args, callback, disable):
+        callback({"i": 0, "x": x, "denoised": x})
+        for i, sigma in enumerate(sigmas[:-1]):
+            denoised = guider(x, sigma * x.new_ones(len(x)), **extra_args)
+            callback({"i": i, "x": x, "denoised": denoised})
+            x = denoised + (x - denoised) * sigmas[i + 1] / sigma
+        return x
+
+    sigmas = h.schedule(model, 4)
+    samples, rows, _, _ = traced(model, comfy.samplers.KSAMPLER(sample_other), sigmas, exact=exact)
+    expected = traced(model, "euler", sigmas, exact=exact)[1]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and torch.isfinite(samples).all()
+    assert rows[0] == expected[0]
+
+
+@pytest.mark.parametrize("exact", [False, True])
 def test_repeated_and_rising_noise_levels_are_recorded_once(exact):
     model = h.exact_model("eps")
     plain = h.schedule(model, 8)

@@ -53,8 +53,8 @@ def test_guidance_settings(values, words):
 @pytest.mark.parametrize(
     "lists, words",
     [
-        ({"quantiles": []}, ["quantiles", "[]", "list", "DensityLevels"]),
-        ({"detail_shifts": 0.5}, ["detail_shifts", "0.5", "list", "DensityLevels"]),
+        ({"quantiles": []}, ["quantiles", "[]", "list", "Density Levels"]),
+        ({"detail_shifts": 0.5}, ["detail_shifts", "0.5", "list", "Density Levels"]),
         ({"quantiles": [0.5, 1.5]}, ["quantiles", "image 1", "1.5", "0.001", "0.999"]),
         ({"quantiles": [NAN]}, ["quantiles", "image 0", "nan"]),
         ({"detail_shifts": [0.1, 0.2, "more"]}, ["detail_shifts", "image 2", "'more'", "-2", "2"]),
@@ -239,7 +239,7 @@ def test_log_density_needs_a_noise_level(sigmas, words):
 
 
 def test_log_density_needs_the_built_in_model():
-    words = ["model", "BaseModel", "LoadExactDensityModel"]
+    words = ["model", "BaseModel", "Load Exact Density Model"]
     h.fails(words, h.outputs, nodes.ExactLogDensity, h.free_model(), h.empty_latent(), torch.tensor([1.0, 0.5]))
 
 

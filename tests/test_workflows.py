@@ -232,7 +232,7 @@ def test_tooltips_name_symbol_unit_and_neutral_value(node_id, object_info):
             assert kind not in ("INT", "FLOAT") or UNIT.search(tooltip), f"{name} has no unit"
             assert "Default: " in tooltip or "Neutral: any" in tooltip, f"{name} has no default"
         elif name in info["input"].get("optional", {}) and kind != "STRING":
-            assert "Not connected (neutral)" in tooltip, f"{name} does not say what it is without a link"
+            assert "Not connected: " in tooltip, f"{name} does not say what it is without a link"
     for name, tooltip in zip(info["output_name"], info["output_tooltips"], strict=True):
         assert SYMBOLS.get(name, "") in tooltip, f"output {name} has no symbol"
 

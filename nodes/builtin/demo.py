@@ -27,7 +27,7 @@ ATTENTION = [0, 0, 1, 1]  # transformer blocks by level: at 16 x 16 and 8 x 8
 
 class _Config(comfy.supported_models_base.BASE):
     unet_extra_config: dict[str, Any] = {}
-    # Up to sigma 139. Stable Diffusion's end at 14.6, where the mean colour of a image still shows: noise has none, and what
+    # Up to sigma 139. Stable Diffusion's end at 14.6, where the mean colour of an image still shows: noise has none, and what
     # is sampled from it comes out grey.
     sampling_settings = {"linear_end": 0.024}
     memory_usage_factor = 0.5

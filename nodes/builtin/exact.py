@@ -68,6 +68,7 @@ class ExactDensityNetwork(torch.nn.Module):
     def __init__(self, density: ExactDensity, prediction: str):
         super().__init__()
         self.prediction = prediction
+        # Not buffers, which would take the dtype of the network and move with it: a copy for each device, in float64.
         self._tables = {torch.device("cpu"): density}
 
     def density_on(self, device: torch.device) -> ExactDensity:
@@ -149,9 +150,11 @@ def read(model: Any, samples: torch.Tensor, sigmas: Sequence[float], weights: to
 
     The host divides what a flow model returns by alpha, so `samples` are VE coordinates for every prediction type.
     """
-    base = require("model", model, "model", "LoadExactDensityModel").model
+    base = require("model", model, "model", "Load Exact Density Model").model
     if not isinstance(base, ExactDensityModel):
-        raise ValueError(f"model is a {type(base).__name__}; its density is not known exactly: connect LoadExactDensityModel")
+        raise ValueError(
+            f"model is a {type(base).__name__}; its density is not known exactly: connect Load Exact Density Model"
+        )
     sigma = float(sigmas[-1]) if len(sigmas) else 0.0
     if not sigma > 0:
         raise ValueError(

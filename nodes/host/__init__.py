@@ -1,1 +1,1 @@
-"""The wing that touches ComfyUI's inside: sampling, model access, masks, hooks, progress, versions."""
+"""Everything that touches ComfyUI's inside: inputs, sampling, model access, masks, wrappers, plots."""

@@ -1,24 +1,21 @@
 """What a score alignment check found, in words and as a plot."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ...dg_core.alignment import SCALE_RANGE, lost_at
+from .alignment_run import ENOUGH_STEPS, Check, CheckSettings
 from .plots import figure_image
 
-if TYPE_CHECKING:
-    from .alignment_run import Check, CheckSettings
-
 ROWS = 8  # of the profile in the report
-ENOUGH_STEPS = 30
 GAP = 0.1  # of the cosines of both ways, above what few steps and probes leave on a model that is a score
 LEGEND = 8  # images with a label of their own in the plot
 
 
-def verdict(check: "Check") -> str:
+def verdict(check: Check) -> str:
     """One sentence."""
     good = check.final_cosine > 0
     if not check.final_cosine.isfinite().all():
@@ -30,9 +27,10 @@ def verdict(check: "Check") -> str:
     return f"Not aligned for image {_images(~good)}: use density guidance, not scaling."
 
 
-def text(check: "Check", settings: "CheckSettings", dim: int, scales: torch.Tensor, response: torch.Tensor) -> str:
+def text(check: Check, settings: CheckSettings) -> str:
     """The report: verdict, numbers of each image, profile, cost, advice."""
     lines = [verdict(check), ""]
+    scales, response = check.scales(settings.detail_shift), check.response
     for i, cosine in enumerate(check.final_cosine.tolist()):
         lines.append(
             f"image {i}: cosine {cosine:+.3f}; 1% more noise changes the image by {response[i]:+.5f} bits per "
@@ -60,7 +58,7 @@ def text(check: "Check", settings: "CheckSettings", dim: int, scales: torch.Tens
         lines += ["", f"cosine, {name}:", *_profile(check, cosine)]
     lines += [
         "",
-        f"read at sigma {check.sigmas[-1]:.4g}, log-SNR {check.log_snr[-1]:+.2f}, of {dim} numbers for each image",
+        f"read at sigma {check.sigmas[-1]:.4g}, log-SNR {check.log_snr[-1]:+.2f}, of {check.dim} numbers for each image",
         f"derivatives: {check.derivatives}",
         f"cost: {check.calls} model calls for each image"
         + (f", {check.dual_calls} of them in forward mode, at about twice the price" if check.dual_calls else "")
@@ -76,7 +74,7 @@ def text(check: "Check", settings: "CheckSettings", dim: int, scales: torch.Tens
             f"only {check.steps} steps: an image that changes early in the run may get a wrong number; "
             f"take {ENOUGH_STEPS} or more"
         )
-    if not (check.final_cosine > 0).all():
+    if not check.aligned:
         lines += [
             "",
             "What to do: scaling the noise (Prior Guidance) does not change the detail of these images "
@@ -92,7 +90,7 @@ def _scale_words(shift: float, scale: float) -> str:
     return f"noise scale {scale:.4f} for {shift:+g} bits per dimension{end}"
 
 
-def _profile(check: "Check", cosine: torch.Tensor) -> list[str]:
+def _profile(check: Check, cosine: torch.Tensor) -> list[str]:
     rows = sorted({round(i) for i in np.linspace(0, len(cosine) - 1, ROWS)})
     return [f"  log-SNR {check.log_snr[i]:+6.2f}: " + " ".join(f"{v:+.3f}" for v in cosine[i].tolist()) for i in rows]
 
@@ -101,12 +99,12 @@ def _images(chosen: torch.Tensor) -> str:
     return ", ".join(str(i) for i in torch.nonzero(chosen)[:, 0].tolist())
 
 
-def plot(check: "Check") -> torch.Tensor:
+def plot(check: Check) -> torch.Tensor:
     """Cosine against log-SNR as an IMAGE (1, H, W, 3), see `figure_image`."""
     return figure_image(lambda figure: _draw(check, figure.add_subplot()))
 
 
-def _draw(check: "Check", axes: Any) -> None:
+def _draw(check: Check, axes: Any) -> None:
     axes.axhspan(-1.05, 0, color="tab:red", alpha=0.08)
     axes.axhline(0, color="black", linewidth=0.8)
     shown = [i for i, v in enumerate(check.log_snr) if math.isfinite(v)]
@@ -129,6 +127,5 @@ def _draw(check: "Check", axes: Any) -> None:
     axes.set_ylim(-1.05, 1.05)
     axes.set_xlabel("log-SNR (noise on the left, image on the right)")
     axes.set_ylabel("cosine: above 0, scaling works")
-    good = (check.final_cosine > 0).all()
-    axes.set_title(verdict(check), fontsize=11, color="darkgreen" if good else "darkred", wrap=True)
+    axes.set_title(verdict(check), fontsize=11, color="darkgreen" if check.aligned else "darkred", wrap=True)
     axes.legend(loc="lower left", fontsize=8)

@@ -15,9 +15,8 @@ from comfy_api.latest import io
 
 from ...dg_core import alignment, divergence
 from ...dg_core.levels import noise_levels, snapped
-from ...dg_core.schedule import NoisePath, Schedule, log_snr
+from ...dg_core.schedule import NoisePath, Schedule, brief, log_snr
 from .advice import adds_noise, name_of
-from .alignment_report import ENOUGH_STEPS
 from .inputs import (
     DETAIL_SHIFT,
     END_PERCENT,
@@ -36,6 +35,7 @@ from .steering import GuidanceSettings, solver_sampler
 from .wrappers import outermost, without_guidance
 
 WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "both", "finite scale"
+ENOUGH_STEPS = 30
 FAR = 2.0  # times the noise level of end_percent: alignment is not read there
 GUIDER = Socket(
     "guider", "Model, prompt and CFG, as for SamplerCustomAdvanced. Every patch counts, but not density guidance.", io.Guider
@@ -113,7 +113,7 @@ class Check:
     log_snr: list[float]  # (N,)
     cosines: dict[str, torch.Tensor]  # way -> (N, B)
     alignment: torch.Tensor  # (B,), nats per unit of ln(1 / noise scale), at the last level
-    calls: int  # model calls for each image, without those that look for the way to take derivatives
+    calls: int  # model calls for each image, without `divergence.TRIAL_CALLS`
     dual_calls: int  # those of them in forward-mode AD
     plain_calls: int  # that sampling alone takes
     steps: int
@@ -124,6 +124,31 @@ class Check:
     def final_cosine(self) -> torch.Tensor:
         """Smallest over the ways, (B,)."""
         return torch.stack([c[-1] for c in self.cosines.values()]).amin(0)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether scaling works for every image."""
+        return bool((self.final_cosine > 0).all())
+
+    @property
+    def dim(self) -> int:
+        """Number of elements of one image."""
+        return self.samples[0].numel()
+
+    @property
+    def response(self) -> torch.Tensor:
+        """Predicted change in bits per dimension for 1% more noise, (B,)."""
+        return alignment.percent_response(self.alignment, self.dim)
+
+    def scales(self, detail_shift: float) -> torch.Tensor:
+        """The noise scale of each image that makes detail_shift, (B,): see `alignment.scale_for_shift`."""
+        return alignment.scale_for_shift(detail_shift, self.alignment, self.dim)
+
+    def common_scale(self, detail_shift: float) -> float:
+        """The mean of `scales`; 1 if an image is not aligned or its scale is at a limit, where detail_shift is not reached."""
+        scales, (low, high) = self.scales(detail_shift), alignment.SCALE_RANGE
+        reached = self.aligned and bool(((scales > low) & (scales < high)).all())
+        return float(scales.mean()) if reached else 1.0
 
 
 def examine(
@@ -336,7 +361,7 @@ def _schedule(sigmas: torch.Tensor, model_sampling: Any, end_percent: float) -> 
     Raises ValueError, naming the input, for a schedule that score alignment cannot follow.
     """
     values = sigmas_of(sigmas)
-    shown = [round(v, 4) for v in (values if len(values) < 7 else [*values[:3], *values[-3:]])]
+    shown = brief(values)
     if not all(math.isfinite(v) and v >= 0 for v in values) or any(b > a for a, b in zip(values, values[1:])):
         raise ValueError(f"sigmas are {shown}; they must be finite, not negative, and descend")
     values = [v for i, v in enumerate(values) if not i or v < values[i - 1]]

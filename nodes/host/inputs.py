@@ -64,7 +64,7 @@ class Socket(Input):
     def facts(self) -> list[str]:
         return [
             *([f"Symbol: {self.symbol}"] if self.symbol else []),
-            *([f"Not connected (neutral): {self.unlinked}"] if self.unlinked else []),
+            *([f"Not connected: {self.unlinked}"] if self.unlinked else []),
         ]
 
     def schema(self) -> io.Input:
@@ -221,7 +221,7 @@ class Numbers(Socket):
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(
                 f"{self.name} is {value!r}; connect a list with a number for each {self.item}, for instance the "
-                "all_values of DensityLevels"
+                "all_values of Density Levels"
             )
         return tuple(self.each.check(v, f"{self.name}, for {self.item} {i},") for i, v in enumerate(value))
 
@@ -304,13 +304,13 @@ QUANTILES = Numbers(
     "all_values of Density Levels.",
     symbol="q",
     each=QUANTILE,
-    unlinked="quantile",
+    unlinked="quantile holds for every image",
 )
 DETAIL_SHIFTS = Numbers(
     "detail_shifts",
     f"One shift for each image of the batch, in {BITS}, in place of detail_shift; a single number goes to all.",
     each=DETAIL_SHIFT,
-    unlinked="detail_shift",
+    unlinked="detail_shift holds for every image",
 )
 MASK = Mask(
     "mask",
@@ -321,7 +321,7 @@ MASK = Mask(
 )
 CURVE = Numbers(
     "curve",
-    "When guidance acts: its strength from the beginning to the end of the guided range, evenly spaced in log-SNR. "
+    "When guidance acts: its strength from the beginning to the end, evenly spaced over the guided range (in log-SNR). "
     "Only ratios count; the whole shift stays the same. The node shows the curve as a plot.",
     each=Number("curve", "", default=1.0, low=0.0, high=math.inf),
     item="point",
@@ -329,8 +329,9 @@ CURVE = Numbers(
 )
 PROBES = Number(
     "probes",
-    "Number of random probes at each evaluation. The error falls with the square root of it. Each probe costs a "
-    "model call with its derivative, about two plain calls; or three plain calls where the model gives no derivative.",
+    "Number of random directions (probes) in which the model's response is measured at each evaluation. The error falls with "
+    "the square root of it. Each probe costs a model call with its derivative, about two plain calls; or three plain calls "
+    "where the model gives no derivative.",
     default=1,
     low=1,
     high=64,

@@ -107,7 +107,7 @@ def run_in_guider(
     not be the model's own density. x may come in several copies of the latent's batch, one after the other: the network
     never sees more than one at once, so memory stays what sampling the latent takes, and the conditioning of each image
     goes with it. calls: how many of them to expect, for progress. sigmas: floats, descending, the noise levels that will
-    be visited, for patches that look at the schedule. noise: of samples' shape, for work that begins with noise; the latent
+    be visited, for patches that read the schedule. noise: of samples' shape, for work that begins with noise; the latent
     may then be empty.
 
     Shows progress and previews; a request to interrupt ends it at the next call. Raises ValueError, before any call,
@@ -142,7 +142,9 @@ def check_latent(patcher: Any, samples: torch.Tensor, empty_allowed: bool = Fals
             f"the latent of shape {tuple(samples.shape)} is empty; connect one that holds images, from VAEEncode or a sampler"
         )
     if not samples.isfinite().all():
-        raise ValueError("the latent has elements that are NaN or infinite; its density is not defined")
+        raise ValueError(
+            "the latent has elements that are NaN or infinite: sample it again, or decode it to see where it went wrong"
+        )
     latent_format = patcher.get_model_object("latent_format")
     if samples.shape[1] != latent_format.latent_channels:
         raise ValueError(
@@ -151,7 +153,10 @@ def check_latent(patcher: Any, samples: torch.Tensor, empty_allowed: bool = Fals
         )
     wanted = latent_format.latent_dimensions + 2
     if samples.ndim != wanted:
-        raise ValueError(f"the latent has shape {tuple(samples.shape)}; the model takes latents of {wanted} dimensions")
+        raise ValueError(
+            f"the latent has shape {tuple(samples.shape)} and the model takes latents of {wanted} dimensions: connect an empty "
+            "latent made for this model"
+        )
 
 
 class _Work(comfy.samplers.Sampler):
@@ -204,8 +209,10 @@ METHODS_KEY = "density_guidance_derivatives"
 
 
 class DerivativeMethods(dict[Any, tuple[str, str]]):
-    """{kind of run: (method, reason)}, attached to a model of the host; a clone of the model, which may carry another patch,
-    begins anew."""
+    """What the first readout of a model found out, kept with that model so that later ones need no trial.
+
+    {kind of run: (method, reason)}; a clone of the model, which may carry another patch, begins anew.
+    """
 
     def on_model_patcher_clone(self) -> "DerivativeMethods":
         """What the host attaches to a clone."""

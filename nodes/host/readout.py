@@ -10,11 +10,13 @@ from comfy_api.latest import io
 
 from ...dg_core import divergence
 from ...dg_core.levels import noise_levels, snapped
-from ...dg_core.log_density import Readout, read_log_density, require_noise_floor, rounding_cost
+from ...dg_core.log_density import Readout, calls_per_evaluation, read_log_density, rounding_cost
 from .inputs import Number, Socket
 from .model_access import GuiderModel, Probe, check_latent, known_method, open_probe, path_of, run_in_guider, training_table
+from .plots import curves_image
 
-ENOUGH_STEPS = 16  # below, the error of the steps is more than that of one probe
+ENOUGH_LEVELS = 16  # below, the error of the steps is more than that of one probe
+ROUNDING = 1e-4  # of the noise levels that the widget and the error show
 GUIDER = Socket(
     "guider",
     "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance in "
@@ -23,7 +25,7 @@ GUIDER = Socket(
 )
 STEPS = Number(
     "steps",
-    f"Number of noise levels N at which the model is evaluated. From {ENOUGH_STEPS} on the error falls with the "
+    f"Number of noise levels N at which the model is evaluated. From {ENOUGH_LEVELS} on the error falls with the "
     "square root of N; below it grows fast.",
     default=32,
     low=2,
@@ -47,8 +49,13 @@ def levels_of(guider: Any, samples: torch.Tensor, noise_floor: float, steps: int
     sampling = patcher.get_model_object("model_sampling")
     path = path_of(sampling)
     s_min, s_max = path.s(float(sampling.sigma_min)), path.s(float(sampling.sigma_max))
-    floor = max(require_noise_floor(noise_floor, s_min, s_max), s_min)
-    levels = noise_levels(floor, s_max, max(2, steps - math.isfinite(s_max)), samples[0].numel())
+    floor = NOISE_FLOOR.check(noise_floor)
+    if not s_min * (1 - ROUNDING) <= floor < s_max * (1 - ROUNDING):
+        raise ValueError(
+            f"noise_floor is {noise_floor}; this model knows noise levels s = sigma / alpha from {s_min:.4g} to {s_max:.4g}: "
+            "choose one in between, near the lower end for images"
+        )
+    levels = noise_levels(max(floor, s_min), s_max, max(2, steps - math.isfinite(s_max)), samples[0].numel())
     table = training_table(sampling)
     return levels if table is None else snapped(levels, table)
 
@@ -71,11 +78,11 @@ def read(
     known = known_method(guider)
 
     def calls(method: str, dtype: torch.dtype = torch.float32) -> int:
-        per_probe = 3 if method == divergence.DIFFERENCES else 1
         finite = sum(map(math.isfinite, levels))
         top = 1  # the evaluation at pure noise, or else the prior's opposite state
         trial = 0 if known else divergence.TRIAL_CALLS
-        return finite * probes * per_probe + top + trial + (2 * per_probe if rounds(dtype) else 0)
+        rounding = 2 if rounds(dtype) else 0
+        return finite * calls_per_evaluation(method, probes) + top + trial + rounding * calls_per_evaluation(method)
 
     path = path_of(guider.model_patcher.get_model_object("model_sampling"))
     sigmas = [path.sigma(s) for s in reversed(levels)]
@@ -85,7 +92,7 @@ def read(
 def in_the_middle(model: GuiderModel, levels: list[float], seed: int) -> tuple[float, torch.Tensor]:
     """(sigma, x): a noise level in the middle, and the latent with noise of it, in the host's units."""
     middle = math.sqrt(levels[0] * min(levels[-1], 100.0))
-    # One of the levels: patches that look at the schedule know no other.
+    # One of the levels: patches that read the schedule know no other.
     s = min((s for s in levels if math.isfinite(s)), key=lambda s: abs(math.log(s / middle)))
     level = model.path.at(model.path.sigma(s))
     return level.sigma, level.alpha * model.x + level.std * divergence.rademacher(model.x, seed, -2)
@@ -112,10 +119,10 @@ def report_of(readout: Readout, lines: list[str]) -> str:
     bits, errors = readout.bits_per_dim.tolist(), readout.error_bits_per_dim.tolist()
     energy = torch.stack(readout.eps_energy).mean(1).tolist()
     few = sorted({round(k) for k in np.linspace(0, len(energy) - 1, 6)})
-    if len(readout.s) < ENOUGH_STEPS:
+    if len(readout.s) < ENOUGH_LEVELS:
         lines = [
             f"only {len(readout.s)} noise levels: the error of the way itself, which ± does not count, is large; take "
-            f"{ENOUGH_STEPS} steps or more",
+            f"{ENOUGH_LEVELS} steps or more",
             *lines,
         ]
     if not readout.log_prob.isfinite().all():
@@ -129,4 +136,17 @@ def report_of(readout: Readout, lines: list[str]) -> str:
             f"D = {readout.dim}",
             *lines,
         ]
+    )
+
+
+def plot_of(readout: Readout) -> torch.Tensor:
+    """Rate of log-density and squared norm of eps against log-SNR, a curve for each image: an IMAGE."""
+    return curves_image(
+        {
+            "d log p / d log-SNR, nats per dimension": readout.rates().cpu().numpy(),
+            "||eps||² / D": torch.stack(readout.eps_energy).cpu().numpy(),
+        },
+        "log-SNR, -2 ln s",
+        -2 * np.log([min(s, 1e3) for s in readout.s]),
+        [f"image {i}" for i in range(len(readout.log_prob))],
     )

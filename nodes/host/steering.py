@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
@@ -11,44 +11,17 @@ import comfy.samplers
 import torch
 from tqdm.auto import tqdm
 
-from ...dg_core.control import SMOOTHEST, Control, GuidedSteps, gain_of, guided_prediction, guided_steps, strength_curve
+from ...dg_core.control import SMOOTHEST, Control, gain_of, guided_prediction, strength_curve
 from ...dg_core.schedule import NoisePath, Schedule
 from ...dg_core.solver import solve
 from ...dg_core.statistics import compute_dtype, dimension
-from ...dg_core.variation import Variation
 from .advice import advice, name_of
-from .inputs import CURVE, DETAIL_SHIFTS, LEVELS, MASK, QUANTILES, WINDOW, check_fields
+from .inputs import CURVE, DETAIL_SHIFTS, LEVELS, MASK, QUANTILES, check_fields
 from .masks import weights_of
 from .model_access import path_of, require_one_part
+from .settings import repeated, require_batch, require_window, steps_of_percents
+from .variation_run import VariationSettings
 from .wrappers import outermost
-
-
-def require_window(start_percent: float, end_percent: float) -> None:
-    """Raise ValueError unless both are shares of the sampling, the first smaller than the second."""
-    for declared, value in zip(WINDOW, (start_percent, end_percent)):
-        declared.check(value)
-    if start_percent >= end_percent:
-        raise ValueError(
-            f"start_percent is {start_percent} and end_percent is {end_percent}; start_percent must be smaller than end_percent"
-        )
-
-
-def require_batch(name: str, values: Sequence[float] | None, batch: int) -> None:
-    """Raise ValueError unless `values` is None or has one number, or one for each of `batch` images."""
-    if values and len(values) not in (1, batch):
-        raise ValueError(
-            f"{name} has {len(values)} numbers and the latent has {batch} images; give one number for all, or {batch}"
-        )
-
-
-def repeated(values: Sequence[float], count: int) -> Sequence[float]:
-    """A single value `count` times; more are returned as they are."""
-    return [values[0]] * count if len(values) == 1 else values
-
-
-def steps_of_percents(model_sampling: Any, schedule: Schedule, start_percent: float, end_percent: float) -> GuidedSteps | None:
-    """The `GuidedSteps` of a schedule between two shares of the model's sampling; None where there are none."""
-    return guided_steps(schedule, model_sampling.percent_to_sigma(start_percent), model_sampling.percent_to_sigma(end_percent))
 
 
 @dataclass(frozen=True)
@@ -202,6 +175,19 @@ def run_guided(
         guider.model_options = options
 
 
+def guided_patch(model: Any, settings: GuidanceSettings) -> Any:
+    """A MODEL whose runs are guided: a clone with a wrapper, or the model itself where the settings are neutral."""
+    if settings.neutral:
+        return model
+
+    def guide_run(executor: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        return run_guided(settings, executor, *args, **kwargs)
+
+    patched = model.clone()
+    patched.add_wrapper(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, guide_run)
+    return patched
+
+
 class GuidedSampler(comfy.samplers.Sampler):
     """Any of the host's samplers under density guidance."""
 
@@ -214,21 +200,7 @@ class GuidedSampler(comfy.samplers.Sampler):
         return run_guided(self.settings, self.sampler.sample, *args, **kwargs)
 
 
-class VariationOfRun(Protocol):
-    """The settings of a variation, which give its `Variation` in a run, or None."""
-
-    def of_run(
-        self,
-        guider: Any,
-        schedule: Schedule,
-        latent: torch.Tensor,
-        start: torch.Tensor,
-        mask: torch.Tensor | None,
-        denoise_mask: torch.Tensor | None,
-    ) -> Variation | None: ...
-
-
-def solver_sampler(settings: GuidanceSettings, variation: VariationOfRun | None = None) -> comfy.samplers.Sampler:
+def solver_sampler(settings: GuidanceSettings, variation: VariationSettings | None = None) -> comfy.samplers.Sampler:
     """The pack's own solver as a sampler of the host."""
     return comfy.samplers.KSAMPLER(sample_density_guided, {"settings": settings, "variation": variation})
 
@@ -242,7 +214,7 @@ def sample_density_guided(
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
     settings: GuidanceSettings = GuidanceSettings(),
-    variation: VariationOfRun | None = None,
+    variation: VariationSettings | None = None,
 ) -> torch.Tensor:
     """`dg_core.solver.solve` with the signature of the host's sampler functions."""
     extra_args = extra_args or {}

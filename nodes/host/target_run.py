@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.samplers
 import torch
 from tqdm.auto import tqdm
 
 from ...dg_core.control import GuidedSteps, guided_steps
 from ...dg_core.log_density import Evaluate, bits_of_state, log_start, state_of_bits
-from ...dg_core.schedule import Schedule
+from ...dg_core.schedule import Schedule, brief
 from ...dg_core.statistics import compute_dtype
 from ...dg_core.target import Reached, TrackedRuns, reach
 from ...dg_core.units import bits_per_dim_to_nats
@@ -75,7 +76,7 @@ PROBE_SEED_OFFSET = 0x6A09E667F3BCC908  # the probes of a run are not those of a
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """The inputs of `DensityTargetSampler`. Raises ValueError, naming the input, where one is out of range."""
+    """The inputs of Density Target Sampler. Raises ValueError, naming the input, where one is out of range."""
 
     target: str = SHIFT
     value: float = 0.0
@@ -120,6 +121,11 @@ class TargetResult:
             bits_of_state(v, s, dim).tolist() for v in (reached.target, reached.achieved, reached.unguided)
         )
         return cls(target, achieved, (reached.standard_error / (dim * math.log(2))).tolist(), unguided, s, reached)
+
+
+def target_sampler(settings: TargetSettings) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER of the host for explicit control."""
+    return comfy.samplers.KSAMPLER(sample_to_target, {"settings": settings})
 
 
 def sample_to_target(
@@ -178,13 +184,13 @@ def _check(settings: TargetSettings, schedule: Schedule, x: torch.Tensor, extra_
     """The steps of a run to a target. Raises ValueError, naming the input, where there is no such run."""
     if extra_args.get("denoise_mask") is not None:
         raise ValueError(
-            "the latent has a noise mask; a target is about whole images: remove the mask, or use DensityGuidanceSampler"
+            "the latent has a noise mask; a target is about whole images: remove the mask, or use Density Guidance Sampler"
         )
     steps = guided_steps(schedule)
     if steps is None:
         raise ValueError(
-            "sigmas have no step between two noise levels above 0 ; use a longer "
-            "schedule, or target 'shift from the unguided run' with value 0"
+            f"sigmas are {brief(schedule.sigmas)}; no step lies between two noise levels above 0: use more steps, or target "
+            f"'{SHIFT}' with value 0"
         )
     if settings.target == SAME and settings.reference_image >= len(x):
         raise ValueError(

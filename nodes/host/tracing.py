@@ -1,6 +1,7 @@
 """A sampler whose log-density is recorded on the way."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,33 @@ PROBE_SEED_OFFSET = 0x3C6EF372FE94F82B
 OWN_LEVELS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}  # function: the host's name
 
 
+def trace(
+    noise: Any, guider: Any, sampler: Any, sigmas: torch.Tensor, latent_image: dict[str, Any], exact: bool
+) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor, str]:
+    """(output, denoised output, plot as an IMAGE, record as JSON) of a run of the host's SamplerCustomAdvanced.
+
+    exact: whether to track the log-density too. Raises ValueError, naming the input, before any model call.
+    """
+    # A V3 node in newer hosts only.
+    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced as node
+
+    require_traceable(sampler, latent_image)
+    traced = TracedSampler(sampler, exact)
+    inputs = noise, guider, traced, sigmas, latent_image
+    output, denoised = node.execute(*inputs).result if hasattr(node, "execute") else node().sample(*inputs)
+    record = json.dumps(_without_nan(traced.record), indent=1, allow_nan=False)
+    return output, denoised, plot_of(traced.record["rows"]), record
+
+
+def _without_nan(value: Any) -> Any:
+    """A record with None in the place of numbers that JSON has not: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def require_traceable(sampler: Any, latent_image: dict[str, Any]) -> None:
     """Raise ValueError where there is no one density of the whole image at the noise levels of the schedule."""
     if latent_image.get("noise_mask") is not None:
@@ -50,16 +78,15 @@ class _Witness:
     Some samplers report another state than the one of the prediction: the first (ipndm, deis) or the next (uni_pc).
     """
 
-    x: torch.Tensor
-    denoised: torch.Tensor
-    sigma: torch.Tensor
+    def __init__(self) -> None:
+        self.last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # x, denoised, sigma
 
     def __call__(
         self, executor: Callable[..., torch.Tensor], x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        self.x, self.sigma = x, sigma
-        self.denoised = executor(x, sigma, *args, **kwargs)
-        return self.denoised
+        denoised = executor(x, sigma, *args, **kwargs)
+        self.last = x, denoised, sigma
+        return denoised
 
     def armed(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """Copy of `model_options` with this wrapper."""
@@ -106,8 +133,10 @@ class TracedSampler(comfy.samplers.Sampler):
             if i >= len(schedule) or not 0 < schedule[i] < min(free.sigmas, default=math.inf):
                 return
             if witness is not None:
-                x, denoised = witness.x, witness.denoised
-                called.append(witness.sigma[0])
+                if witness.last is None:  # a report before the first call
+                    return
+                x, denoised, sigma = witness.last
+                called.append(sigma[0])
             steps.append(i)
             wide = compute_dtype(x.dtype)
             free.add(x.to(wide), denoised.to(wide), schedule[i])
