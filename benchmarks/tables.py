@@ -480,7 +480,7 @@ def long_queue_memory(r):
 def oldest_host_runs(r):
     return markdown(
         ["ComfyUI", "nodes missing", "prompts of mixed nodes", "templates", "images saved"],
-        [[r["comfyui"], len(r["missing_nodes"]), r["prompts"], r["templates"], r["pictures"]]],
+        [[r["comfyui"], len(r["missing_nodes"]), r["prompts"], r["templates"], r["images"]]],
     )
 
 

@@ -1,4 +1,4 @@
-"""The demo: 4 seeds by 5 density levels from each built-in model, and the bits per dimension that they cost."""
+"""The demo: 4 seeds by 5 density levels from each built-in model, and the bits per dimension of each image."""
 
 from __future__ import annotations
 

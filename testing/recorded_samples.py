@@ -9,10 +9,11 @@ import json
 from pathlib import Path
 
 import torch
-from density_guidance import nodes as pack
-from density_guidance.testing import host_runs as h
-from density_guidance.testing import networks
 from safetensors.torch import load_file, save_file
+
+from .. import nodes as pack
+from . import host_runs as h
+from . import networks
 
 FILE = Path(__file__).resolve().parent / "recorded_samples.safetensors"
 STEPS = 8
@@ -35,24 +36,24 @@ def kept(tensor):
     return tensor[..., :].flatten()[:: STRIDE if tensor.ndim > 2 else 1].clone()
 
 
-def record(path=FILE):
+def record():
     """Run everything and write the file."""
-    save_file({name: kept(run()).contiguous() for name, run in runs().items()}, path)
+    save_file({name: kept(run()).contiguous() for name, run in runs().items()}, FILE)
 
 
-def recorded(path=FILE):
+def recorded():
     """name -> what was recorded."""
-    return load_file(path)
+    return load_file(FILE)
 
 
 def _numbers(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _mask(size=h.SIZE):
-    mask = torch.zeros(1, size, size)
-    mask[:, : size // 2, : size // 2] = 1
-    mask[:, size // 2 : 3 * size // 4] = 0.4
+def _mask():
+    mask = torch.zeros(1, h.SIZE, h.SIZE)
+    mask[:, : h.SIZE // 2, : h.SIZE // 2] = 1
+    mask[:, h.SIZE // 2 : 3 * h.SIZE // 4] = 0.4
     return mask
 
 
@@ -90,7 +91,7 @@ def _on_the_exact_model(prediction):
 
     def sample(make_sampler, latent=None, noise=None, patched=None, schedule=None):
         schedule = (sigmas if schedule is None else schedule).clone()
-        return lambda: h.picture(
+        return lambda: h.sampled(
             patched() if patched else model, make_sampler(), schedule.clone(), latent=latent, noise=noise and noise()
         )
 
@@ -142,7 +143,7 @@ def _on_the_exact_model(prediction):
         *_node(
             "ExactLogDensity",
             model=model,
-            latent={"samples": h.picture(model, _guided(None, quantile=0.3), sigmas[:-1])},
+            latent={"samples": h.sampled(model, _guided(None, quantile=0.3), sigmas[:-1])},
             sigmas=sigmas[:-1],
         )[0]
     )
@@ -150,7 +151,7 @@ def _on_the_exact_model(prediction):
         *_node(
             "LogDensity",
             guider=guider,
-            latent={"samples": h.picture(model, "euler", sigmas)},
+            latent={"samples": h.sampled(model, "euler", sigmas)},
             steps=12,
             probes=2,
             seed=3,
@@ -236,7 +237,7 @@ def _on_networks():
 
                 def run(make=make, dtype=dtype, sampler=sampler, conditioning=conditioning, latent=latent):
                     model = make(dtype)
-                    return h.picture(model, sampler(), h.schedule(model, 6), latent=latent, positive=conditioning)
+                    return h.sampled(model, sampler(), h.schedule(model, 6), latent=latent, positive=conditioning)
 
                 found[f"{kind}, {str(dtype).removeprefix('torch.')}, {name}"] = run
     return found
@@ -245,7 +246,7 @@ def _on_networks():
 def _with_the_demo_model():
     def demo(sampler):
         model, _, positive, negative, latent = _node("LoadDemoModel", class_name="rock", batch_size=2)
-        return h.picture(
+        return h.sampled(
             h.kept(model), sampler(), h.schedule(model, 4), latent=latent, positive=positive, negative=negative, cfg=2.0
         )
 
