@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-from importlib import import_module
 from pathlib import Path
 
+from . import in_process
 from .environment import HOME, PACK, Environment, LauncherError, existing, link_folder, missing_test_tools, prepare
 
 TESTS = PACK / "tests"
 BENCHMARKS = PACK / "benchmarks"
-NAME = "density_guidance"  # of the pack as a Python package
 NOTHING_COLLECTED = 5  # pytest's exit code
 END_S = 10.0  # for the tests to end when they are interrupted
 OF_ONE_RUN = re.compile(r"-[qvx]*[mns]|--(numprocesses|capture|pdb|trace|collect-only|co$)|.*no:xdist")
@@ -85,15 +85,16 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _in_host_python(options: argparse.Namespace, _: list[str]) -> int:
-    command, *arguments = options.arguments  # what they import is in ComfyUI's Python only
+    command, *arguments = options.arguments
     if command == "demo":
+        from .demo import run_demo  # which needs what is in ComfyUI's Python only
+
         comfyui, output = map(Path, arguments)
-        import_module(".demo", __package__).run_demo(Environment(comfyui, Path(sys.executable)), output)
+        run_demo(Environment(comfyui, Path(sys.executable)), output)
     else:
-        in_process = import_module(".in_process", __package__)
         in_process.import_host()
         in_process.import_pack()
-        import_module(f"{NAME}.benchmarks.{arguments[0]}").main()
+        importlib.import_module(f"{in_process.NAME}.benchmarks.{arguments[0]}").main()
     return 0
 
 
@@ -136,8 +137,8 @@ def _test(options: argparse.Namespace, arguments: list[str]) -> int:
 def _failed_checks(module: list[str], variables: dict[str, str]) -> list[str]:
     """Run formatter and type checker, and return the names of those that found something."""
     with tempfile.TemporaryDirectory() as folder:  # where the pack has a package's name, as in ComfyUI it need not have
-        link_folder(PACK, Path(folder, NAME))
-        packages = [argument for room in ("dg_core", "nodes") for argument in ("-p", f"{NAME}.{room}")]
+        link_folder(PACK, Path(folder, in_process.NAME))
+        packages = [argument for room in ("dg_core", "nodes") for argument in ("-p", f"{in_process.NAME}.{room}")]
         settings = ["--config-file", str(PACK / "pyproject.toml"), "--cache-dir", str(HOME / "mypy_cache")]
         checks = {
             "ruff check": (["ruff", "check", "."], PACK),
