@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from .. import nodes as pack
 from . import host_runs as h
 from . import networks
+from .measures import target_sampler
 
 FILE = Path(__file__).resolve().parent / "recorded_samples.safetensors"
 STEPS = 8
@@ -24,16 +25,13 @@ def runs():
     """name -> function without arguments that gives a tensor; recorded one by one."""
     found = {}
     for prediction in h.PREDICTIONS:
-        for name, make in _on_the_exact_model(prediction).items():
-            found[f"{prediction}, {name}"] = make
-    found.update(_on_networks())
-    found.update(_with_the_demo_model())
-    return found
+        found |= {f"{prediction}, {name}": run for name, run in _on_the_exact_model(prediction).items()}
+    return found | _on_networks() | _with_the_demo_model()
 
 
 def kept(tensor):
     """What of a result is recorded: a tensor in float32, or float64 where numbers were returned."""
-    return tensor[..., :].flatten()[:: STRIDE if tensor.ndim > 2 else 1].clone()
+    return tensor.flatten()[:: STRIDE if tensor.ndim > 2 else 1].clone()
 
 
 def record():
@@ -159,12 +157,7 @@ def _on_the_exact_model(prediction):
         )[0]
     )
     for target, value in (("shift from the unguided run", 0.1), ("bits per dimension", 1.3), ("same for the whole batch", 0.0)):
-        found[f"target: {target}"] = sample(
-            lambda t=target, v=value: _node(
-                "DensityTargetSampler", target=t, value=v, reference_image=-1, tolerance=0.002, max_passes=2, probes=1
-            )[0],
-            schedule=sigmas[:-1],
-        )
+        found[f"target: {target}"] = sample(lambda t=target, v=value: target_sampler(t, v), schedule=sigmas[:-1])
     for name in (None, "euler", "target"):
         found[f"trace: {name or 'own'}"] = lambda n=name: _trace(guider, n, sigmas)
     for method in ("with score", "without score", "both", "finite scale"):
@@ -173,18 +166,7 @@ def _on_the_exact_model(prediction):
 
 
 def _trace(guider, name, sigmas):
-    if name == "target":
-        sampler = _node(
-            "DensityTargetSampler",
-            target="shift from the unguided run",
-            value=0.1,
-            reference_image=-1,
-            tolerance=0.01,
-            max_passes=2,
-            probes=1,
-        )[0]
-    else:
-        sampler = _guided(name, quantile=0.3)
+    sampler = target_sampler(value=0.1, tolerance=0.01) if name == "target" else _guided(name, quantile=0.3)
     trace = json.loads(
         _node(
             "DensityTrace",
@@ -219,11 +201,7 @@ def _alignment(guider, method, sigmas):
 def _on_networks():
     found = {}
     latents = {"unet": torch.zeros(2, 4, 16, 16), "dit": torch.zeros(2, 16, 8, 8)}
-    models = {
-        "unet eps": lambda dtype: networks.unet(dtype),
-        "unet v": lambda dtype: networks.unet(dtype, "V_PREDICTION"),
-        "dit flow": lambda dtype: networks.dit(dtype),
-    }
+    models = {"unet eps": networks.unet, "unet v": lambda dtype: networks.unet(dtype, "V_PREDICTION"), "dit flow": networks.dit}
     samplers = {
         "own": lambda: _guided(None, quantile=0.3),
         "euler": lambda: _guided("euler", quantile=0.3),

@@ -1,6 +1,7 @@
 """run.py and launcher/host.py: the host listens on 127.0.0.1 only and leaves no process behind, and what goes wrong is told
 in plain words."""
 
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from density_guidance.launcher import cli, environment, host
+from density_guidance.launcher import cli, demo, environment, host
 from density_guidance.launcher.environment import PACK, Environment, LauncherError
+from density_guidance.testing.prompts import api_workflow, made_small
 
 RUN_PY = str(PACK / "run.py")
 
@@ -267,8 +269,8 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_demo_in_a_comfyui_of_the_user(host_environment, tmp_path):
-    """A real one with another pack: the contact sheets are made, the other not loaded, and nothing written into it."""
+def test_demo_in_a_comfyui_of_the_user(host_environment, tmp_path, monkeypatch, capsys):
+    """A real one with another pack: the contact sheet is made, the other not loaded, and nothing written into it."""
     original = host_environment.comfyui
     comfyui = shutil.copytree(original, tmp_path / "ComfyUI", ignore=shutil.ignore_patterns("density-*"))
     other = comfyui / "custom_nodes" / "other"
@@ -276,14 +278,18 @@ def test_demo_in_a_comfyui_of_the_user(host_environment, tmp_path):
     (comfyui / "user").mkdir()  # with its database, once it was started
     (other / "__init__.py").write_text("import pathlib\npathlib.Path(__file__).with_name('loaded').touch()\n")
     before = tree(comfyui)
-    arguments = ["--comfyui", str(comfyui), "--python", sys.executable, "--output", str(tmp_path / "output")]
-    result = run_py("demo", *arguments, timeout=400)
+    workflow = tmp_path / "small.json"
+    workflow.write_text(json.dumps(made_small(api_workflow("detail_sweep"))))
+    monkeypatch.setattr(demo, "WORKFLOWS", [workflow])
+    given = environment.existing(comfyui, Path(sys.executable))
+    for name, value in cli._variables(given).items():
+        monkeypatch.setenv(name, value)
+    demo.run_demo(given, tmp_path / "output")
 
-    assert result.returncode == 0, result.stdout + result.stderr
-    sheets = [Path(line) for line in result.stdout.split("Contact sheets:\n")[1].split()]
-    assert len(sheets) == 2 and {sheet.parent for sheet in sheets} == {tmp_path / "output"}
-    assert all(sheet.read_bytes().startswith(b"\x89PNG") for sheet in sheets)
-    assert len(re.findall(r"^bits per dimension( +seed \d){4} +mean$", result.stdout, re.MULTILINE)) == 2
+    printed = capsys.readouterr().out
+    (sheet,) = (Path(line) for line in printed.split("Contact sheets:\n")[1].split())
+    assert sheet.parent == tmp_path / "output" and sheet.read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"^bits per dimension( +seed \d){2} +mean$", printed, re.MULTILINE)
     assert tree(comfyui) == before
 
 
