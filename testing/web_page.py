@@ -84,12 +84,12 @@ class Page:
             raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
         return answer["result"].get("value")
 
-    async def wait_for(self, expression: str, timeout: float = ANSWER_S):
+    async def wait_for(self, expression: str):
         """Wait until a JavaScript expression is true, and return its value."""
-        give_up = time.monotonic() + timeout
+        give_up = time.monotonic() + ANSWER_S
         while not (value := await self.evaluate(expression)):
             if time.monotonic() > give_up:
-                raise TimeoutError(f"The page did not get there within {timeout:g} s: {expression}")
+                raise TimeoutError(f"The page did not get there within {ANSWER_S:g} s: {expression}")
             await asyncio.sleep(0.1)
         return value
 

@@ -72,8 +72,8 @@ def left_over(processes: list[psutil.Process], timeout: float = 10.0) -> list[ps
     return alive
 
 
-def wait_for(condition, timeout: float = 60.0):
-    give_up = time.monotonic() + timeout
+def wait_for(condition):
+    give_up = time.monotonic() + 60
     while not (value := condition()):
         assert time.monotonic() < give_up, "it did not happen in time"
         time.sleep(0.05)

@@ -160,10 +160,10 @@ def test_previews_with_a_mask_are_unguided(name):
 # --- what it is for: the exact density ---------------------------------------------------------------------------
 
 
-def shift_over_predicted(prediction, quantile, sampler, steps=30, **more):
+def shift_over_predicted(prediction, quantile, sampler, **more):
     """Measured over predicted change of log p, mean over 2 seeds: one component, read at the last level above zero."""
     model = h.exact_model(prediction)
-    sigmas = h.schedule(model, steps)[:-1]
+    sigmas = h.schedule(model, 30)[:-1]
     latent, positive = h.empty_latent(2), h.conditioning(prediction, 5)
     path = path_of(model.get_model_object("model_sampling"))
     log_range = guided_steps(Schedule(path, sigmas.tolist())).log_range

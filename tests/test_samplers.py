@@ -81,10 +81,10 @@ def test_advice_agrees_with_what_was_measured():
     assert len(silent) + len(forget) + len(renoise) == 3 * (len(SAMPLERS) - 1)
 
 
-def warnings_of(caplog, model, sampler, steps=5):
+def warnings_of(caplog, model, sampler):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        h.sampled(model, sampler, h.schedule(model, steps))
+        h.sampled(model, sampler, h.schedule(model, 5))
     return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Density guidance: ")]
 
 

@@ -36,9 +36,9 @@ COMPONENT = 5
 pytestmark = pytest.mark.usefixtures("without_plots")
 
 
-def read_level(model, sigmas, end_percent=0.95):
+def read_level(model, sigmas):
     """The schedule down to where alignment is read."""
-    level = model.get_model_object("model_sampling").percent_to_sigma(end_percent)
+    level = model.get_model_object("model_sampling").percent_to_sigma(0.95)
     return sigmas[sigmas >= level * (1 - 1e-6)]
 
 
