@@ -133,8 +133,9 @@ class Client:
                 session.ws_connect(f"{self.url}/ws?clientId={client_id}", max_msg_size=0) as socket,
             ):
                 await socket.receive()  # ComfyUI's greeting: from now on the messages of prompts are heard
-                prompt_id = prompt_id or await self._queue(workflow, client_id)
-                if entry := await self._history(prompt_id):  # it had finished before
+                if prompt_id is None:
+                    prompt_id = await self._queue(workflow, client_id)
+                elif entry := await self._history(prompt_id):  # it had finished before
                     return _checked(entry)
                 async for message in socket:
                     progress = _progress(message, prompt_id, workflow)
