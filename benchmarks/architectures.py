@@ -31,7 +31,7 @@ def picture(name, run):
     """(samples, what the host asked of the model)."""
     family = tiny_models.FAMILIES[name]
     model, seen = h.recording(run.model)
-    samples = h.picture(
+    samples = h.sampled(
         model,
         run.sampler,
         h.schedule(model, STEPS),

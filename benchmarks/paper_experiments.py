@@ -85,9 +85,9 @@ def detail(demo, result):
     }
 
 
-def control(seeds=SEEDS, steps=STEPS, levels=LEVELS):
+def control():
     """{method: {quantile: {"bits", "png", "high": lists over the seeds}}}"""
-    demo = Demo(seeds)
+    demo = Demo(SEEDS)
     runs = {
         "prior guidance": {q: {"sampler": guided(0.5), "noise": demo.noise(q)} for q in QUANTILES},
         "density guidance": {q: {"sampler": guided(q)} for q in QUANTILES},
@@ -100,8 +100,8 @@ def control(seeds=SEEDS, steps=STEPS, levels=LEVELS):
             if name == "density guidance" and q == 0.5:  # the same run as that of prior guidance
                 rows[name]["0.5"] = rows["prior guidance"]["0.5"]
                 continue
-            result = demo.run(steps=steps, **arguments)
-            bits, errors = demo.bits(result, levels)
+            result = demo.run(steps=STEPS, **arguments)
+            bits, errors = demo.bits(result, LEVELS)
             rows[name][str(q)] = {
                 "bits": [round(v, 4) for v in bits],
                 "bits_error": float(f"{np.mean(errors):.2g}"),
@@ -111,18 +111,18 @@ def control(seeds=SEEDS, steps=STEPS, levels=LEVELS):
     return rows
 
 
-def predicted(steps=STEPS):
+def predicted():
     """{quantile: bits per dimension that density guidance is predicted to add to those at 0.5}"""
     demo = Demo(1)
     sampling = demo.model.get_model_object("model_sampling")
-    log_range = guided_steps(Schedule(path_of(sampling), demo.sigmas(steps).tolist())).log_range
+    log_range = guided_steps(Schedule(path_of(sampling), demo.sigmas(STEPS).tolist())).log_range
     dim = demo.latent["samples"].numel()
     return {
         str(q): nats_to_bits_per_dim(predicted_shift(gain_of(q, 0.0, dim, log_range)[0], log_range), dim) for q in QUANTILES
     }
 
 
-def alignment(seeds=SEEDS, both=BOTH_SEEDS, steps=ALIGNMENT_STEPS):
+def alignment():
     """Cosine of the score alignment of every seed at its end and on the way, and by both methods for the first ones."""
 
     def cosines(count, method):
@@ -130,13 +130,15 @@ def alignment(seeds=SEEDS, both=BOTH_SEEDS, steps=ALIGNMENT_STEPS):
         for part in tqdm(demo.parts(), f"score alignment, {method}"):
             latent = {"samples": demo.latent["samples"][part], "batch_index": part.tolist()}
             with torch.inference_mode():
-                found.append(examine(demo.guider(part), demo.source, latent, demo.sigmas(steps), CheckSettings(method)))
+                found.append(
+                    examine(demo.guider(part), demo.source, latent, demo.sigmas(ALIGNMENT_STEPS), CheckSettings(method))
+                )
         return found[0].log_snr, {
             way: torch.cat([f.cosines[way] for f in found], 1).double().numpy() for way in found[0].cosines
         }
 
-    log_snr, by = cosines(seeds, WITH_SCORE)
-    _, two = cosines(both, BOTH)
+    log_snr, by = cosines(SEEDS, WITH_SCORE)
+    _, two = cosines(BOTH_SEEDS, BOTH)
     profile = by[WITH_SCORE]
     return {
         "log_snr": log_snr,
@@ -151,13 +153,13 @@ def alignment(seeds=SEEDS, both=BOTH_SEEDS, steps=ALIGNMENT_STEPS):
     }
 
 
-def variation(starts=STARTS, per_start=PER_START, steps=STEPS):
+def variation():
     """Energy of the differences between variations of a picture, and between seeds, by band of spatial frequency."""
-    demo = Demo(starts * per_start)
-    start = torch.arange(starts).repeat_interleave(per_start)
+    demo = Demo(STARTS * PER_START)
+    start = torch.arange(STARTS).repeat_interleave(PER_START)
     demo.classes = demo.classes[start]
-    seeds, noise = demo.run(guided(0.5), steps).samples, demo.noise(0.5)[::per_start][start]
-    plain = seeds[::per_start]
+    seeds, noise = demo.run(guided(0.5), STEPS).samples, demo.noise(0.5)[::PER_START][start]
+    plain = seeds[::PER_START]
 
     def bands(pictures):
         """Of groups of pictures (groups, n, ...)."""
@@ -165,12 +167,12 @@ def variation(starts=STARTS, per_start=PER_START, steps=STEPS):
         scale = pictures.shape[1] / (pictures.shape[1] - 1)
         return [float(scale * band_energy(apart, low, high).mean()) for low, high in zip(RADII, RADII[1:])]
 
-    grouped = lambda pictures: pictures.view(starts, per_start, *pictures.shape[1:])
+    grouped = lambda pictures: pictures.view(STARTS, PER_START, *pictures.shape[1:])
     rows, sheet = {"another seed": {"bands": bands(grouped(seeds))}}, []
     for vary in (EARLY, LATE):
-        result = demo.run(varied(0.5, vary), steps, noise)
+        result = demo.run(varied(0.5, vary), STEPS, noise)
         rows[vary] = {"bands": bands(grouped(result.samples))}
-        shown = torch.cat([plain[:1], result.samples[:5], plain[1:2], result.samples[per_start : per_start + 5]])
+        shown = torch.cat([plain[:1], result.samples[:5], plain[1:2], result.samples[PER_START : PER_START + 5]])
         sheet += list(demo.images(shown).split(6))
         print(vary, rows[vary]["bands"], flush=True)
     labels = [f"{when}\nnoise" for when in ("early", "late") for _ in range(2)]
@@ -178,19 +180,21 @@ def variation(starts=STARTS, per_start=PER_START, steps=STEPS):
     return rows, draw_sheet(sheet, labels, columns, None, 128)
 
 
-def few_steps(seeds=FEWER_SEEDS, counts=STEP_COUNTS):
+def few_steps():
     """{number of steps: {quantile: measures of detail}}"""
-    demo = Demo(seeds)
-    return {str(n): {str(q): detail(demo, demo.run(guided(q), n)) for q in FEW_QUANTILES} for n in tqdm(counts, "few steps")}
+    demo = Demo(FEWER_SEEDS)
+    return {
+        str(n): {str(q): detail(demo, demo.run(guided(q), n)) for q in FEW_QUANTILES} for n in tqdm(STEP_COUNTS, "few steps")
+    }
 
 
-def precision(seeds=BOTH_SEEDS, steps=STEPS):
+def precision():
     """{precision: {quantile: measures of detail and distance to float32}}"""
     rows, reference = {}, {}
     for name, how in PRECISIONS.items():
-        demo, rows[name] = Demo(seeds, **how), {}
+        demo, rows[name] = Demo(BOTH_SEEDS, **how), {}
         for q in FEW_QUANTILES:
-            result = demo.run(guided(q), steps)
+            result = demo.run(guided(q), STEPS)
             reference.setdefault(q, result.samples)
             apart = float((result.samples - reference[q]).square().mean().sqrt())
             rows[name][str(q)] = {**detail(demo, result), "distance": apart}

@@ -480,7 +480,7 @@ def long_queue_memory(r):
 def oldest_host_runs(r):
     return markdown(
         ["ComfyUI", "nodes missing", "prompts of mixed nodes", "templates", "images saved"],
-        [[r["comfyui"], len(r["missing_nodes"]), r["prompts"], r["templates"], r["pictures"]]],
+        [[r["comfyui"], len(r["missing_nodes"]), r["prompts"], r["templates"], r["images"]]],
     )
 
 
@@ -524,7 +524,7 @@ def summary(read):
         ],
         [
             "known exactly",
-            "variations of one image, eps: spread of the log-density",
+            "variations of one image (eps model): how far their log-densities differ",
             f"{ours['spread']:.1e} nats per dimension; samplers that add noise: {min(e['spread'] for e in others):.1e} or more",
         ],
         [

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-from importlib import import_module
 from pathlib import Path
 
+from . import in_process
 from .environment import HOME, PACK, Environment, LauncherError, existing, link_folder, missing_test_tools, prepare
 
 TESTS = PACK / "tests"
 BENCHMARKS = PACK / "benchmarks"
-NAME = "density_guidance"  # of the pack as a Python package
-NOTHING_COLLECTED = 5  # pytest's exit code
 END_S = 10.0  # for the tests to end when they are interrupted
-OF_ONE_RUN = re.compile(r"-[qvx]*[mns]|--(numprocesses|capture|pdb|trace|collect-only|co$)|.*no:xdist")
+IN_ONE_PROCESS = re.compile(r"-[qvx]*[ns]|--(numprocesses|capture|pdb|trace|collect-only|co$)|.*no:xdist")
 
 
 def main(arguments: list[str]) -> int:
@@ -85,23 +84,23 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _in_host_python(options: argparse.Namespace, _: list[str]) -> int:
-    command, *arguments = options.arguments  # what they import is in ComfyUI's Python only
+    command, *arguments = options.arguments
     if command == "demo":
+        from .demo import run_demo  # which needs what is in ComfyUI's Python only
+
         comfyui, output = map(Path, arguments)
-        import_module(".demo", __package__).run_demo(Environment(comfyui, Path(sys.executable)), output)
+        run_demo(Environment(comfyui, Path(sys.executable)), output)
     else:
-        in_process = import_module(".in_process", __package__)
         in_process.import_host()
         in_process.import_pack()
-        import_module(f"{NAME}.benchmarks.{arguments[0]}").main()
+        importlib.import_module(f"{in_process.NAME}.benchmarks.{arguments[0]}").main()
     return 0
 
 
 def _test(options: argparse.Namespace, arguments: list[str]) -> int:
     """Without arguments: ruff, mypy and all tests. With some, such as files of tests/ or -k: those tests. Tests run in as
-    many processes as there are cores, and those that measure time after them, in one; with -n, -m, -s, --pdb or
-    -p no:xdist in a single run, in one process unless -n says more. In a ComfyUI given: tests only; nothing is written
-    into it."""
+    many processes as there are cores, or as -n says; with -s, --pdb or -p no:xdist in one. In a ComfyUI given: tests
+    only; nothing is written into it."""
     given = existing(options.comfyui, options.python) if options.comfyui else None
     if given and (missing := missing_test_tools(given.python)):
         install = f"{given.python} -m pip install {' '.join(missing)}"
@@ -112,32 +111,25 @@ def _test(options: argparse.Namespace, arguments: list[str]) -> int:
     variables = _variables(given) | {"DENSITY_GUIDANCE_COMFYUI": str(where.comfyui)}
     failed = [] if given or arguments else _failed_checks(module, variables)
 
-    named = [path for path in (Path(argument.split("::")[0]) for argument in arguments) if _is_test(path)]
+    named = any(_is_test(Path(argument.split("::")[0])) for argument in arguments)
     pytest = [*module, "pytest", "-c", str(TESTS / "pytest.ini"), "--rootdir", str(TESTS), *arguments]
     pytest += [] if named else [str(TESTS)]
     spread = ["--dist", "loadgroup"]  # see tests/conftest.py
-    runs = [["-n", "logical", *spread, "-m", "not timing"], ["-n", "0", "-m", "timing"]]
-    if any(map(OF_ONE_RUN.match, arguments)):
-        runs = [spread if any(argument.startswith(("-n", "--numprocesses")) for argument in arguments) else []]
-    elif named and not any("mark.timing" in path.read_text(encoding="utf-8") for path in named if path.is_file()):
-        runs.pop()
-    codes = set()
-    for run in runs:
-        codes.add(_wait_for([*pytest, *run], variables))
-        if not codes <= {0, 1, NOTHING_COLLECTED}:  # interrupted, or a wrong command line
-            break
-    if len(codes) > 1:  # one of the two may have nothing to do
-        codes -= {0, NOTHING_COLLECTED}
+    if not any(map(IN_ONE_PROCESS.match, arguments)):
+        pytest += ["-n", "logical", *spread]
+    elif any(argument.startswith(("-n", "--numprocesses")) for argument in arguments):
+        pytest += spread
+    code = _wait_for(pytest, variables)
     if failed:
         print(f"Failed: {', '.join(failed)}", file=sys.stderr)
-    return max(codes, default=0) or int(bool(failed))
+    return code or int(bool(failed))
 
 
 def _failed_checks(module: list[str], variables: dict[str, str]) -> list[str]:
     """Run formatter and type checker, and return the names of those that found something."""
     with tempfile.TemporaryDirectory() as folder:  # where the pack has a package's name, as in ComfyUI it need not have
-        link_folder(PACK, Path(folder, NAME))
-        packages = [argument for room in ("dg_core", "nodes") for argument in ("-p", f"{NAME}.{room}")]
+        link_folder(PACK, Path(folder, in_process.NAME))
+        packages = [argument for room in ("dg_core", "nodes") for argument in ("-p", f"{in_process.NAME}.{room}")]
         settings = ["--config-file", str(PACK / "pyproject.toml"), "--cache-dir", str(HOME / "mypy_cache")]
         checks = {
             "ruff check": (["ruff", "check", "."], PACK),

@@ -15,11 +15,7 @@ REQUEST_S = 60.0
 
 
 class WorkflowError(Exception):
-    """ComfyUI refused a workflow or a node of it failed; the message names node, class and reason.
-
-    Attributes:
-        traceback: the node's own traceback, empty if ComfyUI refused the workflow.
-    """
+    """ComfyUI refused a workflow, or a node of it failed: the message names node, class and reason. `traceback`: the node's."""
 
     def __init__(self, message: str, traceback: str = ""):
         super().__init__(message)
@@ -43,79 +39,52 @@ class Progress:
         return f"{self.name}, step {self.step}/{self.steps}" if self.steps else self.name
 
 
-OnProgress = Callable[[Progress], object]
-
-
 class Client:
-    """One ComfyUI at `url`, such as http://127.0.0.1:8188."""
+    """One ComfyUI at `url`, such as http://127.0.0.1:8188. Every call raises ConnectionError if that does not answer."""
 
     def __init__(self, url: str):
         self.url = url
         self._queued: dict[str, tuple[str, dict]] = {}  # prompt id: client id and workflow
 
-    def run(self, workflow: dict, on_progress: OnProgress | None = None, timeout: float = RUN_S) -> dict:
-        """Queue a workflow in API format, wait for it, and return its history entry.
+    def run(self, workflow: dict, on_progress: Callable[[Progress], object] = lambda _: None) -> dict:
+        """Queue a workflow in API format, wait for it, and return its history entry. Raises as `queue` and `wait`.
 
-        Raises: as `queue` and `wait`.
+        on_progress: called with every step, in another thread; it may use this client.
         """
-        return self._do(self._follow(_new_id(), None, workflow, on_progress, timeout))
+        return self._do(self._follow(_new_id(), None, workflow, on_progress, RUN_S))
 
-    def queue_many(self, workflows: Iterable[dict], timeout: float = RUN_S) -> list[dict]:
-        """Queue all of them before the first has to finish, wait for each, and return their history entries in order.
-
-        Raises: as `queue` and `wait`, for the first that fails.
-        """
-        return [self.wait(prompt_id, timeout=timeout) for prompt_id in [self.queue(workflow) for workflow in workflows]]
+    def queue_many(self, workflows: Iterable[dict]) -> list[dict]:
+        """Queue all of them before the first has to finish; their history entries, in order. Raises as `run`."""
+        return [self.wait(prompt_id) for prompt_id in [self.queue(workflow) for workflow in workflows]]
 
     def queue(self, workflow: dict) -> str:
-        """Queue a workflow in API format and return its prompt id.
+        """Queue a workflow and return its prompt id.
 
-        Raises:
-            WorkflowError: ComfyUI refuses it, or would leave out a part of it.
-            ValueError: it is in the web page's format.
-            ConnectionError: ComfyUI does not answer.
+        Raises WorkflowError where ComfyUI would leave out a part of it, and ValueError where it is in the web page's format.
         """
         client_id = _new_id()
         prompt_id = self._do(self._queue(workflow, client_id))
         self._queued[prompt_id] = client_id, workflow
         return prompt_id
 
-    def wait(self, prompt_id: str, on_progress: OnProgress | None = None, timeout: float = RUN_S) -> dict:
-        """Wait for a queued prompt and return its history entry.
+    def wait(self, prompt_id: str, timeout: float = RUN_S) -> dict:
+        """Wait for what this client's `queue` has queued, and return its history entry.
 
-        Args:
-            prompt_id: what this client's `queue` returned.
-            on_progress: called with every step, in another thread; it may use this client.
-            timeout: seconds.
-
-        Raises:
-            WorkflowError: a node failed.
-            WorkflowInterrupted: it was interrupted.
-            TimeoutError: it took longer (it goes on).
-            ConnectionError: ComfyUI is gone.
+        Raises WorkflowError or WorkflowInterrupted where it did not end well, and TimeoutError after `timeout` seconds.
         """
         client_id, workflow = self._queued[prompt_id]
-        return self._do(self._follow(client_id, prompt_id, workflow, on_progress, timeout))
+        return self._do(self._follow(client_id, prompt_id, workflow, lambda _: None, timeout))
 
-    def interrupt(self, prompt_id: str | None = None) -> None:
-        """Stop what runs now; with a prompt id, only if that is it."""
-        self._do(self._request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {}))
-
-    def history(self, prompt_id: str) -> dict | None:
-        """A finished prompt's entry (`prompt`, `outputs`, `status`); None while it has not finished."""
-        return self._do(self._history(prompt_id))
+    def interrupt(self) -> None:
+        """Stop what runs now."""
+        self._do(self._request("/interrupt", {}))
 
     def object_info(self) -> dict[str, dict]:
         """Every node class that ComfyUI knows, by its id."""
         return self.get("/object_info")
 
     def get(self, path: str) -> dict:
-        """The JSON that ComfyUI has at a path.
-
-        Raises:
-            WorkflowError: it has nothing there.
-            ConnectionError: it does not answer.
-        """
+        """The JSON that ComfyUI has at a path; raises WorkflowError where it has nothing."""
         return self._do(self._request(path))
 
     def _do(self, work: Coroutine):
@@ -153,7 +122,7 @@ class Client:
         return (await self._request(f"/history/{prompt_id}")).get(prompt_id)
 
     async def _follow(
-        self, client_id: str, prompt_id: str | None, workflow: dict, on_progress: OnProgress | None, timeout: float
+        self, client_id: str, prompt_id: str | None, workflow: dict, on_progress: Callable[[Progress], object], timeout: float
     ) -> dict:
         """Listen as the client that queues the workflow, then queue it if it has no id yet: so no message is missed."""
         place = "it has not started"
@@ -164,8 +133,9 @@ class Client:
                 session.ws_connect(f"{self.url}/ws?clientId={client_id}", max_msg_size=0) as socket,
             ):
                 await socket.receive()  # ComfyUI's greeting: from now on the messages of prompts are heard
-                prompt_id = prompt_id or await self._queue(workflow, client_id)
-                if entry := await self._history(prompt_id):  # it had finished before
+                if prompt_id is None:
+                    prompt_id = await self._queue(workflow, client_id)
+                elif entry := await self._history(prompt_id):  # it had finished before
                     return _checked(entry)
                 async for message in socket:
                     progress = _progress(message, prompt_id, workflow)
@@ -173,8 +143,7 @@ class Client:
                         return _checked(await self._history(prompt_id))
                     if progress:
                         place = f"it is in {progress}"
-                        if on_progress:
-                            await asyncio.to_thread(on_progress, progress)
+                        await asyncio.to_thread(on_progress, progress)
         except TimeoutError as error:
             raise TimeoutError(f"The workflow has not finished within {timeout:g} s: {place}.") from error
         raise ConnectionError("ComfyUI closed the connection before the workflow had finished.")

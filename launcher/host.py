@@ -48,13 +48,8 @@ class Host:
 def running_host(where: Environment, output: Path, start_s: float = START_S) -> Iterator[Host]:
     """Start ComfyUI with this pack and no other, yield it once it answers, and end it with all that it started.
 
-    Args:
-        where: the ComfyUI. Nothing is written into it.
-        output: folder for saved images; made if missing. Everything else goes to a temporary folder.
-        start_s: how long it may take to answer.
-
-    Raises:
-        LauncherError: it ended or did not answer in time; the message shows the end of its log.
+    It saves images in the folder `output`, made if missing, and writes all else to a temporary one. Raises LauncherError with
+    the end of its log where it ends, or has not answered after `start_s` seconds.
     """
     output = output.resolve()  # ComfyUI runs in its own folder
     output.mkdir(parents=True, exist_ok=True)

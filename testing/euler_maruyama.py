@@ -6,7 +6,7 @@ import torch
 from ..dg_core import solver
 from ..dg_core.control import guided_steps
 from ..dg_core.schedule import Schedule
-from ..dg_core.variation import inner
+from ..dg_core.statistics import inner
 from ..nodes.host.model_access import path_of
 from ..nodes.host.variation_run import WINDOWS
 

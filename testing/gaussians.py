@@ -1,7 +1,8 @@
 """Data N(0, diag(variance)) as a model, whose flow is known."""
 
 import numpy as np
-from density_guidance.dg_core.control import Control, guided_steps
+
+from ..dg_core.control import Control, guided_steps
 
 
 def gaussian(variance, path):

@@ -21,13 +21,9 @@ import latent_preview
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
-from density_guidance.nodes import (
-    DensityGuidanceModel,
-    DensityGuidanceSampler,
-    LoadExactDensityModel,
-    StochasticDetailVariation,
-)
-from density_guidance.nodes.host.wrappers import outermost
+
+from ..nodes import DensityGuidanceModel, DensityGuidanceSampler, LoadExactDensityModel, StochasticDetailVariation
+from ..nodes.host.wrappers import outermost
 
 PREDICTIONS = ["eps", "v", "flow"]
 KINDS = ["eps", "flow"]  # v is the same function as eps: tests/test_exact_model.py
@@ -101,15 +97,15 @@ def exact_vae():
     return _loaded("flow", SIZE)[1]
 
 
-def conditioning(prediction="flow", component=-1, size=SIZE):
+def conditioning(prediction="flow", component=-1):
     """The conditioning that asks for one component, or for all."""
     if component < 0:
-        return _loaded(prediction, size)[2]
-    return outputs(LoadExactDensityModel, prediction, str(size), component, 2)[2]
+        return _loaded(prediction, SIZE)[2]
+    return outputs(LoadExactDensityModel, prediction, str(SIZE), component, 2)[2]
 
 
-def empty_latent(batch=2, size=SIZE):
-    return {"samples": torch.zeros(batch, 3, size, size)}
+def empty_latent(batch=2):
+    return {"samples": torch.zeros(batch, 3, SIZE, SIZE)}
 
 
 def schedule(model, steps, scheduler="simple", denoise=1.0):
@@ -166,7 +162,7 @@ def sample(model, sampler, sigmas, latent=None, seed=SEED, noise=None, positive=
     return outputs(custom.SamplerCustomAdvanced, noise, guider, sampler, sigmas, latent)
 
 
-def picture(*args, **kwargs):
+def sampled(*args, **kwargs):
     """The samples of `sample`'s first output."""
     return sample(*args, **kwargs)[0]["samples"]
 

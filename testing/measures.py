@@ -4,18 +4,19 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
-from density_guidance.dg_core import log_density as ld
-from density_guidance.nodes import DensityTargetSampler, ScoreAlignmentCheck
-from density_guidance.nodes.host import target_run as dt
-from density_guidance.nodes.host.model_access import path_of
 from torch.autograd import forward_ad
 
+from ..dg_core import log_density as ld
+from ..dg_core.exact_density import idct
+from ..nodes import DensityTargetSampler, ScoreAlignmentCheck
+from ..nodes.host import target_run as dt
+from ..nodes.host.model_access import path_of
 from . import host_runs as h
 
 
-def cut_schedule(model, steps=32):
-    """`steps` steps that end above zero noise, where the exact density can be read."""
-    return h.schedule(model, steps + 1)[:-1]
+def cut_schedule(model):
+    """32 steps that end above zero noise, where the exact density can be read."""
+    return h.schedule(model, 33)[:-1]
 
 
 def exact_bits(model, samples, sigmas):
@@ -33,7 +34,7 @@ def exact_divergence(sampler, model):
     """The same sampler with the exact trace in place of probes."""
     density, path = model.model.density, path_of(model.model.model_sampling)
     mean = (density.log_weights.exp() / density.log_weights.exp().sum())[None] @ density.means
-    pure = density._image(mean, mean.float()).float()
+    pure = idct(mean.view(-1, 3, density.size, density.size)).float()
 
     def evaluate(x, sigma, call):
         alpha, s = path.alpha(sigma), path.s(sigma)

@@ -4,7 +4,8 @@ import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import torch
-from density_guidance.testing import host_runs as h
+
+from . import host_runs as h
 
 CONTEXT = 16
 _UNET = {
@@ -27,7 +28,7 @@ _UNET = {
 }
 
 
-def unet(dtype=torch.float32, model_type="EPS", seed=0, weights=None):
+def unet(dtype=torch.float32, model_type="EPS", weights=None):
     """A `ModelPatcher` of a Stable Diffusion 1.5 with 32 channels that computes in `dtype`, with random weights.
 
     weights: a dtype that they are rounded to before, as those of a checkpoint in that dtype.
@@ -36,7 +37,7 @@ def unet(dtype=torch.float32, model_type="EPS", seed=0, weights=None):
         config = comfy.supported_models.SD15({**_UNET, "dtype": dtype})
         config.set_inference_dtype(dtype, None)
         model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType[model_type])
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         for p in model.diffusion_model.parameters():
             scale = 1.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
             drawn = scale * torch.randn(p.shape, generator=generator) + (p.ndim == 1) * 0.5
@@ -67,19 +68,19 @@ _FLUX = {
 }
 
 
-def dit(dtype=torch.float32, seed=0):
+def dit(dtype=torch.float32):
     """A `ModelPatcher` of a Flux, a flow model: two blocks of width 64, random weights that compute in `dtype`."""
     with torch.inference_mode():
         config = comfy.supported_models.FluxSchnell({**_FLUX, "dtype": dtype})
         config.set_inference_dtype(dtype, None)
         model = comfy.model_base.Flux(config)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         for p in model.diffusion_model.parameters():
             scale = 1 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
             p.copy_(scale * torch.randn(p.shape, generator=generator) + (p.ndim == 1) * 0.5)
         return h.kept(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
 
 
-def dit_conditioning(seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def dit_conditioning():
+    generator = torch.Generator().manual_seed(0)
     return [[torch.randn(1, 7, CONTEXT, generator=generator), {"pooled_output": torch.randn(1, 8, generator=generator)}]]

@@ -197,7 +197,7 @@ def check(run, seen=None):
     def sample(model, sampler, noise):
         torch.manual_seed(2)
         sigmas = h.schedule(model, run["steps"], run["scheduler"], run["denoise"])
-        return h.picture(model, sampler, sigmas, latent, noise=noise, **conds)
+        return h.sampled(model, sampler, sigmas, latent, noise=noise, **conds)
 
     try:
         plain = sample(model, h.core_sampler(run["sampler"]), h.random_noise(run["seed"]))

@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 
 import torch
-from density_guidance import nodes as pack
-from density_guidance.testing import host_runs as h
-from density_guidance.testing import networks
 from safetensors.torch import load_file, save_file
+
+from .. import nodes as pack
+from . import host_runs as h
+from . import networks
+from .measures import target_sampler
 
 FILE = Path(__file__).resolve().parent / "recorded_samples.safetensors"
 STEPS = 8
@@ -23,36 +25,33 @@ def runs():
     """name -> function without arguments that gives a tensor; recorded one by one."""
     found = {}
     for prediction in h.PREDICTIONS:
-        for name, make in _on_the_exact_model(prediction).items():
-            found[f"{prediction}, {name}"] = make
-    found.update(_on_networks())
-    found.update(_with_the_demo_model())
-    return found
+        found |= {f"{prediction}, {name}": run for name, run in _on_the_exact_model(prediction).items()}
+    return found | _on_networks() | _with_the_demo_model()
 
 
 def kept(tensor):
     """What of a result is recorded: a tensor in float32, or float64 where numbers were returned."""
-    return tensor[..., :].flatten()[:: STRIDE if tensor.ndim > 2 else 1].clone()
+    return tensor.flatten()[:: STRIDE if tensor.ndim > 2 else 1].clone()
 
 
-def record(path=FILE):
+def record():
     """Run everything and write the file."""
-    save_file({name: kept(run()).contiguous() for name, run in runs().items()}, path)
+    save_file({name: kept(run()).contiguous() for name, run in runs().items()}, FILE)
 
 
-def recorded(path=FILE):
+def recorded():
     """name -> what was recorded."""
-    return load_file(path)
+    return load_file(FILE)
 
 
 def _numbers(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _mask(size=h.SIZE):
-    mask = torch.zeros(1, size, size)
-    mask[:, : size // 2, : size // 2] = 1
-    mask[:, size // 2 : 3 * size // 4] = 0.4
+def _mask():
+    mask = torch.zeros(1, h.SIZE, h.SIZE)
+    mask[:, : h.SIZE // 2, : h.SIZE // 2] = 1
+    mask[:, h.SIZE // 2 : 3 * h.SIZE // 4] = 0.4
     return mask
 
 
@@ -90,7 +89,7 @@ def _on_the_exact_model(prediction):
 
     def sample(make_sampler, latent=None, noise=None, patched=None, schedule=None):
         schedule = (sigmas if schedule is None else schedule).clone()
-        return lambda: h.picture(
+        return lambda: h.sampled(
             patched() if patched else model, make_sampler(), schedule.clone(), latent=latent, noise=noise and noise()
         )
 
@@ -142,7 +141,7 @@ def _on_the_exact_model(prediction):
         *_node(
             "ExactLogDensity",
             model=model,
-            latent={"samples": h.picture(model, _guided(None, quantile=0.3), sigmas[:-1])},
+            latent={"samples": h.sampled(model, _guided(None, quantile=0.3), sigmas[:-1])},
             sigmas=sigmas[:-1],
         )[0]
     )
@@ -150,7 +149,7 @@ def _on_the_exact_model(prediction):
         *_node(
             "LogDensity",
             guider=guider,
-            latent={"samples": h.picture(model, "euler", sigmas)},
+            latent={"samples": h.sampled(model, "euler", sigmas)},
             steps=12,
             probes=2,
             seed=3,
@@ -158,12 +157,7 @@ def _on_the_exact_model(prediction):
         )[0]
     )
     for target, value in (("shift from the unguided run", 0.1), ("bits per dimension", 1.3), ("same for the whole batch", 0.0)):
-        found[f"target: {target}"] = sample(
-            lambda t=target, v=value: _node(
-                "DensityTargetSampler", target=t, value=v, reference_image=-1, tolerance=0.002, max_passes=2, probes=1
-            )[0],
-            schedule=sigmas[:-1],
-        )
+        found[f"target: {target}"] = sample(lambda t=target, v=value: target_sampler(t, v), schedule=sigmas[:-1])
     for name in (None, "euler", "target"):
         found[f"trace: {name or 'own'}"] = lambda n=name: _trace(guider, n, sigmas)
     for method in ("with score", "without score", "both", "finite scale"):
@@ -172,18 +166,7 @@ def _on_the_exact_model(prediction):
 
 
 def _trace(guider, name, sigmas):
-    if name == "target":
-        sampler = _node(
-            "DensityTargetSampler",
-            target="shift from the unguided run",
-            value=0.1,
-            reference_image=-1,
-            tolerance=0.01,
-            max_passes=2,
-            probes=1,
-        )[0]
-    else:
-        sampler = _guided(name, quantile=0.3)
+    sampler = target_sampler(value=0.1, tolerance=0.01) if name == "target" else _guided(name, quantile=0.3)
     trace = json.loads(
         _node(
             "DensityTrace",
@@ -218,11 +201,7 @@ def _alignment(guider, method, sigmas):
 def _on_networks():
     found = {}
     latents = {"unet": torch.zeros(2, 4, 16, 16), "dit": torch.zeros(2, 16, 8, 8)}
-    models = {
-        "unet eps": lambda dtype: networks.unet(dtype),
-        "unet v": lambda dtype: networks.unet(dtype, "V_PREDICTION"),
-        "dit flow": lambda dtype: networks.dit(dtype),
-    }
+    models = {"unet eps": networks.unet, "unet v": lambda dtype: networks.unet(dtype, "V_PREDICTION"), "dit flow": networks.dit}
     samplers = {
         "own": lambda: _guided(None, quantile=0.3),
         "euler": lambda: _guided("euler", quantile=0.3),
@@ -236,7 +215,7 @@ def _on_networks():
 
                 def run(make=make, dtype=dtype, sampler=sampler, conditioning=conditioning, latent=latent):
                     model = make(dtype)
-                    return h.picture(model, sampler(), h.schedule(model, 6), latent=latent, positive=conditioning)
+                    return h.sampled(model, sampler(), h.schedule(model, 6), latent=latent, positive=conditioning)
 
                 found[f"{kind}, {str(dtype).removeprefix('torch.')}, {name}"] = run
     return found
@@ -245,7 +224,7 @@ def _on_networks():
 def _with_the_demo_model():
     def demo(sampler):
         model, _, positive, negative, latent = _node("LoadDemoModel", class_name="rock", batch_size=2)
-        return h.picture(
+        return h.sampled(
             h.kept(model), sampler(), h.schedule(model, 4), latent=latent, positive=positive, negative=negative, cfg=2.0
         )
 

@@ -56,7 +56,7 @@ def guided_solver_step(model, x, denoised, sigmas, step, quantile, mask=None):
     return strength.view(-1, *[1] * (x.ndim - 1)) * eps * (1 if mask is None else mask)
 
 
-def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=None, detail_shift=0.0, window=(0.0, 1.0)):
+def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=None, detail_shift=0.0):
     """How far a recorded run is from guidance of its final prediction.
 
     sigmas: the schedule. weights: of a mask. within: None, or the mask outside of which the host replaces the prediction.
@@ -64,8 +64,8 @@ def deviation(model, seen, sigmas, quantile, weights=None, within=None, factors=
     and share eta - 1 of each guided step, smallest and largest). The error is the part of (guided - unguided) that differs
     from the wanted one, projected on that. Raises AssertionError where an unguided step is changed.
     """
-    guided, inside = guided_steps(model, sigmas, *window), 1.0 if within is None else within
-    pushed = lambda dim: push(model, sigmas, dim, quantile, detail_shift, *window)
+    guided, inside = guided_steps(model, sigmas), 1.0 if within is None else within
+    pushed = lambda dim: push(model, sigmas, dim, quantile, detail_shift)
     assert guided, "the schedule has no step to guide"
     worst, shares = 0.0, []
     for x, sigma, denoised, final in zip(seen.x, seen.sigma, seen.denoised, seen.final):

@@ -181,14 +181,14 @@ def control_net(name):
     return comfy.controlnet.ControlNet(network, load_device=CPU)
 
 
-def lora(name, rank=2):
-    """{key: weight} of a LoRA that changes every attention projection of the family's network."""
+def lora(name):
+    """{key: weight} of a LoRA of rank 2 that changes every attention projection of the family's network."""
     generator, weights = torch.Generator().manual_seed(2), {}
     for key, weight in build(name).model.diffusion_model.state_dict().items():
         if ".to_" in key and weight.ndim == 2:
             key = "diffusion_model." + key.removesuffix(".weight")
-            weights[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], rank, generator=generator)
-            weights[f"{key}.lora_down.weight"] = torch.randn(rank, weight.shape[1], generator=generator) / 8
+            weights[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], 2, generator=generator)
+            weights[f"{key}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=generator) / 8
     return weights
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from density_guidance.nodes import PriorGuidanceModel, PriorGuidanceScale
-
+from ..nodes import PriorGuidanceModel, PriorGuidanceScale
 from . import host_runs as h
 
 

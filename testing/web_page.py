@@ -6,7 +6,6 @@ Needs the program chromium (or google-chrome) on PATH, and no Python package tha
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import itertools
 import json
@@ -55,7 +54,7 @@ def find_chromium() -> str | None:
 
 
 class Page:
-    """The open page. `size` is that of its window in pixels."""
+    """The open page."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse):
         self._socket = socket
@@ -85,12 +84,12 @@ class Page:
             raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
         return answer["result"].get("value")
 
-    async def wait_for(self, expression: str, timeout: float = ANSWER_S):
+    async def wait_for(self, expression: str):
         """Wait until a JavaScript expression is true, and return its value."""
-        give_up = time.monotonic() + timeout
+        give_up = time.monotonic() + ANSWER_S
         while not (value := await self.evaluate(expression)):
             if time.monotonic() > give_up:
-                raise TimeoutError(f"The page did not get there within {timeout:g} s: {expression}")
+                raise TimeoutError(f"The page did not get there within {ANSWER_S:g} s: {expression}")
             await asyncio.sleep(0.1)
         return value
 
@@ -102,19 +101,15 @@ class Page:
         """The open workflow in API format, as the page itself would queue it."""
         return await self.evaluate("(async () => (await app.graphToPrompt()).output)()")
 
-    async def screenshot(self) -> bytes:
-        """What the page shows, as PNG."""
-        return base64.b64decode((await self.command("Page.captureScreenshot", format="png"))["data"])
-
 
 @contextlib.asynccontextmanager
-async def _chromium(size: tuple[int, int]) -> AsyncIterator[str]:
+async def _chromium() -> AsyncIterator[str]:
     """A Chromium with an empty profile; yields the DevTools address of its one tab."""
     program = find_chromium()
     if program is None:
         raise FileNotFoundError(f"There is no Chromium on PATH (looked for {', '.join(PROGRAMS)}).")
     with tempfile.TemporaryDirectory(prefix="density-guidance-page-", ignore_cleanup_errors=True) as profile:
-        command = [program, *QUIET, f"--user-data-dir={profile}", "--window-size={},{}".format(*size)]
+        command = [program, *QUIET, f"--user-data-dir={profile}", "--window-size=1600,1000"]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--no-sandbox")  # it does not start for root with one
         with started([*command, "about:blank"], Path(profile)) as process:
@@ -131,10 +126,10 @@ async def _chromium(size: tuple[int, int]) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def open_page(url: str, size: tuple[int, int] = (1600, 1000)) -> AsyncIterator[Page]:
+async def open_page(url: str) -> AsyncIterator[Page]:
     """ComfyUI's web page at `url`, open and ready, in a Chromium that ends with the `with` block."""
     async with (
-        _chromium(size) as address,
+        _chromium() as address,
         aiohttp.ClientSession() as session,
         session.ws_connect(address, max_msg_size=0) as socket,
     ):
@@ -145,11 +140,11 @@ async def open_page(url: str, size: tuple[int, int] = (1600, 1000)) -> AsyncIter
         yield page
 
 
-def with_page(url: str, use: Callable[[Page], Awaitable], size: tuple[int, int] = (1600, 1000)):
+def with_page(url: str, use: Callable[[Page], Awaitable]):
     """Run the coroutine function `use` with ComfyUI's page, and return its result."""
 
     async def run():
-        async with open_page(url, size) as page:
+        async with open_page(url) as page:
             return await use(page)
 
     return asyncio.run(run())

@@ -4,7 +4,7 @@ Tests say `from density_guidance.dg_core import ...` for the pack, `import comfy
 `server` for a real ComfyUI over HTTP. Run them with `python3 run.py test`.
 """
 
-import asyncio
+import contextlib
 import gc
 import sys
 from pathlib import Path
@@ -76,13 +76,13 @@ def _small_heap():
     gc.freeze()
 
 
-@pytest.fixture(scope="session")
-def host_nodes():
-    """The host's module `nodes` in this process, its NODE_CLASS_MAPPINGS filled with all of core's nodes."""
-    import nodes
+@pytest.fixture
+def without_plots(request):
+    """Nodes draw no plots, which take most of a second each; in a test with "plot" in its name they do."""
+    from density_guidance.testing import host_runs
 
-    asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-    return nodes
+    with contextlib.nullcontext() if "plot" in request.node.name else host_runs.without_plots():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,7 @@ RUNS += [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_plots():
-    with h.without_plots():
-        yield
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 @pytest.mark.parametrize("name, dtype, node", RUNS, ids=str)

@@ -1,11 +1,10 @@
 """The host's own guidance methods, guiders, caches and conditionings with the pack: see benchmarks/composability.py."""
 
-import json
 import shutil
 
 import pytest
 from density_guidance.benchmarks import composability
-from density_guidance.launcher.environment import PACK
+from density_guidance.testing.host_methods import COMPILED
 from density_guidance.testing.ways import STEERING
 
 METHODS = [
@@ -13,7 +12,7 @@ METHODS = [
         name,
         STEERING[i % 2],
         marks=pytest.mark.skipif(
-            name == composability.COMPILED and not (shutil.which("g++") or shutil.which("clang++")),
+            name == COMPILED and not (shutil.which("g++") or shutil.which("clang++")),
             reason="torch.compile needs a C++ compiler",
         ),
     )
@@ -50,10 +49,3 @@ def test_caches_do_reuse_predictions():
 
 def test_two_stages_equal_one_run():
     assert composability.two_stages() < 2e-6
-
-
-def test_table_comes_from_the_benchmark():
-    results = json.loads((PACK / "docs" / "composability.json").read_text())
-    assert (PACK / "docs" / "composability.md").read_text() == composability.page(results)
-    assert list(results["methods"]) == list(composability.METHODS) and results["nodes"] == STEERING
-    assert "docs/composability.md" in (PACK / "README.md").read_text()

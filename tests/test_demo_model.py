@@ -22,7 +22,7 @@ def picture(demo, model=None, sampler="euler", steps=STEPS, **kwargs):
     own, _, positive, negative, latent = demo
     model = h.kept(model or own.clone())
     sigmas = h.schedule(model, steps, "karras")
-    return h.picture(model, sampler, sigmas, latent, positive=positive, **kwargs)
+    return h.sampled(model, sampler, sigmas, latent, positive=positive, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -144,4 +144,4 @@ def test_bad_class_and_missing_weights(tmp_path, monkeypatch):
 
 def test_latent_of_another_model(demo):
     with pytest.raises(ValueError, match="4 x 64 x 64 elements per image; this built-in model takes 3 channels"):
-        h.picture(demo[0], "euler", h.schedule(demo[0], 2), {"samples": torch.ones(1, 4, 64, 64)}, positive=demo[2])
+        h.sampled(demo[0], "euler", h.schedule(demo[0], 2), {"samples": torch.ones(1, 4, 64, 64)}, positive=demo[2])

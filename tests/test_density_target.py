@@ -18,7 +18,7 @@ LN2 = math.log(2)
 def run(model, sampler, batch, seed=h.SEED):
     """(exact bits per dimension with `sampler`, and without guidance)."""
     sigmas, latent = cut_schedule(model), h.empty_latent(batch)
-    found, plain = (exact_bits(model, h.picture(model, s, sigmas, latent, seed), sigmas) for s in (sampler, h.guided_sampler()))
+    found, plain = (exact_bits(model, h.sampled(model, s, sigmas, latent, seed), sigmas) for s in (sampler, h.guided_sampler()))
     return found, plain
 
 
@@ -80,7 +80,7 @@ def test_shift_zero_is_the_own_solver():
     model = h.exact_model("flow")
     sigmas = h.schedule(model, 6)
     model, seen = h.recording(model)
-    assert torch.equal(h.picture(model, target_sampler(), sigmas), h.picture(model, h.guided_sampler(), sigmas))
+    assert torch.equal(h.sampled(model, target_sampler(), sigmas), h.sampled(model, h.guided_sampler(), sigmas))
     assert seen.calls == 12
 
 
@@ -97,7 +97,7 @@ def test_images_do_not_depend_on_the_batch():
 def test_what_cannot_be_reached_is_said(caplog):
     model = h.exact_model("flow")
     with caplog.at_level(logging.WARNING):
-        h.picture(model, target_sampler(value=-2.0, max_passes=1), h.schedule(model, 8), h.empty_latent(1))
+        h.sampled(model, target_sampler(value=-2.0, max_passes=1), h.schedule(model, 8), h.empty_latent(1))
     assert "not reached" in caplog.text and "nearest" in caplog.text and "target" in caplog.text
 
 
@@ -106,10 +106,10 @@ def test_the_last_step_to_zero_is_taken():
     model = h.exact_model("eps")
     sampler = exact_divergence(target_sampler(value=0.2), model)
     full = h.schedule(model, 17)
-    state = h.picture(model, sampler, full[:-1])
+    state = h.sampled(model, sampler, full[:-1])
     no_noise = h.outputs(h.custom.DisableNoise)[0]
-    denoised = h.picture(model, "euler", torch.stack([full[-2], full[-1]]), {"samples": state}, noise=no_noise)
-    found = h.picture(model, sampler, full)
+    denoised = h.sampled(model, "euler", torch.stack([full[-2], full[-1]]), {"samples": state}, noise=no_noise)
+    found = h.sampled(model, sampler, full)
     assert float((found - denoised).norm() / denoised.norm()) < 2e-3
 
 
@@ -156,7 +156,7 @@ def test_repeated_and_rising_noise_levels_change_nothing():
     plain = h.schedule(model, 8)
     sigmas = torch.cat([plain[:3], plain[2:3], plain[2:3] * (1 + 1e-7), plain[3:]])
     sampler = exact_divergence(target_sampler(value=0.2), model)
-    assert torch.equal(*(h.picture(model, sampler, s, h.empty_latent(2)) for s in (sigmas, plain)))
+    assert torch.equal(*(h.sampled(model, sampler, s, h.empty_latent(2)) for s in (sigmas, plain)))
 
 
 def test_packed_parts_are_refused(monkeypatch):
@@ -166,7 +166,7 @@ def test_packed_parts_are_refused(monkeypatch):
         type(model.model), "extra_conds", lambda self, **kwargs: {**extra(self, **kwargs), "latent_shapes": None}
     )
     with pytest.raises(ValueError, match="combines video and audio"):
-        h.picture(model, target_sampler(value=0.2), h.schedule(model, 4))
+        h.sampled(model, target_sampler(value=0.2), h.schedule(model, 4))
     assert seen.calls == 0
 
 

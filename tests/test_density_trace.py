@@ -1,6 +1,5 @@
 """The record of a run: that it costs nothing, and that its numbers are true."""
 
-import contextlib
 import json
 import math
 
@@ -16,11 +15,7 @@ from density_guidance.nodes.host import target_run as dt
 from density_guidance.nodes.host.model_access import path_of
 from density_guidance.testing import host_runs as h
 
-
-@pytest.fixture(autouse=True)
-def _without_plots(request):
-    with contextlib.nullcontext() if "image" in request.node.name else h.without_plots():
-        yield
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 def traced(model, sampler, sigmas, batch=4, exact=False):
@@ -34,17 +29,17 @@ def traced(model, sampler, sigmas, batch=4, exact=False):
 
 def exact_at_last_row(model, sampler, sigmas, batch=4):
     """Exact bits per dimension of the state in which the last model call was made; for samplers that look at no schedule."""
-    state = h.picture(model, sampler, sigmas[:-1], h.empty_latent(batch))
+    state = h.sampled(model, sampler, sigmas[:-1], h.empty_latent(batch))
     s = path_of(model.model.model_sampling).s(float(sigmas[-2]))
     return model.model.density.bits_per_dim(model.model.process_latent_in(state.double()), s)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "own"])
-def test_the_image_and_the_calls_are_those_without_it(sampler):
+def test_image_and_calls_are_those_without_it_and_there_is_a_plot(sampler):
     model, seen = h.recording(h.exact_model("flow"))
     sampler = h.guided_sampler(0.3) if sampler == "own" else sampler
     sigmas = h.schedule(model, 8)
-    plain = h.picture(model, sampler, sigmas, h.empty_latent(4))
+    plain = h.sampled(model, sampler, sigmas, h.empty_latent(4))
     calls = seen.calls
     samples, rows, _, plot = traced(model, sampler, sigmas)
     assert torch.equal(samples, plain) and seen.calls == 2 * calls
@@ -136,7 +131,7 @@ def test_a_run_is_guided_again_after_it_was_looked_at():
     model = h.exact_model("flow")
     sigmas, sampler = h.schedule(model, 8), h.guided_sampler(0.3, sampler="euler")
     samples = traced(model, sampler, sigmas, exact=True)[0]
-    assert torch.equal(samples, h.picture(model, sampler, sigmas, h.empty_latent(4)))
+    assert torch.equal(samples, h.sampled(model, sampler, sigmas, h.empty_latent(4)))
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "ipndm", "deis", "uni_pc"])

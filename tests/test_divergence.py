@@ -187,8 +187,8 @@ def test_methods_agree_on_a_real_network(dtype, bound, sigma):
     assert 0 < float(difference) < bound
 
 
-def run_on_unet(work, dtype=torch.float32, batch=2, calls=4):
+def run_on_unet(work, dtype):
     guider = h.outputs(h.custom.BasicGuider, networks.unet(dtype), networks.unet_conditioning())[0]
-    latent = torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    latent = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        return model_access.run_in_guider(guider, latent, work, calls, [1.0])
+        return model_access.run_in_guider(guider, latent, work, 4, [1.0])

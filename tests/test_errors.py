@@ -196,7 +196,7 @@ def test_an_empty_noise_mask_leaves_the_image(way):
         patched, sampler = (
             (h.guided_model(model, 0.3, 0.1), "euler") if way == "patch" else (model, h.guided_sampler(0.3, 0.1, sampler=way))
         )
-        result = h.picture(patched, sampler, h.schedule(model, 4), latent)
+        result = h.sampled(patched, sampler, h.schedule(model, 4), latent)
         assert torch.isfinite(result).all()
         assert torch.allclose(result[1], samples[1], atol=1e-5)
 

@@ -224,7 +224,7 @@ def test_v_is_the_same_function_as_eps(sampler):
         "guided own": lambda: h.guided_sampler(0.2, 0.1),
         "variation": lambda: h.varied("everything", 1.0, "exact", 0.3),
     }[sampler]
-    runs = [h.picture(model, make(), h.schedule(model, 10, "karras"), **conds) for model in models]
+    runs = [h.sampled(model, make(), h.schedule(model, 10, "karras"), **conds) for model in models]
     assert relative(*runs) < 1e-5
     for model in models:
         assert torch.equal(model.model.model_sampling.sigmas, models[0].model.model_sampling.sigmas)
@@ -305,7 +305,7 @@ def test_sampling_reaches_the_right_density(prediction):
     model = h.exact_model(prediction)
     schedule = h.schedule(model, 40, "karras" if prediction != "flow" else "simple")[:-1]
     condition = h.conditioning(prediction, 17)
-    samples = h.picture(model, "dpmpp_2m", schedule, h.empty_latent(8), positive=condition)
+    samples = h.sampled(model, "dpmpp_2m", schedule, h.empty_latent(8), positive=condition)
     density, s = model.model.density, float(schedule[-1])
     s = s / (1 - s) if prediction == "flow" else s
     weights = density.one_hot(17)

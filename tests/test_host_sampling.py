@@ -17,7 +17,6 @@ from density_guidance.testing import steering, tiny_models
 # One of every kind of sampler; tests/test_samplers.py has them all, on a network that costs nothing. A single call per step,
 # two calls, ancestral, SDE, CFG++, multistep, uni_pc, steps of its own choice, and the pack's own.
 EACH_KIND = ["euler", "heun", "euler_ancestral", "dpmpp_2m_sde", "euler_cfg_pp", "dpmpp_2m", "uni_pc", "dpm_adaptive", None]
-SINGLE_CALL = ["euler", "dpmpp_2m", "res_multistep", "er_sde"]  # one model call per step
 KINDS = pytest.mark.parametrize("prediction", h.KINDS)
 OWN_AND_EULER = pytest.mark.parametrize("sampler", [None, "euler"], ids=["own", "euler"])
 DIM = 3 * h.SIZE**2
@@ -28,7 +27,7 @@ def run(prediction, name, quantile=None, detail_shift=0.0, window=(0.0, 1.0)):
     """(samples, model calls) at 6 steps; quantile None: the host's sampler by itself."""
     model, seen = h.recording(h.exact_model(prediction))
     sampler = name if quantile is None else h.guided_sampler(quantile, detail_shift, *window, sampler=name)
-    return h.picture(model, sampler, h.schedule(model, 6)), seen.calls
+    return h.sampled(model, sampler, h.schedule(model, 6)), seen.calls
 
 
 def alpha_of(prediction, sigma):
@@ -62,7 +61,7 @@ def test_each_kind_of_sampler(prediction, name):
         assert torch.isfinite(guided).all() and not torch.equal(guided, plain)
         assert guided_calls == calls or name == "dpm_adaptive"  # chooses its own steps from the error that it sees
     model = h.exact_model(prediction)
-    again = h.picture(model, h.guided_sampler(0.5, 0.5, sampler=name), h.schedule(model, 6))
+    again = h.sampled(model, h.guided_sampler(0.5, 0.5, sampler=name), h.schedule(model, 6))
     assert torch.equal(again, guided)
 
 
@@ -110,7 +109,7 @@ def test_euler_is_the_closed_form_scheme(prediction, settings):
     """Each step of the host's Euler: x' = x + (sigma' - sigma) (x - x0~) / sigma, in VE y' = y + (s' - s) eta eps."""
     model, seen = h.recording(h.exact_model(prediction))
     schedule = h.schedule(model, 12)
-    result = h.picture(model, h.guided_sampler(*settings, sampler="euler"), schedule)
+    result = h.sampled(model, h.guided_sampler(*settings, sampler="euler"), schedule)
     sigmas = schedule.double().tolist()
     pushed = lambda dim: steering.push(model, sigmas, dim, *settings)
     guided = steering.guided_steps(model, sigmas, *settings[2:])
@@ -128,7 +127,7 @@ def test_euler_is_the_closed_form_scheme(prediction, settings):
 
 def test_every_seed_of_a_run_starts_from_its_own_noise():
     model = h.exact_model("flow")
-    a, b = (h.picture(model, h.guided_sampler(0.3), h.schedule(model, 4), seed=s) for s in (1, 2))
+    a, b = (h.sampled(model, h.guided_sampler(0.3), h.schedule(model, 4), seed=s) for s in (1, 2))
     assert not torch.equal(a, b) and not torch.equal(a[0], a[1])
 
 
@@ -252,8 +251,8 @@ def inpaint_latent(soft=False):
 def test_inpainting_keeps_what_is_outside_the_mask(prediction, name):
     model, latent = h.exact_model(prediction), inpaint_latent()
     schedule = h.schedule(model, 6)
-    plain = h.picture(model, name, schedule, latent)
-    guided = h.picture(model, h.guided_sampler(0.1, sampler=name), schedule, latent)
+    plain = h.sampled(model, name, schedule, latent)
+    guided = h.sampled(model, h.guided_sampler(0.1, sampler=name), schedule, latent)
     outside = (latent["noise_mask"] == 0).expand_as(plain)
     assert torch.equal(guided[outside], plain[outside])
     assert not torch.equal(guided[~outside], plain[~outside])
@@ -263,7 +262,7 @@ def test_inpainting_keeps_what_is_outside_the_mask(prediction, name):
 @pytest.mark.parametrize("quantile", [0.5, 0.1])
 def test_own_solver_returns_the_original_outside_the_mask(prediction, quantile):
     model, latent = h.exact_model(prediction), inpaint_latent()
-    result = h.picture(model, h.guided_sampler(quantile), h.schedule(model, 6), latent)
+    result = h.sampled(model, h.guided_sampler(quantile), h.schedule(model, 6), latent)
     outside = (latent["noise_mask"] == 0).expand_as(result)
     through_the_host = model.model.process_latent_out(model.model.process_latent_in(latent["samples"]))
     assert torch.equal(result[outside], through_the_host[outside])
@@ -300,7 +299,7 @@ def test_an_image_does_not_depend_on_its_batch(prediction, name):
     sampler, schedule = h.guided_sampler(0.2, 0.3, sampler=name), h.schedule(model, 8)[:-1]
 
     def batch(indices):
-        return h.picture(model, sampler, schedule, {**h.empty_latent(len(indices)), "batch_index": indices})
+        return h.sampled(model, sampler, schedule, {**h.empty_latent(len(indices)), "batch_index": indices})
 
     together = batch([0, 1, 2])
     for i in range(3):
@@ -334,15 +333,15 @@ def test_each_image_of_a_batch_has_settings_of_its_own(prediction, name, masked)
 
     def images(*settings, **lists):
         if name == "patch":
-            return h.picture(h.guided_model(model, *settings, **lists), "euler", schedule, latent)
-        return h.picture(model, h.guided_sampler(*settings, sampler=name, **lists), schedule, latent)
+            return h.sampled(h.guided_model(model, *settings, **lists), "euler", schedule, latent)
+        return h.sampled(model, h.guided_sampler(*settings, sampler=name, **lists), schedule, latent)
 
     quantiles, detail_shifts = zip(*IMAGES)
     together = images(quantiles=list(quantiles), detail_shifts=list(detail_shifts))
     singles = [images(*settings) for settings in IMAGES]
     for i, single in enumerate(singles):
         assert torch.equal(together[i], single[i])
-    plain = h.picture(model, "euler" if name == "patch" else name or h.guided_sampler(), schedule, latent)
+    plain = h.sampled(model, "euler" if name == "patch" else name or h.guided_sampler(), schedule, latent)
     assert torch.equal(together[1], plain[1]) and not torch.equal(together[0], plain[0])
     assert torch.equal(images(0.9, 0.9, quantiles=[0.1], detail_shifts=[0.0]), singles[0])
     assert torch.equal(images(0.5, 0.4, quantiles=[0.5] * 4), singles[2])
@@ -358,7 +357,7 @@ def test_a_sweep_in_one_batch_is_faster_than_its_images_one_by_one(sampler):
     def images(indices, **settings):
         latent = {"samples": tiny_models.latent("flux", len(indices)), "batch_index": indices}
         guided = h.guided_sampler(sampler=sampler, **settings)
-        return h.picture(model, guided, schedule, latent, positive=tiny_models.conditioning("flux", 1))
+        return h.sampled(model, guided, schedule, latent, positive=tiny_models.conditioning("flux", 1))
 
     ways = {
         "together": lambda: images(list(range(count)), quantiles=quantiles),
@@ -379,7 +378,7 @@ def test_neutral_lists_are_the_wrapped_sampler_bit_for_bit(name):
     lists = {"quantiles": [0.5, 0.5], "detail_shifts": [0.0]}
     plain, calls = run("flow", name) if name else run("flow", None, 0.5)
     model, seen = h.recording(h.exact_model("flow"))
-    assert torch.equal(h.picture(model, h.guided_sampler(0.1, 1.0, sampler=name, **lists), h.schedule(model, 6)), plain)
+    assert torch.equal(h.sampled(model, h.guided_sampler(0.1, 1.0, sampler=name, **lists), h.schedule(model, 6)), plain)
     assert seen.calls == calls
     assert h.guided_model(model, 0.1, 1.0, **lists) is model
 
@@ -391,17 +390,17 @@ def test_schedules_at_their_limits(prediction, sampler):
     model, seen = h.recording(h.exact_model(prediction))
     guided, schedule = h.guided_sampler(0.2, 0.3, sampler=sampler), h.schedule(model, 6)
     repeated = schedule.repeat_interleave(torch.tensor([1, 2, 1, 3, 1, 2, 1]))
-    assert_close(h.picture(model, guided, repeated), h.picture(model, guided, schedule), 2e-6)
+    assert_close(h.sampled(model, guided, repeated), h.sampled(model, guided, schedule), 2e-6)
     # Nothing is left to steer in one step to zero: it equals the host's Euler; the own solver returns the prediction itself.
     schedule = h.schedule(model, 1)
     seen.denoised.clear()
-    result, plain = (h.picture(model, s, schedule) for s in (guided, "euler"))
+    result, plain = (h.sampled(model, s, schedule) for s in (guided, "euler"))
     assert torch.equal(result, plain if sampler else model.model.process_latent_out(seen.denoised[0]))
     assert_close(result, plain, 1e-5)
     seen.calls = 0
-    assert torch.equal(h.picture(model, guided, torch.tensor([0.7])), h.picture(model, "euler", torch.tensor([0.7])))
+    assert torch.equal(h.sampled(model, guided, torch.tensor([0.7])), h.sampled(model, "euler", torch.tensor([0.7])))
     latent = {"samples": run("flow", "euler")[0]}
-    assert torch.equal(h.picture(model, guided, torch.tensor([]), latent), latent["samples"]) and seen.calls == 0
+    assert torch.equal(h.sampled(model, guided, torch.tensor([]), latent), latent["samples"]) and seen.calls == 0
 
 
 @KINDS
@@ -411,7 +410,7 @@ def test_part_of_a_schedule(prediction, sampler, stretch):
     """Below the first sigma and above zero: guidance acts, and neutral equals unguided."""
     model, latent = h.exact_model(prediction), {"samples": run("flow", "euler")[0]}
     schedule = h.schedule(model, 8)[stretch]
-    neutral, more, less = (h.picture(model, h.guided_sampler(q, sampler=sampler), schedule, latent) for q in (0.5, 0.1, 0.9))
+    neutral, more, less = (h.sampled(model, h.guided_sampler(q, sampler=sampler), schedule, latent) for q in (0.5, 0.1, 0.9))
     assert torch.isfinite(more).all() and torch.isfinite(less).all()
     s = float(schedule[-1] if schedule[-1] > 0 else schedule[-2])
     density, inside = model.model.density, model.model.process_latent_in
@@ -426,7 +425,7 @@ def test_ksampler_img2img(prediction, name):
     """KSampler at denoise 0.5 equals the wrapped sampler on the second half of the schedule."""
     model, latent = h.exact_model(prediction), {"samples": run("flow", "euler")[0]}
     patched = h.ksampler(h.guided_model(model, 0.2), name, 4, latent=latent, denoise=0.5)
-    wrapped = h.picture(model, h.guided_sampler(0.2, sampler=name), h.schedule(model, 8)[-5:], latent)
+    wrapped = h.sampled(model, h.guided_sampler(0.2, sampler=name), h.schedule(model, 8)[-5:], latent)
     assert torch.equal(patched, wrapped)
     assert not torch.equal(patched, h.ksampler(model, name, 4, latent=latent, denoise=0.5))
 
@@ -439,9 +438,9 @@ def test_own_solver_on_every_scheduler(prediction, scheduler):
         if scheduler in ("kl_optimal", "linear_quadratic") and steps < 3:
             continue  # the host's scheduler divides by zero there
         schedule = h.schedule(model, steps, scheduler)
-        guided = h.picture(model, h.guided_sampler(0.3), schedule)
+        guided = h.sampled(model, h.guided_sampler(0.3), schedule)
         assert torch.isfinite(guided).all()
-        moved = not torch.equal(guided, h.picture(model, h.guided_sampler(0.5), schedule))
+        moved = not torch.equal(guided, h.sampled(model, h.guided_sampler(0.5), schedule))
         assert moved == bool(steering.guided_steps(model, schedule.tolist()))
 
 
@@ -510,7 +509,7 @@ def test_mixture_follows_the_quantile(prediction):
     schedule = h.schedule(model, 20)[:-1]
     bits = []
     for quantile in (0.05, 0.3, 0.5, 0.7, 0.95):
-        samples = h.picture(model, h.guided_sampler(quantile), schedule, h.empty_latent(16), noise=noise)
+        samples = h.sampled(model, h.guided_sampler(quantile), schedule, h.empty_latent(16), noise=noise)
         bits.append(exact.read(model, samples, schedule))
     falling = (np.diff(bits, axis=0) < 0).all(axis=0)
     assert falling.mean() >= 0.9, f"{falling.sum()} of 16 seeds"

@@ -17,10 +17,7 @@ from density_guidance.testing import networks
 FLOOR = {"eps": 0.1, "v": 0.1, "flow": 0.05}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_plots():
-    with h.without_plots():
-        yield
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 def guider_of(model, positive=None):

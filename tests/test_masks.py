@@ -17,10 +17,7 @@ NODES = pytest.mark.parametrize("node", ["sampler", "model"])
 STEPS = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_plots():
-    with h.without_plots():
-        yield
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 def guided(model, node, quantile, sampler="euler", **more):
@@ -34,7 +31,7 @@ def recorded(model, sampler, latent=None, **more):
     """(samples, what was seen, sigmas)."""
     model, seen = h.recording(model)
     sigmas = h.schedule(model, STEPS)
-    return h.picture(model, sampler, sigmas, latent, **more), seen, sigmas.tolist()
+    return h.sampled(model, sampler, sigmas, latent, **more), seen, sigmas.tolist()
 
 
 MASKS = {
@@ -124,7 +121,7 @@ def test_two_regions_by_chaining(prediction):
 def inpainting():
     """A latent with a soft noise mask, and that mask as (B, 1, height, width)."""
     noise_mask = h.soft_disc(h.SIZE, 0.4)[None].clone()
-    samples = h.picture(h.exact_model("flow"), "euler", h.schedule(h.exact_model("flow"), 4))
+    samples = h.sampled(h.exact_model("flow"), "euler", h.schedule(h.exact_model("flow"), 4))
     return {"samples": samples, "noise_mask": noise_mask}, noise_mask
 
 
@@ -163,10 +160,10 @@ def test_previews_with_a_mask_are_unguided(name):
 # --- what it is for: the exact density ---------------------------------------------------------------------------
 
 
-def shift_over_predicted(prediction, quantile, sampler, steps=30, **more):
+def shift_over_predicted(prediction, quantile, sampler, **more):
     """Measured over predicted change of log p, mean over 2 seeds: one component, read at the last level above zero."""
     model = h.exact_model(prediction)
-    sigmas = h.schedule(model, steps)[:-1]
+    sigmas = h.schedule(model, 30)[:-1]
     latent, positive = h.empty_latent(2), h.conditioning(prediction, 5)
     path = path_of(model.get_model_object("model_sampling"))
     log_range = guided_steps(Schedule(path, sigmas.tolist())).log_range
@@ -176,7 +173,7 @@ def shift_over_predicted(prediction, quantile, sampler, steps=30, **more):
     weights = model.model.density.one_hot(5)
 
     def nats(q, **more):
-        samples = h.picture(model, h.guided_sampler(q, sampler=sampler, **more), sigmas, latent, positive=positive)
+        samples = h.sampled(model, h.guided_sampler(q, sampler=sampler, **more), sigmas, latent, positive=positive)
         bits = torch.tensor(exact.read(model, samples, sigmas, weights))
         return -bits * math.log(2) * latent["samples"][0].numel()
 

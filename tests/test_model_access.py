@@ -15,8 +15,8 @@ def basic(model, positive):
     return h.outputs(h.custom.BasicGuider, model, positive)[0]
 
 
-def cfg(model, positive, negative, scale=2.5):
-    return h.outputs(h.custom.CFGGuider, model, positive, negative, scale)[0]
+def cfg(model, positive, negative):
+    return h.outputs(h.custom.CFGGuider, model, positive, negative, 2.5)[0]
 
 
 def dual(model, one, two, negative):

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from density_guidance.benchmarks import oldest_host
-from density_guidance.benchmarks.long_queue import mixed_run
 from density_guidance.launcher.environment import PACK
 from density_guidance.launcher.host import running_host
+from density_guidance.testing.mixed_prompts import mixed_run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.xdist_group("server")  # one of them compares the two
@@ -72,4 +72,4 @@ def test_other_mixed_prompts(oldest, number):
 def test_results_of_the_long_run():
     results = json.loads((PACK / "docs" / "oldest_host.json").read_text())
     assert results["comfyui"] == oldest_host.VERSION and results["missing_nodes"] == []
-    assert results["templates"] == len(list((PACK / "workflows" / "api").glob("*.json"))) <= results["pictures"]
+    assert results["templates"] == len(list((PACK / "workflows" / "api").glob("*.json"))) <= results["images"]

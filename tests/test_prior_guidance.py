@@ -127,7 +127,7 @@ def test_model_patch_in_ksampler_equals_the_noise_source(prediction, settings, l
     if latent == "inpaint":
         samples["noise_mask"] = h.two_masks()
     schedule = h.schedule(model, 4, denoise=denoise)
-    expected = h.picture(model, "euler", schedule, samples, noise=scaled(None, *settings))
+    expected = h.sampled(model, "euler", schedule, samples, noise=scaled(None, *settings))
     result = h.ksampler(scaled_model(model, *settings), "euler", 4, latent=samples, denoise=denoise)
     assert torch.equal(result, expected)
     assert not torch.equal(result, h.ksampler(model, "euler", 4, latent=samples, denoise=denoise))
@@ -155,5 +155,5 @@ def test_both_guidances_together():
     other = scaled_model(h.guided_model(model, 0.3), 0.1)
     a, b = (h.ksampler(m, "euler", 4) for m in (one, other))
     assert torch.equal(a, b)
-    c = h.picture(model, h.guided_sampler(0.3, sampler="euler"), h.schedule(model, 4), noise=scaled(quantile=0.1))
+    c = h.sampled(model, h.guided_sampler(0.3, sampler="euler"), h.schedule(model, 4), noise=scaled(quantile=0.1))
     assert torch.equal(a, c)

@@ -77,7 +77,7 @@ def test_beside_a_pack_that_patches_the_samplers(monkeypatch):
     monkeypatch.setattr(comfy.samplers, "SAMPLER_NAMES", [*comfy.samplers.SAMPLER_NAMES, "another_packs"])
     model, seen = h.recording(h.exact_model("flow"))
     sigmas = h.schedule(model, 6)
-    h.picture(model, h.guided_sampler(0.2, sampler="euler"), sigmas)
+    h.sampled(model, h.guided_sampler(0.2, sampler="euler"), sigmas)
     assert steering.deviation(model, seen, sigmas.tolist(), 0.2)[0] < 1e-4
     assert {"sampling_function", "cfg_function", "sample", "predict_noise"} <= set(calls)
 

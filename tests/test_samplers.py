@@ -81,10 +81,10 @@ def test_advice_agrees_with_what_was_measured():
     assert len(silent) + len(forget) + len(renoise) == 3 * (len(SAMPLERS) - 1)
 
 
-def warnings_of(caplog, model, sampler, steps=5):
+def warnings_of(caplog, model, sampler):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        h.picture(model, sampler, h.schedule(model, steps))
+        h.sampled(model, sampler, h.schedule(model, 5))
     return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Density guidance: ")]
 
 
@@ -115,7 +115,7 @@ def test_nodes_that_do_a_similar_thing_are_named(caplog, node, args):
     model = h.kept(h.outputs(node, h.exact_model("flow"), *args)[0])
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        h.picture(model, h.guided_sampler(0.3, sampler="euler"), h.schedule(model, 3), h.empty_latent(1))
+        h.sampled(model, h.guided_sampler(0.3, sampler="euler"), h.schedule(model, 3), h.empty_latent(1))
     found = [r.getMessage() for r in caplog.records if "add up" in r.getMessage()]
     name = node.define_schema().node_id.replace("TemporalScoreRescaling", "Temporal Score")
     assert len(found) == 1 and name in found[0]

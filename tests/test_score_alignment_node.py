@@ -1,6 +1,5 @@
 """ScoreAlignmentCheck in the real host: on the exact-density model, on small real networks, and with bad input."""
 
-import contextlib
 import functools
 import math
 import re
@@ -34,15 +33,12 @@ WAYS = ("with score", "without score", "finite scale")
 COMPONENT = 5
 
 
-@pytest.fixture(autouse=True)
-def _without_plots(request):
-    with contextlib.nullcontext() if "plot" in request.node.name else h.without_plots():
-        yield
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
-def read_level(model, sigmas, end_percent=0.95):
+def read_level(model, sigmas):
     """The schedule down to where alignment is read."""
-    level = model.get_model_object("model_sampling").percent_to_sigma(end_percent)
+    level = model.get_model_object("model_sampling").percent_to_sigma(0.95)
     return sigmas[sigmas >= level * (1 - 1e-6)]
 
 
@@ -138,10 +134,10 @@ def test_the_sample_is_a_finished_one():
     """That of the converged flow: 32 of the scheduler's own steps may end at another picture."""
     model = h.exact_model("flow")
     latent = check(model)[4]
-    converged, other = (h.picture(model, h.guided_sampler(), h.schedule(model, 64), seed=s) for s in (h.SEED, h.SEED + 1))
+    converged, other = (h.sampled(model, h.guided_sampler(), h.schedule(model, 64), seed=s) for s in (h.SEED, h.SEED + 1))
     gap, apart = (float((latent["samples"] - v).norm()) for v in (converged, other))
     assert gap < 0.02 * apart
-    sampled = h.picture(model, h.guided_sampler(), h.schedule(model, 32))
+    sampled = h.sampled(model, h.guided_sampler(), h.schedule(model, 32))
     assert torch.equal(check(model, "finite scale")[4]["samples"], sampled)
 
 

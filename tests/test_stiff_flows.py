@@ -18,7 +18,7 @@ COMPONENT = 3
 
 def run(prediction, scheduler, steps, cfg, sampler, images=1):
     model = h.exact_model(prediction)
-    return h.picture(
+    return h.sampled(
         model,
         sampler,
         h.schedule(model, steps, scheduler),
@@ -109,6 +109,6 @@ def test_an_image_alone_chooses_its_order():
     model = h.exact_model("eps")
     sigmas = h.schedule(model, 8, "exponential")
     settings = {"positive": h.conditioning("eps", COMPONENT), "negative": h.conditioning("eps"), "cfg": 8.0}
-    images = h.picture(model, h.guided_sampler(), sigmas, h.empty_latent(3), **settings)
-    alone = h.picture(model, h.guided_sampler(), sigmas, {**h.empty_latent(1), "batch_index": [2]}, **settings)
+    images = h.sampled(model, h.guided_sampler(), sigmas, h.empty_latent(3), **settings)
+    alone = h.sampled(model, h.guided_sampler(), sigmas, {**h.empty_latent(1), "batch_index": [2]}, **settings)
     assert torch.allclose(alone[0], images[2], atol=1e-4)

@@ -43,9 +43,9 @@ def log_density_run(prediction, vary, strength, correction):
     """(log-density change of the variations against the deterministic run, model calls)."""
     model, seen = h.recording(h.exact_model(prediction))
     sigmas = schedule(model)
-    plain = h.picture(model, h.guided_sampler(), sigmas, same_noise(1))
+    plain = h.sampled(model, h.guided_sampler(), sigmas, same_noise(1))
     seen.calls = 0
-    pictures = h.picture(model, h.varied(vary, strength, correction), sigmas, same_noise(VARIATIONS))
+    pictures = h.sampled(model, h.varied(vary, strength, correction), sigmas, same_noise(VARIATIONS))
     change = nats_per_dim(model, pictures, sigmas) - nats_per_dim(model, plain, sigmas)
     return change, seen.calls
 
@@ -91,11 +91,11 @@ def test_variations_keep_the_guided_level(prediction):
     """Quantile and shift act under the noise as without it."""
     model = h.exact_model(prediction)
     sigmas = schedule(model)
-    guided = nats_per_dim(model, h.picture(model, h.guided_sampler(0.3, 0.2), sigmas, same_noise(1)), sigmas)
-    plain = nats_per_dim(model, h.picture(model, h.guided_sampler(), sigmas, same_noise(1)), sigmas)
+    guided = nats_per_dim(model, h.sampled(model, h.guided_sampler(0.3, 0.2), sigmas, same_noise(1)), sigmas)
+    plain = nats_per_dim(model, h.sampled(model, h.guided_sampler(), sigmas, same_noise(1)), sigmas)
     level = nats_per_dim(
         model,
-        h.picture(model, h.varied(quantile=0.3, detail_shift=0.2, correction="hutchinson"), sigmas, same_noise(4)),
+        h.sampled(model, h.varied(quantile=0.3, detail_shift=0.2, correction="hutchinson"), sigmas, same_noise(4)),
         sigmas,
     )
     assert abs(guided - plain).min() > 0.1
@@ -109,7 +109,7 @@ def test_noise_from_the_first_step_on_keeps_what_guidance_adds(prediction, corre
     sigmas = h.schedule(model, 20)[:-1]
 
     def added(samplers):
-        levels = (nats_per_dim(model, h.picture(model, s, sigmas, same_noise(4)), sigmas).mean() for s in samplers)
+        levels = (nats_per_dim(model, h.sampled(model, s, sigmas, same_noise(4)), sigmas).mean() for s in samplers)
         return -np.subtract(*levels)
 
     without = added([h.guided_sampler(), h.guided_sampler(0.2)])
@@ -127,8 +127,8 @@ def test_a_mask_keeps_the_log_density(prediction, correction):
     model = h.exact_model(prediction)
     sigmas = schedule(model)
     mask = torch.cat([h.soft_disc(64)] * 5 + [h.soft_disc(64, 0.3, 0.7, 0.25)] * 5)
-    plain = h.picture(model, h.guided_sampler(), sigmas, same_noise(1))
-    pictures = h.picture(model, h.varied(correction=correction, mask=mask), sigmas, same_noise(10))
+    plain = h.sampled(model, h.guided_sampler(), sigmas, same_noise(1))
+    pictures = h.sampled(model, h.varied(correction=correction, mask=mask), sigmas, same_noise(10))
     change = nats_per_dim(model, pictures, sigmas) - nats_per_dim(model, plain, sigmas)
     error = change.std(ddof=1) / math.sqrt(len(change))
     allowed = 2 if correction == "expected" else 1
@@ -167,11 +167,11 @@ def test_masks_that_change_nothing(prediction):
     sigmas = h.schedule(model, 8)
 
     def run(quantile, **more):
-        return h.picture(model, h.varied("everything", quantile=quantile, **more), sigmas)
+        return h.sampled(model, h.varied("everything", quantile=quantile, **more), sigmas)
 
     guided = h.guided_sampler(0.3, mask=h.soft_disc(64))
-    assert torch.equal(run(0.3, strength=0.0, mask=h.soft_disc(64)), h.picture(model, guided, sigmas))
-    assert torch.equal(run(0.3, mask=torch.zeros(1, 8, 8)), h.picture(model, h.guided_sampler(), sigmas))
+    assert torch.equal(run(0.3, strength=0.0, mask=h.soft_disc(64)), h.sampled(model, guided, sigmas))
+    assert torch.equal(run(0.3, mask=torch.zeros(1, 8, 8)), h.sampled(model, h.guided_sampler(), sigmas))
     for quantile in (0.3, 0.5):
         assert torch.allclose(run(quantile, mask=torch.ones(1, 8, 8)), run(quantile), atol=1e-4)
 
@@ -181,13 +181,13 @@ def test_mask_within_an_inpainting(prediction):
     """Noise where both masks are, and the original to the bit where nothing is replaced."""
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, 8)
-    latent = {**h.empty_latent(2), "samples": h.picture(model, "euler", sigmas)}
+    latent = {**h.empty_latent(2), "samples": h.sampled(model, "euler", sigmas)}
     latent["noise_mask"] = torch.zeros(2, 1, h.SIZE, h.SIZE)
     latent["noise_mask"][..., 16:] = 1
     mask = torch.zeros(1, h.SIZE, h.SIZE)
     mask[:, 16:] = 1
     result, plain = (
-        h.picture(model, sampler, sigmas, latent) for sampler in (h.varied("everything", mask=mask), h.guided_sampler())
+        h.sampled(model, sampler, sigmas, latent) for sampler in (h.varied("everything", mask=mask), h.guided_sampler())
     )
     difference = (result - plain).abs()
     assert not difference[..., :16].any()
@@ -209,8 +209,8 @@ def change_of(prediction, vary, strength):
     """Variations of 6 images minus the images."""
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, 16)
-    plain = h.picture(model, h.guided_sampler(), sigmas, h.empty_latent(6))
-    return h.picture(model, h.varied(vary, strength), sigmas, h.empty_latent(6)) - plain
+    plain = h.sampled(model, h.guided_sampler(), sigmas, h.empty_latent(6))
+    return h.sampled(model, h.varied(vary, strength), sigmas, h.empty_latent(6)) - plain
 
 
 @EVERY_KIND
@@ -236,20 +236,20 @@ def test_neutral_is_the_own_solver_bit_for_bit(prediction, correction):
     model, seen = h.recording(h.exact_model(prediction))
     sigmas = h.schedule(model, 6)
     for quantile, shift in ((0.5, 0.0), (0.3, 0.2)):
-        plain = h.picture(model, h.guided_sampler(quantile, shift), sigmas)
+        plain = h.sampled(model, h.guided_sampler(quantile, shift), sigmas)
         calls, seen.calls = seen.calls, 0
         for settings in ({"strength": 0.0}, {"vary": "custom", "window": (0.001, 0.002)}):
             sampler = h.varied(correction=correction, quantile=quantile, detail_shift=shift, **settings)
-            assert torch.equal(h.picture(model, sampler, sigmas), plain)
+            assert torch.equal(h.sampled(model, sampler, sigmas), plain)
             assert seen.calls == calls
             seen.calls = 0
-    assert not torch.equal(h.picture(model, h.varied("everything", correction=correction), sigmas), plain)
+    assert not torch.equal(h.sampled(model, h.varied("everything", correction=correction), sigmas), plain)
 
 
 def test_same_seed_gives_the_same_image():
     model = h.exact_model("flow")
     sigmas = h.schedule(model, 8)
-    first, again, other = (h.picture(model, h.varied("everything", seed=s), sigmas) for s in (1, 1, 2))
+    first, again, other = (h.sampled(model, h.varied("everything", seed=s), sigmas) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -261,7 +261,7 @@ def test_a_variation_does_not_depend_on_its_batch(prediction, correction):
 
     def batch(images, **lists):
         latent = {**h.empty_latent(len(images)), "batch_index": images}
-        return h.picture(model, h.varied("everything", correction=correction, **lists), sigmas, latent)
+        return h.sampled(model, h.varied("everything", correction=correction, **lists), sigmas, latent)
 
     together = batch([0, 1, 2, 3])
     mixed = batch([3, 1])
@@ -281,11 +281,11 @@ def test_a_variation_does_not_depend_on_its_batch(prediction, correction):
 def test_inpainting(prediction, correction):
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, 8)
-    latent = {**h.empty_latent(2), "samples": h.picture(model, "euler", sigmas)}
+    latent = {**h.empty_latent(2), "samples": h.sampled(model, "euler", sigmas)}
     latent["noise_mask"] = torch.zeros(2, 1, h.SIZE, h.SIZE)
     latent["noise_mask"][:, :, 8:24, 8:24] = 1
     samplers = h.varied("everything", correction=correction), h.guided_sampler()
-    result, plain = (h.picture(model, sampler, sigmas, latent) for sampler in samplers)
+    result, plain = (h.sampled(model, sampler, sigmas, latent) for sampler in samplers)
     outside = (latent["noise_mask"] == 0).expand_as(result)
     assert torch.equal(result[outside], plain[outside])
     assert float((result - plain)[~outside].abs().mean()) > 0.01
@@ -311,7 +311,7 @@ def test_cfg():
     model = h.exact_model("flow")
     sigmas = h.schedule(model, 8)
     conds = {"positive": h.conditioning(component=3), "negative": h.conditioning(component=40), "cfg": 3.0}
-    result, plain = (h.picture(model, s, sigmas, **conds) for s in (h.varied("everything"), h.guided_sampler()))
+    result, plain = (h.sampled(model, s, sigmas, **conds) for s in (h.varied("everything"), h.guided_sampler()))
     assert torch.isfinite(result).all() and not torch.allclose(result, plain, atol=1e-2)
 
 
@@ -360,9 +360,9 @@ def test_a_window_without_a_step_is_said_in_the_log(prediction, vary, steps, cap
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, steps)
     with caplog.at_level(logging.WARNING):
-        result = h.picture(model, h.varied(vary), sigmas)
+        result = h.sampled(model, h.varied(vary), sigmas)
     assert vary in caplog.text and "nothing is varied" in caplog.text
-    assert torch.equal(result, h.picture(model, h.guided_sampler(), sigmas))
+    assert torch.equal(result, h.sampled(model, h.guided_sampler(), sigmas))
 
 
 @EVERY_KIND
@@ -373,9 +373,9 @@ def test_a_second_stage_without_noise_knows_its_images(prediction):
     early, late = h.core_node("SplitSigmas", sigmas=sigmas, step=8)
 
     def staged(images):
-        first = h.picture(model, "euler", early, {**h.empty_latent(len(images)), "batch_index": images})
+        first = h.sampled(model, "euler", early, {**h.empty_latent(len(images)), "batch_index": images})
         no_noise = h.core_node("DisableNoise")
-        return h.picture(model, h.varied(strength=1.0), late, {"samples": first}, noise=no_noise)
+        return h.sampled(model, h.varied(strength=1.0), late, {"samples": first}, noise=no_noise)
 
     together, mixed = staged([0, 1, 2]), staged([2, 0])
     assert torch.allclose(mixed[0], together[2], atol=1e-3) and torch.allclose(mixed[1], together[0], atol=1e-3)
@@ -406,10 +406,10 @@ def test_grid_is_what_its_rows_would_be():
     grid, quantiles, index, levels, columns = h.outputs(VariationGrid, latent, "0.3, 0.5", 3)
     assert levels == [0.3, 0.5] and columns == 3 and quantiles == [0.3] * 3 + [0.5] * 3 and index == [0, 1, 2] * 2
     assert grid["samples"].shape == (6, 3, h.SIZE, h.SIZE) and grid["batch_index"] == [4] * 6
-    together = h.picture(model, h.varied(quantiles=quantiles, variation_index=index), sigmas, grid)
+    together = h.sampled(model, h.varied(quantiles=quantiles, variation_index=index), sigmas, grid)
     assert seen.calls == 8
     for row, quantile in enumerate(levels):
-        alone = h.picture(
+        alone = h.sampled(
             model, h.varied(quantile=quantile, variation_index=index[:3]), sigmas, {**h.empty_latent(3), "batch_index": [4] * 3}
         )
         assert torch.allclose(together[3 * row : 3 * row + 3], alone, atol=1e-4)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from density_guidance.benchmarks import long_queue
 from density_guidance.nodes.host.plots import curve_image
+from density_guidance.testing.mixed_prompts import mixed_run
 from density_guidance.testing.web_page import find_chromium, with_page
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs the program chromium on PATH")
@@ -48,7 +48,7 @@ async def width_of_picture(page, name):
 
 async def curve_in_the_node(page):
     """Sizes of the pictures in two guidance nodes, the first with a curve and the second without, after a run."""
-    graph = long_queue.mixed_run(1)
+    graph = mixed_run(1)
     sampler = graph["sampler"]["inputs"]
     graph |= {
         name: {"class_type": kind, "inputs": inputs}

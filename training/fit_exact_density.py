@@ -56,13 +56,13 @@ def read_font(path):
     return torch.cat([x, x.flip(-1)])
 
 
-def k_means(features, count, generator, rounds=60):
+def k_means(features, count, generator):
     """Cluster number of every row. Starts from k-means++; an empty cluster takes the worst-fitted row."""
     centres = features[torch.randint(len(features), (1,), generator=generator)]
     while len(centres) < count:
         distance = torch.cdist(features, centres).amin(1).square()
         centres = torch.cat([centres, features[torch.multinomial(distance, 1, generator=generator)]])
-    for _ in range(rounds):
+    for _ in range(60):
         distance, label = torch.cdist(features, centres).min(1)
         for k in range(count):
             members = features[label == k]

@@ -115,13 +115,13 @@ class Trainer:
         return dict(zip(names, self.average)), self.average[-1]
 
     @torch.no_grad()
-    def held_out_loss(self, pictures, batches=8):
+    def held_out_loss(self, pictures):
         """Loss of the averaged weights in `HELD_OUT_BINS` equal parts of theta, from the least noise to the most."""
         kept = [p.detach().clone() for p in self.parameters]
         for p, average in zip(self.parameters, self.average):
             p.copy_(average)
         generator, total, count = torch.Generator().manual_seed(1), torch.zeros(HELD_OUT_BINS), torch.zeros(HELD_OUT_BINS)
-        for _ in range(batches):
+        for _ in range(8):
             latents, kinds, noise, timesteps = self.draw(pictures, 64, generator)
             losses = self.loss(latents, kinds, noise, timesteps).cpu()
             part = (self.sigmas[timesteps].atan().cpu() / (math.pi / 2) * HELD_OUT_BINS).long().clamp(max=HELD_OUT_BINS - 1)
