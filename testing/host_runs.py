@@ -23,11 +23,12 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 
 from ..nodes import DensityGuidanceModel, DensityGuidanceSampler, LoadExactDensityModel, StochasticDetailVariation
+from ..nodes.builtin import exact
 from ..nodes.host.wrappers import outermost
 
 PREDICTIONS = ["eps", "v", "flow"]
 KINDS = ["eps", "flow"]  # v is the same function as eps: tests/test_exact_model.py
-SIZE = 32
+SIZE = 16  # of the exact density: a quarter of the time of the smallest that the loader offers
 SEED = 7
 
 # The host collects garbage, at length, whenever a model that it holds as loaded is gone.
@@ -85,7 +86,9 @@ def core_node(name, **inputs):
 
 @lru_cache
 def _loaded(prediction, size):
-    return outputs(LoadExactDensityModel, prediction, str(size), -1, 2)
+    """What the loader gives, at any size."""
+    _, _, *rest = outputs(LoadExactDensityModel, prediction, "32", -1, 2)
+    return *exact.load(prediction, size), *rest
 
 
 def exact_model(prediction, size=SIZE):
@@ -101,11 +104,11 @@ def conditioning(prediction="flow", component=-1):
     """The conditioning that asks for one component, or for all."""
     if component < 0:
         return _loaded(prediction, SIZE)[2]
-    return outputs(LoadExactDensityModel, prediction, str(SIZE), component, 2)[2]
+    return outputs(LoadExactDensityModel, prediction, "32", component, 2)[2]
 
 
-def empty_latent(batch=2):
-    return {"samples": torch.zeros(batch, 3, SIZE, SIZE)}
+def empty_latent(batch=2, size=SIZE):
+    return {"samples": torch.zeros(batch, 3, size, size)}
 
 
 def schedule(model, steps, scheduler="simple", denoise=1.0):
@@ -157,7 +160,7 @@ def sample(model, sampler, sigmas, latent=None, seed=SEED, noise=None, positive=
         guider = outputs(custom.BasicGuider, model, positive)[0]
     else:
         guider = outputs(custom.CFGGuider, model, positive, negative, cfg)[0]
-    latent = empty_latent() if latent is None else latent
+    latent = empty_latent(size=model.model.density.size) if latent is None else latent
     noise = random_noise(seed) if noise is None else noise
     return outputs(custom.SamplerCustomAdvanced, noise, guider, sampler, sigmas, latent)
 
@@ -171,7 +174,7 @@ def ksampler(model, sampler_name, steps=6, scheduler="simple", latent=None, deno
     """The samples of the host's KSampler node, at CFG 1."""
     import nodes
 
-    latent = empty_latent() if latent is None else latent
+    latent = empty_latent(size=model.model.density.size) if latent is None else latent
     positive = conditioning() if positive is None else positive
     with torch.inference_mode():
         return nodes.KSampler().sample(
@@ -297,8 +300,8 @@ def resized(mask, shape):
 def two_masks():
     """A noise mask (2, 1, SIZE, SIZE) with another region in each image."""
     mask = torch.zeros(2, 1, SIZE, SIZE)
-    mask[0, :, 4:20, 8:30] = 1
-    mask[1, :, 16:, :] = 1
+    mask[0, :, SIZE // 8 : SIZE // 2, SIZE // 4 : SIZE - 1] = 1
+    mask[1, :, SIZE // 2 :, :] = 1
     return mask
 
 

@@ -67,7 +67,7 @@ def check(
     **optional,
 ):
     """The outputs of ScoreAlignmentCheck: aligned, cosine, report, plot, latent, scale, response."""
-    latent = h.empty_latent(batch) if latent is None else latent
+    latent = h.empty_latent(batch, model.model.density.size) if latent is None else latent
     return h.outputs(
         ScoreAlignmentCheck,
         guider(model, positive),

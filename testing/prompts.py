@@ -7,7 +7,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ..launcher.environment import PACK
-from .host_runs import SIZE
+
+SIZE = 32  # the smallest of the loader
 
 WORKFLOWS = PACK / "workflows"
 

@@ -17,7 +17,7 @@ from . import networks
 from .measures import target_sampler
 
 FILE = Path(__file__).resolve().parent / "recorded_samples.safetensors"
-STEPS = 8
+SIZE, STEPS = 32, 8
 STRIDE = 7  # every seventh element of a latent is kept
 
 
@@ -49,9 +49,9 @@ def _numbers(*values):
 
 
 def _mask():
-    mask = torch.zeros(1, h.SIZE, h.SIZE)
-    mask[:, : h.SIZE // 2, : h.SIZE // 2] = 1
-    mask[:, h.SIZE // 2 : 3 * h.SIZE // 4] = 0.4
+    mask = torch.zeros(1, SIZE, SIZE)
+    mask[:, : SIZE // 2, : SIZE // 2] = 1
+    mask[:, SIZE // 2 : 3 * SIZE // 4] = 0.4
     return mask
 
 
@@ -83,11 +83,13 @@ def _varied(**inputs):
 
 
 def _on_the_exact_model(prediction):
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, SIZE)
     sigmas = h.schedule(model, STEPS)
     guider = h.outputs(h.custom.BasicGuider, model, h.conditioning(prediction))[0]
 
-    def sample(make_sampler, latent=None, noise=None, patched=None, schedule=None):
+    empty = h.empty_latent(size=SIZE)
+
+    def sample(make_sampler, latent=empty, noise=None, patched=None, schedule=None):
         schedule = (sigmas if schedule is None else schedule).clone()
         return lambda: h.sampled(
             patched() if patched else model, make_sampler(), schedule.clone(), latent=latent, noise=noise and noise()
@@ -103,8 +105,8 @@ def _on_the_exact_model(prediction):
         "lists": {"quantiles": [0.3, 0.5], "detail_shifts": [0.1, -0.1]},
         "smoothest": {"quantile": 0.999, "detail_shift": -1.0},
     }
-    inpainting = {**h.empty_latent(), "noise_mask": _mask()}
-    inpainting["samples"] = torch.randn(2, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(4))
+    inpainting = {**empty, "noise_mask": _mask()}
+    inpainting["samples"] = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
     found = {}
     for sampler in (None, "euler"):
         for name, inputs in settings.items():
@@ -141,7 +143,7 @@ def _on_the_exact_model(prediction):
         *_node(
             "ExactLogDensity",
             model=model,
-            latent={"samples": h.sampled(model, _guided(None, quantile=0.3), sigmas[:-1])},
+            latent={"samples": h.sampled(model, _guided(None, quantile=0.3), sigmas[:-1], empty)},
             sigmas=sigmas[:-1],
         )[0]
     )
@@ -149,7 +151,7 @@ def _on_the_exact_model(prediction):
         *_node(
             "LogDensity",
             guider=guider,
-            latent={"samples": h.sampled(model, "euler", sigmas)},
+            latent={"samples": h.sampled(model, "euler", sigmas, empty)},
             steps=12,
             probes=2,
             seed=3,
@@ -174,7 +176,7 @@ def _trace(guider, name, sigmas):
             guider=guider,
             sampler=sampler,
             sigmas=sigmas,
-            latent_image=h.empty_latent(),
+            latent_image=h.empty_latent(size=SIZE),
             exact_trace=True,
         )[3]
     )
@@ -186,7 +188,7 @@ def _alignment(guider, method, sigmas):
         "ScoreAlignmentCheck",
         guider=guider,
         noise=h.random_noise(),
-        latent_image=h.empty_latent(),
+        latent_image=h.empty_latent(size=SIZE),
         sigmas=sigmas,
         method=method,
         end_percent=0.95,
@@ -230,7 +232,7 @@ def _with_the_demo_model():
 
     def grid():
         latent, quantiles, indices, levels, columns = _node(
-            "VariationGrid", latent=h.empty_latent(1), quantiles="0.3, 0.5", variations=3
+            "VariationGrid", latent=h.empty_latent(1, SIZE), quantiles="0.3, 0.5", variations=3
         )
         return torch.cat(
             [_numbers(*quantiles, *indices, *levels, float(columns)), latent["samples"].flatten()[::STRIDE].double()]

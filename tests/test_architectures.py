@@ -1,11 +1,8 @@
 """Every model family of the host, with its real classes: see tiny_models.py and benchmarks/architectures.py."""
 
-import json
-
 import pytest
 import torch
 from density_guidance.benchmarks import architectures
-from density_guidance.launcher.environment import PACK
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import tiny_models
 from density_guidance.testing.ways import STEERING, WAYS
@@ -72,10 +69,3 @@ def test_models_without_a_noise_path_are_refused_by_name(name, node):
 def test_tiny_models_are_the_same_every_time():
     first, second = (tiny_models.build("flux").model.diffusion_model.state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first) and len(first) > 20
-
-
-def test_table_comes_from_the_benchmark():
-    results = json.loads((PACK / "docs" / "architectures.json").read_text())
-    assert (PACK / "docs" / "architectures.md").read_text() == architectures.page(results)
-    assert list(results["families"]) == list(tiny_models.FAMILIES) and results["nodes"] == list(WAYS)
-    assert architectures.table(results) in (PACK / "README.md").read_text()

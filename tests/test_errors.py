@@ -246,7 +246,7 @@ def test_log_density_needs_the_built_in_model():
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 4, 32, 32), (1, 3, 2, 32, 32)], ids=str)
 def test_log_density_of_another_latent(shape):
     h.fails(
-        ["latent", " x ".join(map(str, shape[1:])), "3 x 32 x 32"],
+        ["latent", " x ".join(map(str, shape[1:])), f"3 x {h.SIZE} x {h.SIZE}"],
         h.outputs,
         nodes.ExactLogDensity,
         h.exact_model("eps"),

@@ -243,7 +243,7 @@ def test_a_latent_of_the_wrong_shape_is_refused_before_any_call(prediction, shap
     latent = {"samples": torch.ones(shape)}
     with pytest.raises(ValueError) as error:
         h.sample(model, "euler", h.schedule(model, 3), latent)
-    right = "3 x 32 x 32" if shape[1] == 3 else "3 channels"
+    right = f"3 x {h.SIZE} x {h.SIZE}" if shape[1] == 3 else "3 channels"
     for words in ("latent", " x ".join(map(str, shape[1:])), right):
         assert words in str(error.value)
     assert seen.calls == 0

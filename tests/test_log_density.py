@@ -69,9 +69,9 @@ def rms(error):
     return float(error.double().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("prediction, size, bound", [("flow", 32, 1.5e-4), ("flow", 64, 1.5e-4), ("eps", 32, 1.5e-4)])
+@pytest.mark.parametrize("prediction, size, bound", [("flow", 32, 1.5e-4), ("eps", 32, 1.5e-4)])
 def test_exact_divergence_at_32_evaluations(prediction, size, bound):
-    latent, exact = pictures(prediction, 12 if size == 32 else 4, size)
+    latent, exact = pictures(prediction, 24 if size == 32 else 6, size)
     readout = exact_readout(prediction, latent, 32, size)
     assert rms(readout.log_prob - exact) / readout.dim < bound
     if prediction == "flow":
@@ -96,7 +96,7 @@ def test_any_path_gives_the_same(monkeypatch):
     assert rms(off.log_prob - exact) / off.dim < 3e-4
 
 
-@pytest.mark.parametrize("size, count, bound", [(32, 100, 2e-3), (64, 12, 1.5e-3)])
+@pytest.mark.parametrize("size, count, bound", [(32, 100, 2e-3)])
 def test_one_probe_at_32_evaluations(size, count, bound):
     """Error of the node's numbers, and how often the stated standard error covers it."""
     errors, covered = [], []
@@ -189,7 +189,7 @@ def unet_readout():
     return read
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2)], ids=str)
 def test_narrow_networks_read_nearly_the_same(unet_readout, dtype, bound):
     (wide, _), (narrow, how) = unet_readout(torch.float32, dtype), unet_readout(dtype)
     difference = float((narrow.bits_per_dim - wide.bits_per_dim).abs().max())
@@ -297,5 +297,5 @@ def test_an_interrupt_ends_a_readout():
 
     model.set_model_sampler_post_cfg_function(interrupt)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        h.outputs(LogDensity, guider_of(model), {"samples": torch.ones(1, 3, 32, 32)}, 16, 1, 0, 0.1)
+        h.outputs(LogDensity, guider_of(model), {"samples": torch.ones(1, 3, h.SIZE, h.SIZE)}, 16, 1, 0, 0.1)
     assert seen.calls == 1

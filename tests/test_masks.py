@@ -14,6 +14,7 @@ from density_guidance.testing import steering, tiny_models
 
 KINDS = pytest.mark.parametrize("prediction", h.KINDS)
 NODES = pytest.mark.parametrize("node", ["sampler", "model"])
+SIZE = 32  # of images: masks have soft edges
 STEPS = 6
 
 
@@ -36,7 +37,7 @@ def recorded(model, sampler, latent=None, **more):
 
 MASKS = {
     "larger, soft": h.soft_disc(200),
-    "as large": h.soft_disc(h.SIZE),
+    "as large": h.soft_disc(SIZE),
     "one per image": torch.cat([h.soft_disc(64, 0.3), h.soft_disc(64, 0.7, radius=0.2)]),
     "weak": 0.4 * torch.ones(1, 8, 8),
     "not square": h.soft_disc(64)[:, ::2],
@@ -49,7 +50,7 @@ MASKS = {
     + [("as large", "eps", "model")],
 )
 def test_the_mask_weights_the_guidance_and_its_statistics(prediction, node, which):
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, SIZE)
     result, seen, sigmas = recorded(*guided(model, node, 0.2, mask=MASKS[which]))
     weights = h.resized(MASKS[which], result.shape)
     error, _ = steering.deviation(model, seen, sigmas, 0.2, weights)
@@ -78,7 +79,7 @@ def test_masks_of_video_and_audio(family):
 
 @pytest.mark.parametrize("node, sampler", [("sampler", "euler"), ("sampler", None), ("model", "euler")])
 def test_masks_that_change_nothing(node, sampler):
-    model = h.exact_model("flow")
+    model = h.exact_model("flow", SIZE)
 
     def run(quantile, **more):
         return recorded(*guided(model, node, quantile, sampler, **more))[0]
@@ -96,7 +97,7 @@ def test_masks_that_change_nothing(node, sampler):
 @KINDS
 def test_two_regions_by_chaining(prediction):
     """At the first guided step every region is guided as if it were alone; the results differ, region by region."""
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, SIZE)
     left = torch.zeros(1, 32, 32)
     left[..., :16] = 1
     both = h.guided_sampler(0.8, mask=1 - left, sampler=h.guided_sampler(0.1, mask=left, sampler="euler"))
@@ -120,14 +121,14 @@ def test_two_regions_by_chaining(prediction):
 
 def inpainting():
     """A latent with a soft noise mask, and that mask as (B, 1, height, width)."""
-    noise_mask = h.soft_disc(h.SIZE, 0.4)[None].clone()
-    samples = h.sampled(h.exact_model("flow"), "euler", h.schedule(h.exact_model("flow"), 4))
+    noise_mask = h.soft_disc(SIZE, 0.4)[None].clone()
+    samples = h.sampled(h.exact_model("flow", SIZE), "euler", h.schedule(h.exact_model("flow", SIZE), 4))
     return {"samples": samples, "noise_mask": noise_mask}, noise_mask
 
 
 @pytest.mark.parametrize("prediction, sampler", [("eps", "euler"), ("flow", "euler"), ("flow", None)])
 def test_with_inpainting_the_common_region_counts(prediction, sampler):
-    model, (latent, noise_mask) = h.exact_model(prediction), inpainting()
+    model, (latent, noise_mask) = h.exact_model(prediction, SIZE), inpainting()
     mask = h.soft_disc(64, 0.7, 0.6)
     result, seen, sigmas = recorded(*guided(model, "sampler", 0.2, sampler, mask=mask), latent)
     plain, _, _ = recorded(*guided(model, "sampler", 0.5, sampler), latent)
@@ -140,13 +141,13 @@ def test_with_inpainting_the_common_region_counts(prediction, sampler):
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
 def test_previews_with_a_mask_are_unguided(name):
-    model, seen = h.recording(h.exact_model("flow"))
+    model, seen = h.recording(h.exact_model("flow", SIZE))
     shown = []
     guider = h.outputs(h.custom.BasicGuider, model, h.conditioning())[0]
     with torch.inference_mode():
         guider.sample(
-            h.random_noise().generate_noise(h.empty_latent()),
-            h.empty_latent()["samples"],
+            h.random_noise().generate_noise(h.empty_latent(size=SIZE)),
+            h.empty_latent(size=SIZE)["samples"],
             h.guided_sampler(0.05, sampler=name, mask=h.soft_disc(64)),
             h.schedule(model, STEPS),
             None,
@@ -162,9 +163,9 @@ def test_previews_with_a_mask_are_unguided(name):
 
 def shift_over_predicted(prediction, quantile, sampler, **more):
     """Measured over predicted change of log p, mean over 2 seeds: one component, read at the last level above zero."""
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, SIZE)
     sigmas = h.schedule(model, 30)[:-1]
-    latent, positive = h.empty_latent(2), h.conditioning(prediction, 5)
+    latent, positive = h.empty_latent(2, size=SIZE), h.conditioning(prediction, 5)
     path = path_of(model.get_model_object("model_sampling"))
     log_range = guided_steps(Schedule(path, sigmas.tolist())).log_range
     mask = more.get("mask")
@@ -201,7 +202,7 @@ def test_region_shifts_its_share(prediction, sampler):
 @pytest.mark.parametrize("prediction, node", [("eps", "sampler"), ("flow", "model"), ("flow", "sampler")])
 def test_the_curve_weights_the_steps(prediction, node):
     """Straight lines in ln s through the numbers, scaled to a mean of 1 (by the trapezoid rule)."""
-    model, curve = h.exact_model(prediction), (1.0, 4.0, 0.5)
+    model, curve = h.exact_model(prediction, SIZE), (1.0, 4.0, 0.5)
     _, seen, sigmas = recorded(*guided(model, node, 0.2, curve=curve))
     steps = steering.guided_steps(model, sigmas)
     logs = {i: math.log(sigmas[i] / steering.alpha_of(model, sigmas[i])) for i in [*steps, steps[-1] + 1]}
@@ -217,7 +218,7 @@ def test_the_curve_weights_the_steps(prediction, node):
 @pytest.mark.parametrize("prediction, sampler", [("eps", None), ("flow", "euler"), ("flow", None)])
 def test_an_even_curve_changes_nothing(sampler, prediction):
     """Also at sigma = 1 of a flow, where ln s is infinite."""
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, SIZE)
     plain, even, single = (
         recorded(model, h.guided_sampler(0.2, sampler=sampler, **more))[0]
         for more in ({}, {"curve": [3.0, 3.0, 3.0]}, {"curve": [0.2]})
@@ -248,11 +249,11 @@ def test_an_even_curve_changes_nothing(sampler, prediction):
 @NODES
 def test_bad_masks_and_curves(node, more, words):
     with pytest.raises(ValueError) as error:
-        guided(h.exact_model("flow"), node, 0.3, **more)
+        guided(h.exact_model("flow", SIZE), node, 0.3, **more)
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_a_steep_curve_allows_a_smaller_shift():
-    model = h.exact_model("flow")
+    model = h.exact_model("flow", SIZE)
     with pytest.raises(ValueError, match="detail_shift is 2.0"):
         recorded(model, h.guided_sampler(0.5, 2.0, sampler="euler", curve=[8.0, 0.0, 0.0, 0.0]))

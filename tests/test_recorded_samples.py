@@ -10,13 +10,23 @@ from density_guidance.testing import recorded_samples
 WHICH = os.environ.get("DENSITY_GUIDANCE_SAMPLES", "some")  # or "all", or "record"
 OF_V = ("v, own: both, window", "v, euler: quantile")  # v is the same function as eps, see tests/test_exact_model.py
 SLOW = ("unet v", "bfloat16, variation", ": with score", ": without score", "bits per dimension")  # others have their parts
+ALIKE = (
+    "eps, target",
+    "eps, trace",
+    "eps, alignment",
+    "eps, log",
+    "eps, variation",
+    "euler: inpainting",
+    "smoothest",
+    "both, window",
+)
 # Relative to the largest number of a run: rounding in float32 and what 8 steps make of it; more where a network rounds to
 # bfloat16, and where the number is a derivative or found by passes that correct each other.
 TOLERANCE, LOOSE, LOOSELY = 2e-5, 1e-3, ("bfloat16", "target", "alignment", ", log-density")
 NAMES = [
     name
     for name in recorded_samples.recorded()
-    if WHICH == "all" or name in OF_V or not (name.startswith("v, ") or any(word in name for word in SLOW))
+    if WHICH == "all" or name in OF_V or not (name.startswith("v, ") or any(word in name for word in SLOW + ALIKE))
 ]
 
 

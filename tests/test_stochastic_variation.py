@@ -24,9 +24,12 @@ VARIATIONS = 16  # docs/variation.md: 32
 STEPS = 32
 
 
+LARGER = 32  # where log-densities are compared in nats per dimension
+
+
 def same_noise(count):
     """A latent of images that all start from the noise of the first."""
-    return {**h.empty_latent(count), "batch_index": [0] * count}
+    return {**h.empty_latent(count, LARGER), "batch_index": [0] * count}
 
 
 def schedule(model, to_zero=False):
@@ -41,7 +44,7 @@ def nats_per_dim(model, samples, sigmas):
 @lru_cache
 def log_density_run(prediction, vary, strength, correction):
     """(log-density change of the variations against the deterministic run, model calls)."""
-    model, seen = h.recording(h.exact_model(prediction))
+    model, seen = h.recording(h.exact_model(prediction, LARGER))
     sigmas = schedule(model)
     plain = h.sampled(model, h.guided_sampler(), sigmas, same_noise(1))
     seen.calls = 0
@@ -53,7 +56,7 @@ def log_density_run(prediction, vary, strength, correction):
 @lru_cache
 def euler_maruyama_run(prediction, calls):
     """The same for Euler-Maruyama with the exact correction in the window of "fine details", at `calls` model calls."""
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, LARGER)
     return fine_details_change(model, schedule(model).tolist(), 0.5, calls, VARIATIONS).numpy()
 
 
@@ -89,7 +92,7 @@ def test_other_windows_keep_the_log_density(prediction, vary):
 @EVERY_KIND
 def test_variations_keep_the_guided_level(prediction):
     """Quantile and shift act under the noise as without it."""
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, LARGER)
     sigmas = schedule(model)
     guided = nats_per_dim(model, h.sampled(model, h.guided_sampler(0.3, 0.2), sigmas, same_noise(1)), sigmas)
     plain = nats_per_dim(model, h.sampled(model, h.guided_sampler(), sigmas, same_noise(1)), sigmas)
@@ -105,7 +108,7 @@ def test_variations_keep_the_guided_level(prediction):
 @KIND_AND_CORRECTION
 def test_noise_from_the_first_step_on_keeps_what_guidance_adds(prediction, correction):
     """The change by the quantile, under noise that begins as early as there can be some, is that without noise."""
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, LARGER)
     sigmas = h.schedule(model, 20)[:-1]
 
     def added(samplers):
@@ -124,7 +127,7 @@ def test_noise_from_the_first_step_on_keeps_what_guidance_adds(prediction, corre
 @KIND_AND_CORRECTION
 def test_a_mask_keeps_the_log_density(prediction, correction):
     """Soft edges, one mask for each half of the batch: bias and spread as without, where the pictures differ enough."""
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, LARGER)
     sigmas = schedule(model)
     mask = torch.cat([h.soft_disc(64)] * 5 + [h.soft_disc(64, 0.3, 0.7, 0.25)] * 5)
     plain = h.sampled(model, h.guided_sampler(), sigmas, same_noise(1))
@@ -183,15 +186,16 @@ def test_mask_within_an_inpainting(prediction):
     sigmas = h.schedule(model, 8)
     latent = {**h.empty_latent(2), "samples": h.sampled(model, "euler", sigmas)}
     latent["noise_mask"] = torch.zeros(2, 1, h.SIZE, h.SIZE)
-    latent["noise_mask"][..., 16:] = 1
+    half = h.SIZE // 2
+    latent["noise_mask"][..., half:] = 1
     mask = torch.zeros(1, h.SIZE, h.SIZE)
-    mask[:, 16:] = 1
+    mask[:, half:] = 1
     result, plain = (
         h.sampled(model, sampler, sigmas, latent) for sampler in (h.varied("everything", mask=mask), h.guided_sampler())
     )
     difference = (result - plain).abs()
-    assert not difference[..., :16].any()
-    assert float(difference[..., 16:, 16:].mean()) > 3 * float(difference[..., :16, 16:].mean())
+    assert not difference[..., :half].any()
+    assert float(difference[..., half:, half:].mean()) > 3 * float(difference[..., :half, half:].mean())
 
 
 # --- where the change is -----------------------------------------------------------------------------------------
@@ -207,10 +211,10 @@ def high_share(difference):
 @lru_cache
 def change_of(prediction, vary, strength):
     """Variations of 6 images minus the images."""
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, LARGER)
     sigmas = h.schedule(model, 16)
-    plain = h.sampled(model, h.guided_sampler(), sigmas, h.empty_latent(6))
-    return h.sampled(model, h.varied(vary, strength), sigmas, h.empty_latent(6)) - plain
+    plain = h.sampled(model, h.guided_sampler(), sigmas, h.empty_latent(6, LARGER))
+    return h.sampled(model, h.varied(vary, strength), sigmas, h.empty_latent(6, LARGER)) - plain
 
 
 @EVERY_KIND
