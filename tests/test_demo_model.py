@@ -118,7 +118,7 @@ def test_lora_patches_the_weights(demo, plain, strength):
     assert change > 1e-3 if strength else change == 0
 
 
-@pytest.mark.parametrize("sampler", ["euler", None])
+@pytest.mark.parametrize("sampler", ["euler"])
 def test_guidance_turns_the_detail_of_every_picture(demo, sampler):
     less, plain, more = (
         high_energy(picture(demo, steps=12, sampler=h.guided_sampler(q, sampler=sampler))) for q in (0.8, 0.5, 0.2)
@@ -128,9 +128,9 @@ def test_guidance_turns_the_detail_of_every_picture(demo, sampler):
 
 
 @pytest.mark.parametrize("dtype, compute_dtype", [(torch.float16, torch.float32), (torch.bfloat16, None)])
-def test_weights_of_less_precision_give_the_same_pictures(demo, plain, dtype, compute_dtype):
-    reduced = picture(demo, demo_model.load(dtype, compute_dtype)[0])
-    difference = (reduced - plain).square().mean().sqrt()
+def test_weights_of_less_precision_give_the_same_images(demo, dtype, compute_dtype):
+    reduced = picture(demo, demo_model.load(dtype, compute_dtype)[0], steps=4)
+    difference = (reduced - picture(demo, steps=4)).square().mean().sqrt()
     assert difference <= (0 if dtype == torch.float16 else 0.1)  # the file is float16
 
 

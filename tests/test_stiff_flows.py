@@ -17,12 +17,12 @@ COMPONENT = 3
 
 
 def run(prediction, scheduler, steps, cfg, sampler, images=1):
-    model = h.exact_model(prediction)
+    model = h.exact_model(prediction, 32)
     return h.sampled(
         model,
         sampler,
         h.schedule(model, steps, scheduler),
-        h.empty_latent(images),
+        h.empty_latent(images, 32),
         cfg=cfg,
         positive=h.conditioning(prediction, COMPONENT),
         negative=h.conditioning(prediction),
