@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from density_guidance.dg_core import solver
+from density_guidance.dg_core.adams import History
 from density_guidance.dg_core.control import guided_steps
+from density_guidance.dg_core.quadrature import eps_weights
 from density_guidance.dg_core.schedule import FLOW, VE, Schedule
 from density_guidance.testing.gaussians import control_of_z, gaussian, geometric
 from scipy.integrate import solve_ivp
@@ -138,3 +140,15 @@ def test_almost_repeated_sigma_does_no_harm(noise):
 
 def test_flow_from_next_to_pure_noise(noise):
     assert run(POINT7, FLOW, [1.0, 0.99992, 0.5, 0.1], -1.0, noise).isfinite().all()
+
+
+def test_a_series_begins_with_the_node_where_the_step_begins():
+    """So that the order limiter, where it leaves out all else, leaves the DDIM step; the whole is interpolation by all nodes."""
+    history, (a, b, c) = History(eps_weights, 3), torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(1)).unbind()
+    for theta, value in ((1.0, a), (0.8, b), (0.6, c)):
+        history.add(theta, value, theta - 0.2)
+    predicted, corrected = (list(history.terms(*step, correct)) for *step, correct in ((0.6, 0.4, False), (0.8, 0.6, True)))
+    assert torch.allclose(predicted[0], eps_weights(0.6, 0.4, [0.6])[0] * c)
+    assert torch.allclose(corrected[0], eps_weights(0.8, 0.6, [0.8])[0] * b)
+    whole = sum(w * v for w, v in zip(eps_weights(0.8, 0.6, [0.6, 0.8, 1.0]), (c, b, a)))
+    assert torch.allclose(sum(corrected), whole, atol=1e-6) and len(predicted) == len(corrected) == 3
