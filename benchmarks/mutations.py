@@ -64,7 +64,7 @@ MUTATIONS = [
         "variation",
     ),
     # precision, and what the host sees
-    Mutation("dg_core/control.py", "wide = compute_dtype(x.dtype)", "wide = x.dtype", "host_sampling architectures"),
+    Mutation("dg_core/control.py", "wide = compute_dtype(x.dtype)", "wide = x.dtype", "control"),
     Mutation("dg_core/statistics.py", "return torch.promote_types(dtype, torch.float32)", "return dtype", "control"),
     Mutation(
         "nodes/host/steering.py",

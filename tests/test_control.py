@@ -197,6 +197,12 @@ def test_an_image_is_guided_alike_wherever_it_lies_in_a_batch(shape):
     assert torch.equal(torch.cat(alone), guided(x, denoised, [2.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrow_prediction_is_guided_in_float32_and_rounded_once(dtype):
+    x, denoised = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(13)).to(dtype).unbind()
+    assert torch.equal(guided(x, denoised, [2.0]), guided(x.float(), denoised.float(), [2.0]).to(dtype))
+
+
 def test_prediction_outside_the_range_is_unchanged():
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
     for sigma, changed in ((5.0, False), (4.0, True), (1.5, True), (1.0, False)):

@@ -147,7 +147,7 @@ def test_a_series_begins_with_the_node_where_the_step_begins():
     history, (a, b, c) = History(eps_weights, 3), torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(1)).unbind()
     for theta, value in ((1.0, a), (0.8, b), (0.6, c)):
         history.add(theta, value, theta - 0.2)
-    predicted, corrected = (list(history.terms(*step, correct)) for *step, correct in ((0.6, 0.4, False), (0.8, 0.6, True)))
+    predicted, corrected = list(history.terms(0.6, 0.4, False)), list(history.terms(0.8, 0.6, True))
     assert torch.allclose(predicted[0], eps_weights(0.6, 0.4, [0.6])[0] * c)
     assert torch.allclose(corrected[0], eps_weights(0.8, 0.6, [0.8])[0] * b)
     whole = sum(w * v for w, v in zip(eps_weights(0.8, 0.6, [0.6, 0.8, 1.0]), (c, b, a)))
