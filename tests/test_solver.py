@@ -143,7 +143,7 @@ def test_flow_from_next_to_pure_noise(noise):
 
 
 def test_a_series_begins_with_the_node_where_the_step_begins():
-    """So that the order limiter, where it leaves out all else, leaves the DDIM step; the whole is interpolation by all nodes."""
+    """Where the limiter leaves out all else, the DDIM step is left; the whole is interpolation by all nodes."""
     history, (a, b, c) = History(eps_weights, 3), torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(1)).unbind()
     for theta, value in ((1.0, a), (0.8, b), (0.6, c)):
         history.add(theta, value, theta - 0.2)
