@@ -132,6 +132,16 @@ def test_a_readout_does_not_depend_on_the_batch():
     assert h.outputs(LogDensity, guider, latent, 8, 1, 4, 0.05)[0] != together
 
 
+def test_density_guidance_of_the_model_is_left_out():
+    """What is read is the density of the model, in the model patch's runs too."""
+    latent, _ = pictures("flow", 2)
+    model = h.exact_model("flow")
+    plain, guided = (
+        h.outputs(LogDensity, guider_of(m), latent, 8, 1, 3, FLOOR["flow"])[0] for m in (model, h.guided_model(model, 0.05))
+    )
+    assert guided == plain
+
+
 def test_the_first_evaluation_is_at_noise_levels_of_the_schedule():
     """Patches like context windows find out their step from the noise level, and stop at one that they don't know."""
     model, seen = h.recording(h.exact_model("eps"))
