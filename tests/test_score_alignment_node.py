@@ -328,13 +328,9 @@ def test_without_score_agrees_with_the_density_of_the_flow_on_a_real_network():
         return torch.tensor(h.outputs(LogDensity, guider(model, positive()), end, 64, 4, 0, level)[0], dtype=torch.float64)
 
     measured = 0.01 * (bits(1 + step) - bits(1 - step)) / (2 * step)
-    found, coarse = (
-        check(model, "without score", steps=40, positive=positive(), latent=latent, probes=4)[6]
-        for model in (model, make(torch.bfloat16))
-    )
-    print(found, measured.tolist(), coarse)
+    found = check(model, "without score", steps=40, positive=positive(), latent=latent, probes=4)[6]
+    print(found, measured.tolist())
     assert found == pytest.approx(measured.tolist(), rel=0.05)
-    assert coarse == pytest.approx(measured.tolist(), rel=0.1)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
