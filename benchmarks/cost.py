@@ -80,7 +80,9 @@ def ratios(model_type, shape, repeats=REPEATS, steps=STEPS, daemon=None):
                 seconds[name].append(time.thread_time() - start)
     found = {}
     for name in (n for n in runs if n != PLAIN):
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds[name], seconds[PLAIN])], n=4)
+        low, middle, high = statistics.quantiles(
+            [a / b for a, b in zip(seconds[name], seconds[PLAIN])], n=4, method="inclusive"
+        )
         found[name] = {"median": middle, "low": low, "high": high}
     return found
 
