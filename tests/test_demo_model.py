@@ -118,12 +118,11 @@ def test_lora_patches_the_weights(demo, plain, strength):
     assert change > 1e-3 if strength else change == 0
 
 
-@pytest.mark.parametrize("sampler", ["euler"])
-def test_guidance_turns_the_detail_of_every_picture(demo, sampler):
+def test_guidance_turns_the_detail_of_every_image(demo):
     less, plain, more = (
-        high_energy(picture(demo, steps=12, sampler=h.guided_sampler(q, sampler=sampler))) for q in (0.8, 0.5, 0.2)
+        high_energy(picture(demo, steps=12, sampler=h.guided_sampler(q, sampler="euler"))) for q in (0.8, 0.5, 0.2)
     )
-    print(sampler, less.tolist(), plain.tolist(), more.tolist())
+    print(less.tolist(), plain.tolist(), more.tolist())
     assert (less < plain).all() and (plain < more).all()
 
 
@@ -131,7 +130,7 @@ def test_guidance_turns_the_detail_of_every_picture(demo, sampler):
 def test_weights_of_less_precision_give_the_same_images(demo, dtype, compute_dtype):
     reduced = picture(demo, demo_model.load(dtype, compute_dtype)[0], steps=1)
     difference = (reduced - picture(demo, steps=1)).square().mean().sqrt()
-    assert difference <= (0 if dtype == torch.float16 else 0.1)  # the file is float16
+    assert difference <= (0 if dtype == torch.float16 else 0.005)  # the file is float16
 
 
 def test_bad_class_and_missing_weights(tmp_path, monkeypatch):

@@ -27,7 +27,6 @@ from density_guidance.testing import networks
 from density_guidance.testing.gaussian_oracle import GaussianOracle
 from density_guidance.testing.measures import check, guider, without_forward_mode
 
-KINDS = pytest.mark.parametrize("prediction", h.KINDS)
 WAYS = ("with score", "without score", "finite scale")
 COMPONENT = 5
 
@@ -79,10 +78,9 @@ def test_gaussian_closed_form(prediction, forward, oracle):
         assert way == "finite scale" or ("forward-mode AD, which" in report) == forward
 
 
-@pytest.mark.parametrize("prediction", ["flow"])
-def test_response_and_scale_against_the_exact_density(prediction):
+def test_response_and_scale_against_the_exact_density():
     """1% more noise, and the scale for a wanted change, sampled by the host in fine steps and read from the exact density."""
-    model, batch, steps = h.exact_model(prediction), 8, 32
+    model, batch, steps = h.exact_model("flow"), 8, 32
     cut = read_level(model, h.schedule(model, steps))
     fine = torch.cat([(cut[:-1, None] * (cut[1:] / cut[:-1])[:, None] ** (torch.arange(2) / 2)).flatten(), cut[-1:]])
 
@@ -94,22 +92,21 @@ def test_response_and_scale_against_the_exact_density(prediction):
     *_, scale, response = check(model, steps=steps, batch=batch, detail_shift=0.05)
     plain, measured = bits(1.0), bits(1.005) - bits(0.995)
     error = (torch.tensor(response) / measured - 1).abs()
-    print(prediction, "response", error.tolist(), "shift", (bits(scale) - plain).tolist())
+    print("response", error.tolist(), "shift", (bits(scale) - plain).tolist())
     assert (error < 0.05).sum() >= 7
     assert float((bits(scale) - plain).mean()) == pytest.approx(0.05, rel=0.05)
 
 
-@pytest.mark.parametrize("prediction", ["flow"])
-def test_both_ways_agree(prediction):
+def test_both_ways_agree():
     """Over 16 seeds, with one probe: correlated, and without a bias; docs/score_alignment.md has more."""
-    model = h.exact_model(prediction, 32)
+    model = h.exact_model("flow", 32)
     with torch.inference_mode():
         found = examine(guider(model), h.random_noise(), h.empty_latent(16, 32), h.schedule(model, 32), CheckSettings("both"))
     with_score, without = (cosine[-1] for cosine in found.cosines.values())
     amounts = torch.stack([found.alignment, found.alignment * without / with_score])
     bias = amounts[1] - amounts[0]
     correlation = float(torch.corrcoef(amounts)[0, 1])
-    print(prediction, correlation, float(bias.mean() / (bias.std() / 4)))
+    print(correlation, float(bias.mean() / (bias.std() / 4)))
     assert correlation > 0.99 and abs(float(bias.mean())) < 3 * float(bias.std()) / 4
 
 
