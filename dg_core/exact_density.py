@@ -147,6 +147,11 @@ class ExactDensity:
             )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic."""
+        return self.means.dtype
+
+    @property
     def components(self) -> int:
         """K."""
         return self.log_weights.numel()

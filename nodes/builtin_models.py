@@ -19,10 +19,16 @@ PREDICTION = Choice(
     default="flow",
     neutral="any",
 )
-SIZE = Choice("size", "Width and height of the images, in pixels.", options=("64", "48", "32"), default="64")
+SIZE = Choice(
+    "size",
+    "Width and height of the images, in pixels: 32, 48 or 64 for emoji, 32, 64, 128 or 256 for textures.",
+    options=("64", "48", "32", "128", "256"),
+    default="64",
+)
 COMPONENT = Number(
     "component",
-    "Number of the emoji, of 128, that the conditioning asks for, like a prompt. -1 asks for all.",
+    "What the conditioning asks for, like a prompt: the number of one of 128 emoji, or of one of the textures "
+    f"{', '.join(f'{name} ({i})' for i, name in enumerate(exact.TEXTURES))}. -1 asks for all.",
     default=-1,
     neutral=-1,
     low=-1,
@@ -35,13 +41,21 @@ CLASS_NAME = Choice(
     default="rock",
     neutral=ANY,
 )
+KIND = Choice(
+    "kind",
+    "emoji: every image is its own mode, and detail is grain. textures: detail is contrast, a small push at high noise changes "
+    "much, as with trained models.",
+    options=tuple(exact.KINDS),
+    default=exact.EMOJI,
+    optional=True,
+)
 BATCH_SIZE = Number("batch_size", "Number of images in the latent, each with its own noise.", default=4, low=1, high=64)
 
 
 class LoadExactDensityModel(io.ComfyNode):
     """The exact-density model with its VAE, a conditioning and an empty latent: see `builtin.exact`."""
 
-    INPUTS = (PREDICTION, SIZE, COMPONENT, BATCH_SIZE)
+    INPUTS = (PREDICTION, SIZE, COMPONENT, BATCH_SIZE, KIND)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -49,20 +63,20 @@ class LoadExactDensityModel(io.ComfyNode):
             node_id="LoadExactDensityModel",
             display_name="Load Exact Density Model",
             category=CATEGORY,
-            description="A small built-in model of emojis whose log-density is known exactly. Try density guidance on it "
-            "before you use it on your own model. Needs no download.",
+            description="A small built-in model, of emojis or of textures, whose log-density is known exactly. Try density guidance "
+            "on it before you use it on your own model. Needs no download.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Model.Output(display_name="model", tooltip="A model like any other: samplers, CFG and patches work."),
                 io.Vae.Output(display_name="vae", tooltip="Turns its latents into images; the latents are the pixels."),
-                io.Conditioning.Output(display_name="conditioning", tooltip="The emoji asked for by component."),
+                io.Conditioning.Output(display_name="conditioning", tooltip="The emoji or texture asked for by component."),
                 io.Latent.Output(display_name="latent", tooltip="An empty latent of the right size."),
             ],
         )
 
     @classmethod
-    def execute(cls, prediction: str, size: str, component: int, batch_size: int) -> io.NodeOutput:
-        model, vae = exact.load(PREDICTION.check(prediction), int(SIZE.check(size)))
+    def execute(cls, prediction: str, size: str, component: int, batch_size: int, kind: str = exact.EMOJI) -> io.NodeOutput:
+        model, vae = exact.load(PREDICTION.check(prediction), int(SIZE.check(size)), KIND.check(kind))
         component, batch_size = COMPONENT.check(component), BATCH_SIZE.check(batch_size)
         density = model.model.density
         weights = density.log_weights.exp()[None] if component < 0 else density.one_hot(component)

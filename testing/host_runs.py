@@ -96,6 +96,26 @@ def exact_model(prediction, size=SIZE):
     return kept(_loaded(prediction, size)[0].clone())
 
 
+TEXTURE_SIZE = 32
+
+
+@lru_cache
+def _loaded_textures(prediction):
+    return outputs(LoadExactDensityModel, prediction, str(TEXTURE_SIZE), -1, 2, "textures")
+
+
+def texture_model(prediction):
+    """A fresh clone of the exact model of textures, which amplifies as images do."""
+    return kept(_loaded_textures(prediction)[0].clone())
+
+
+def texture_conditioning(prediction="flow", component=-1):
+    """The conditioning that asks for one texture, or for all."""
+    if component < 0:
+        return _loaded_textures(prediction)[2]
+    return outputs(LoadExactDensityModel, prediction, str(TEXTURE_SIZE), component, 2, "textures")[2]
+
+
 def exact_vae():
     return _loaded("flow", SIZE)[1]
 

@@ -1,7 +1,8 @@
-"""The exact density as a model of the host: `BaseModel`, latent format and VAE, in three parameterisations."""
+"""The exact densities as models of the host: `BaseModel`, latent format and VAE, in three parameterisations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,61 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models_base
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from ...dg_core.exact_density import CHANNELS, ExactDensity
+from ...dg_core.exact_textures import ExactTextures
 from ...dg_core.statistics import sum_dtype
 from ..host.inputs import require
 from ..host.model_access import path_of
 from .pixels import PixelLatent, pixel_vae
 
-WEIGHTS = Path(__file__).resolve().parent.parent.parent / "models" / "exact_density.safetensors"
+MODELS = Path(__file__).resolve().parent.parent.parent / "models"
+WEIGHTS = MODELS / "exact_density.safetensors"
+TEXTURES = ("dunes", "canyon", "ice", "granite", "reef", "grass")
+TEXTURE_SCALE = 4.0  # latent units per unit of an image in [-1, 1]
+TEXTURE_STD = 0.2  # of an image in [-1, 1], at the contrast 1
 
-# Noise levels that surround all scales of the density: texture 0.5, images apart by 100 (at 32 x 32), in latent units.
-SIGMA_MIN, SIGMA_MAX = 0.1, 160.0
-FLOW_SHIFT = 3.0
-# A table of 1000 would end at s = 0.003, a hundred times below the finest texture: steps without an effect.
-FLOW_TIMESTEPS = 96
+Density = ExactDensity | ExactTextures
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """Noise levels that surround all scales of a density, in latent units; and shift and number of levels of its flow, whose
+    table would else end far below the finest texture, in steps without an effect."""
+
+    sigma_min: float
+    sigma_max: float
+    flow_shift: float
+    flow_timesteps: int
+
+
+def _emoji(size: int) -> tuple[ExactDensity, PixelLatent, NoiseRange]:
+    with safe_open(WEIGHTS, framework="pt") as f:
+        latent_format = PixelLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
+    # Texture has 0.5, images are apart by 100 at 32 x 32.
+    return ExactDensity.load(WEIGHTS, size), latent_format, NoiseRange(0.1, 160.0, 3.0, 96)
+
+
+def _textures(size: int) -> tuple[ExactTextures, PixelLatent, NoiseRange]:
+    images = torch.stack([torch.from_numpy(np.array(Image.open(MODELS / "textures" / f"{name}.png"))) for name in TEXTURES])
+    images = images.double().movedim(-1, 1) / 127.5 - 1
+    if not 8 <= size <= images.shape[-1] or images.shape[-1] % size:
+        raise ValueError(f"size is {size}; textures have sizes that divide {images.shape[-1]}: choose 32, 64, 128 or 256")
+    images = torch.nn.functional.avg_pool2d(images, images.shape[-1] // size)
+    mean = images.mean((2, 3), keepdim=True)
+    images = mean + (images - mean) * TEXTURE_STD / (images - mean).square().mean((1, 2, 3), keepdim=True).sqrt()
+    # The strongest wave of a texture grows with the size, as the distance between textures does.
+    shift = 3 * size / 64
+    levels = NoiseRange(0.04, 2.5 * size, shift, round(24 * shift))
+    return ExactTextures(TEXTURE_SCALE * images), PixelLatent(scale=TEXTURE_SCALE), levels
+
+
+EMOJI, TEXTURE = "emoji", "textures"
+KINDS: dict[str, Callable[[int], tuple[Density, PixelLatent, NoiseRange]]] = {EMOJI: _emoji, TEXTURE: _textures}
 
 
 class _EPS(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EPS):
@@ -40,22 +80,22 @@ class _Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling
     pass
 
 
-def _continuous(cls: type) -> Any:
+def _continuous(cls: type, levels: NoiseRange) -> Any:
     sampling = cls()
-    sampling.set_parameters(SIGMA_MIN, SIGMA_MAX, sigma_data=1.0)
+    sampling.set_parameters(levels.sigma_min, levels.sigma_max, sigma_data=1.0)
     return sampling
 
 
-def _flow() -> Any:
+def _flow(levels: NoiseRange) -> Any:
     sampling = _Flow()
-    sampling.set_parameters(shift=FLOW_SHIFT, timesteps=FLOW_TIMESTEPS)
+    sampling.set_parameters(shift=levels.flow_shift, timesteps=levels.flow_timesteps)
     return sampling
 
 
 # prediction -> (type of the host's model, its sampling)
 PREDICTIONS = {
-    "eps": (comfy.model_base.ModelType.EPS, lambda: _continuous(_EPS)),
-    "v": (comfy.model_base.ModelType.V_PREDICTION_EDM, lambda: _continuous(_V)),
+    "eps": (comfy.model_base.ModelType.EPS, lambda levels: _continuous(_EPS, levels)),
+    "v": (comfy.model_base.ModelType.V_PREDICTION_EDM, lambda levels: _continuous(_V, levels)),
     "flow": (comfy.model_base.ModelType.FLOW, _flow),
 }
 
@@ -65,13 +105,13 @@ class ExactDensityNetwork(torch.nn.Module):
 
     dtype = torch.float32
 
-    def __init__(self, density: ExactDensity, prediction: str):
+    def __init__(self, density: Density, prediction: str):
         super().__init__()
         self.prediction = prediction
         # Not buffers, which would take the dtype of the network and move with it: a copy for each device, in float64.
         self._tables = {torch.device("cpu"): density}
 
-    def density_on(self, device: torch.device) -> ExactDensity:
+    def density_on(self, device: torch.device) -> Density:
         """The density's tables on `device`; in float64 wherever the device has it."""
         if device not in self._tables:
             self._tables[device] = self._tables[torch.device("cpu")].to(device, sum_dtype(device))
@@ -80,7 +120,7 @@ class ExactDensityNetwork(torch.nn.Module):
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
         """The network's output (B, 3, size, size) for the host's input and timesteps (B,); context: (B, 1, K) weights."""
         density = self.density_on(x.device)
-        wide = density.means.dtype
+        wide = density.dtype
         t = timesteps.to(wide)
         sigma = t / 1000 if self.prediction == "flow" else (4 * t).exp()
         shape = (-1, 1, 1, 1)
@@ -102,13 +142,13 @@ class ExactDensityNetwork(torch.nn.Module):
 class ExactDensityModel(comfy.model_base.BaseModel):
     """A model of the host whose density is known: `density` is it."""
 
-    def __init__(self, density: ExactDensity, prediction: str, latent_format: PixelLatent):
+    def __init__(self, density: Density, prediction: str, latent_format: PixelLatent, levels: NoiseRange):
         config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
         config.latent_format = latent_format
         config.memory_usage_factor = 0.1
         model_type, sampling = PREDICTIONS[prediction]
         super().__init__(config, model_type)
-        self.model_sampling = sampling()
+        self.model_sampling = sampling(levels)
         self.diffusion_model = ExactDensityNetwork(density, prediction)
         self.density = density
 
@@ -134,11 +174,10 @@ def _require_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
         )
 
 
-def load(prediction: str, size: int) -> tuple[comfy.model_patcher.ModelPatcher, Any]:
-    """(ModelPatcher, VAE) of the exact density."""
-    with safe_open(WEIGHTS, framework="pt") as f:
-        latent_format = PixelLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
-    model = ExactDensityModel(ExactDensity.load(WEIGHTS, size), prediction, latent_format)
+def load(prediction: str, size: int, kind: str = EMOJI) -> tuple[comfy.model_patcher.ModelPatcher, Any]:
+    """(ModelPatcher, VAE) of an exact density, one of `KINDS`. Raises ValueError for a size that it does not have."""
+    density, latent_format, levels = KINDS[kind](size)
+    model = ExactDensityModel(density, prediction, latent_format, levels)
     patcher = comfy.model_patcher.ModelPatcher(
         model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     )
