@@ -70,9 +70,7 @@ class ExactTextures:
         """
         shape = tuple(photographs.shape)
         if len(shape) != 4 or shape[1] != CHANNELS or shape[2] != shape[3] or shape[2] % 2 or shape[2] < 8:
-            raise ValueError(
-                f"photographs have shape {shape}; expected (T, {CHANNELS}, size, size) with an even size from 8 on"
-            )
+            raise ValueError(f"photographs have shape {shape}; expected (T, {CHANNELS}, size, size), even sizes from 8 on")
         low, high = contrasts
         if not 0 < low < high:
             raise ValueError(f"contrasts are {contrasts}; they must ascend from above 0")

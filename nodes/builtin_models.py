@@ -63,8 +63,8 @@ class LoadExactDensityModel(io.ComfyNode):
             node_id="LoadExactDensityModel",
             display_name="Load Exact Density Model",
             category=CATEGORY,
-            description="A small built-in model, of emojis or of textures, whose log-density is known exactly. Try density guidance "
-            "on it before you use it on your own model. Needs no download.",
+            description="A small built-in model, of emojis or of textures, whose log-density is known exactly. Try density "
+            "guidance on it before you use it on your own model. Needs no download.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Model.Output(display_name="model", tooltip="A model like any other: samplers, CFG and patches work."),

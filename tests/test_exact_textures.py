@@ -33,7 +33,7 @@ def points(density, count, s):
 
 
 def dense(photographs, density, s):
-    """The same mixture as torch's own: covariances from the circular shifts of the photographs, in their colours and in grey."""
+    """The same mixture as torch's own: covariances from the circular shifts of the photographs."""
     size, means, covariances = density.size, [], []
     for photograph in photographs:
         mean = photograph.mean((1, 2))
