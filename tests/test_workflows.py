@@ -159,7 +159,7 @@ def last_noise_level(prediction, steps):
     """s where the sweep ends: the last sigma above 0 of the host's `simple` schedule, in VE coordinates."""
     import comfy.samplers
 
-    sampling = exact.PREDICTIONS[prediction][1]()
+    sampling = exact.PREDICTIONS[prediction][1](exact.KINDS[exact.EMOJI](32)[2])
     sigma = float(comfy.samplers.calculate_sigmas(sampling, "simple", steps)[-2])
     return sigma / (1 - sigma) if prediction == "flow" else sigma
 
