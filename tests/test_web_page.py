@@ -104,8 +104,8 @@ def test_page_shows_the_pictures_of_the_templates(seen):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("DensityGuidanceSampler", "in bits per dimension = -nats / (D * ln 2)"),
-        ("ExactLogDensity", "Why the sigmas must end above 0"),
+        ("DensityGuidanceSampler", "bits per dimension = -nats / (D ln 2)"),
+        ("ExactLogDensity", "The sigmas must end above 0."),
     ],
 )
 def test_page_shows_the_documentation(name, words, seen):
