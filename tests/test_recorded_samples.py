@@ -20,9 +20,11 @@ ALIKE = (
     "smoothest",
     "both, window",
 )
-# Relative to the largest number of a run: rounding in float32 and what 8 steps make of it; more where a network rounds to
-# bfloat16, and where the number is a derivative or found by passes that correct each other.
-TOLERANCE, LOOSE, LOOSELY = 2e-5, 1e-3, ("bfloat16", "target", "alignment", ", log-density")
+# Relative to the largest number of a run: rounding in float32 and what 8 steps make of it; more where the number is a
+# derivative or found by passes that correct each other. In bfloat16, with a rounding unit of 0.004, each processor's
+# kernels add in their own order: one machine's AVX2, AVX-512 and AMX differ by up to 0.005.
+TOLERANCE, LOOSE, OF_BFLOAT16 = 2e-5, 1e-3, 2e-2
+LOOSELY = ("target", "alignment", ", log-density")
 NAMES = [
     name
     for name in recorded_samples.recorded()
@@ -53,7 +55,8 @@ def test_samples_are_the_recorded_ones(name):
     wanted = recorded()[name]
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
     error = float((found - wanted).abs().max() / wanted.abs().max())
-    assert error <= (LOOSE if any(word in name for word in LOOSELY) else TOLERANCE), f"{error:.1e}"
+    tolerance = OF_BFLOAT16 if "bfloat16" in name else LOOSE if any(word in name for word in LOOSELY) else TOLERANCE
+    assert error <= tolerance, f"{error:.1e}"
 
 
 def test_every_run_is_recorded():

@@ -103,10 +103,7 @@ def test_page_shows_the_pictures_of_the_templates(seen):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [
-        ("DensityGuidanceSampler", "bits per dimension = -nats / (D ln 2)"),
-        ("ExactLogDensity", "The sigmas must end above 0."),
-    ],
+    [("DensityGuidanceSampler", "bits per dimension = -nats / (D ln 2)"), ("ExactLogDensity", "The sigmas must end above 0.")],
 )
 def test_page_shows_the_documentation(name, words, seen):
     assert words in seen["help"][name]
