@@ -42,6 +42,11 @@ class History:
         """Whether it has no value yet."""
         return not self._theta
 
+    @property
+    def nodes(self) -> int:
+        """How many values it has."""
+        return len(self._theta)
+
     def add(self, theta: float, value: torch.Tensor, next_theta: float) -> None:
         """Add the value (B, ...) at theta, from where the next step leads to next_theta."""
         self._forget_extrapolated()
@@ -50,6 +55,10 @@ class History:
         kept = kept[: self._predictor_nodes]
         self._theta = [theta, *(self._theta[j] for j in kept)]
         self._values = [value, *(self._values[j] for j in kept)]
+
+    def replace(self, theta: float, value: torch.Tensor, next_theta: float) -> None:
+        """The value (B, ...) in place of the newest one, with the same theta."""
+        self._values[0] = value
 
     def add_after_jump(self, theta: float, value: torch.Tensor, next_theta: float, once: bool) -> None:
         """Add a value of another path, to which the state has jumped at theta.

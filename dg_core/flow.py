@@ -25,6 +25,9 @@ from .schedule import Level, Schedule
 from .statistics import per_image, region_of, squared_norm
 
 ORDER = 3
+# The share of a correction that denoised follows. A step's error lies where the denoiser turns from "all noise", 0, to "all
+# image", 1, and so in the middle.
+TURNING = 0.5
 _GUIDANCE_NODES = 2
 
 
@@ -63,6 +66,15 @@ class Flow:
     def add(self, x: torch.Tensor, denoised: torch.Tensor, level: Level, step: int) -> None:
         """Add an evaluation at the level where `step` starts."""
         self._add(x, denoised, level, step, History.add)
+
+    def move(self, x: torch.Tensor, drift: torch.Tensor, denoised: torch.Tensor, level: Level, step: int) -> None:
+        """In place of the last evaluation, of x, what it tells about x + drift, without a call; see `TURNING`.
+
+        Not in the first steps, of a lower order, whose errors lie elsewhere too.
+        """
+        if level.alpha > 0 and self._eps.nodes >= ORDER:
+            moved = torch.add(denoised, drift, alpha=TURNING / level.alpha)
+            self._add(x + drift, moved, level, step, History.replace)
 
     def add_after_jump(self, x: torch.Tensor, denoised: torch.Tensor, level: Level, step: int, extrapolated: bool) -> None:
         """Add an evaluation of a state that has jumped; extrapolated: from a foot that no evaluation has seen."""

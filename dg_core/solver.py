@@ -49,6 +49,8 @@ def solve(
             denoised = model(x, level.sigma)
             flow.add(x, denoised, level, i)
             if i:
+                drift = flow.advance(u, theta, level.theta, i - 1, correct=True) * level.scale - x
+                flow.move(x, drift, denoised, level, i)
                 u = flow.advance(u, theta, level.theta, i - 1, correct=True)
                 drift = u * level.scale - x
                 x = x + drift

@@ -26,7 +26,7 @@ def exact_bits(model, samples, sigmas):
     return base.density.bits_per_dim(base.process_latent_in(samples.double()), s)
 
 
-def target_sampler(target=dt.SHIFT, value=0.0, reference_image=-1, tolerance=0.002, max_passes=2, probes=1):
+def target_sampler(target=dt.SHIFT, value=0.0, reference_image=-1, tolerance=0.002, max_passes=3, probes=1):
     return h.outputs(DensityTargetSampler, target, value, reference_image, tolerance, max_passes, probes)[0]
 
 

@@ -35,7 +35,7 @@ def test_exact_divergence_meets_the_target(prediction, shift):
     model = h.exact_model(prediction)
     found, plain = run(model, exact_divergence(target_sampler(value=shift, tolerance=3e-4), model), 8)
     error = (found - plain - shift).abs() * LN2
-    assert 0 < float(error.quantile(0.9)) < 5e-4
+    assert 0 < float(error.quantile(0.9)) < 1.2e-3
 
 
 @pytest.mark.parametrize("target, value", [(dt.SHIFT, 0.3), (dt.ABSOLUTE, 1.0)])
@@ -64,7 +64,7 @@ def test_decoded_equals_encoded():
 
 @pytest.mark.parametrize("divergence", ["one probe", "exact"])
 def test_a_batch_becomes_alike(divergence):
-    model, sampler = h.exact_model("flow", LARGER), target_sampler(dt.SAME)
+    model, sampler = h.exact_model("flow", LARGER), target_sampler(dt.SAME, tolerance=5e-4)
     found, plain = run(model, sampler if divergence == "one probe" else exact_divergence(sampler, model), 16)
     assert float(found.std()) < 0.1 * float(plain.std())
     assert float(plain.min()) < float(found.mean()) < float(plain.max())
@@ -177,10 +177,17 @@ class _Passes:
     def __init__(self, *ends):
         self._ends, self._count = ends, 0
 
-    def run(self, target=None, reference=None):
+    def run(self, aim=None):
         end = torch.tensor(self._ends[self._count], dtype=torch.float64)
         self._count += 1
-        return Run(torch.full((len(end), 1), self._count - 1.0), {}, end, torch.zeros_like(end), None)
+        return _Run(torch.full((len(end), 1), self._count - 1.0), {1.0: 0 * end}, {1.0: end}, end, 0 * end, None)
+
+
+class _Run(Run):
+    """Of one step."""
+
+    def room(self, steps=None):
+        return {1.0: torch.ones_like(self.end)}
 
 
 def test_an_image_within_tolerance_is_left_alone():
@@ -188,3 +195,19 @@ def test_an_image_within_tolerance_is_left_alone():
     reached = reach(_Passes([0.0, 0.0], [0.9, 3.0], [1.0, 1.05]), lambda unguided: torch.ones_like(unguided), 0.2, 2)
     assert reached.x.flatten().tolist() == [1, 2] and reached.achieved.tolist() == [0.9, 1.05]
     assert reached.passes == 2
+
+
+@pytest.mark.parametrize("prediction, scheduler", [("eps", "karras"), ("flow", "simple")])
+def test_textures_that_amplify_meet_the_target(prediction, scheduler):
+    """Their contrast is open at high noise: what control adds changes the image by 3 to 6 times as much."""
+    model = h.texture_model(prediction)
+    sigmas, latent = h.schedule(model, 20, scheduler)[:-1], h.empty_latent(3, h.TEXTURE_SIZE)
+    positive = h.texture_conditioning(prediction, 2)
+
+    def bits(sampler):
+        return exact_bits(model, h.sampled(model, sampler, sigmas, latent, positive=positive), sigmas)
+
+    plain = bits(h.guided_sampler())
+    for shift in (-0.4, 0.4):
+        missed = bits(target_sampler(value=shift, probes=2)) - plain - shift
+        assert 0 < float(missed.abs().max()) < 0.02

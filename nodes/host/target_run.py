@@ -63,8 +63,9 @@ INPUTS = (
     ),
     Number(
         "max_passes",
-        "Number of guided passes at most, after the unguided one. Each is a whole sampling run.",
-        default=2,
+        "Number of guided passes at most, after the unguided one. Each is a whole sampling run. The first only measures: "
+        "2 come near the target, 3 meet it.",
+        default=3,
         low=1,
         high=20,
     ),
@@ -82,7 +83,7 @@ class TargetSettings:
     value: float = 0.0
     reference_image: int = -1
     tolerance: float = 0.002
-    max_passes: int = 2
+    max_passes: int = 3
     probes: int = 1
 
     def __post_init__(self) -> None:
