@@ -20,7 +20,7 @@ shift             predicted_shift       nats, positive = smoother
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -135,6 +135,11 @@ class Steering(Protocol):
         """Weights of the elements, see `Control`; None counts all alike."""
         ...
 
+    @property
+    def nodes(self) -> int:
+        """How many values of eta - 1 a solver extrapolates; 1 where each answers to the one before."""
+        ...
+
     def eta_minus_one(self, eps_norm2: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """eta - 1 of every image, (B,), from ||eps||^2 (B,) and the VE noise levels s, (B,) or (1,)."""
         ...
@@ -156,6 +161,7 @@ class Control:
     gain: float | torch.Tensor
     weights: torch.Tensor | None = None
     curve: torch.Tensor | None = None
+    nodes: ClassVar[int] = 2
 
     def eta_minus_one(self, eps_norm2: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """eta - 1 = k curve(s) / ||eps||^2 of every image, (B,), in a guided step.

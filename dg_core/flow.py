@@ -28,7 +28,6 @@ ORDER = 3
 # The share of a correction that denoised follows. A step's error lies where the denoiser turns from "all noise", 0, to "all
 # image", 1, and so in the middle.
 TURNING = 0.5
-_GUIDANCE_NODES = 2
 
 
 class Denoiser(Protocol):
@@ -61,7 +60,7 @@ class Flow:
         self._schedule = schedule
         self._eps = History(eps_weights, order)
         self._denoised = History(denoised_weights, order)
-        self._guidance = History(guidance_weights, _GUIDANCE_NODES)
+        self._guidance = History(guidance_weights, 1 if control is None else control.nodes)
 
     def add(self, x: torch.Tensor, denoised: torch.Tensor, level: Level, step: int) -> None:
         """Add an evaluation at the level where `step` starts."""

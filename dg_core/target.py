@@ -18,8 +18,9 @@ Source of explicit control: arXiv 2502.05807, section 5; passes and loop: derive
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -87,7 +88,7 @@ def next_aim(runs: Sequence[Run], target: torch.Tensor) -> Aim:
     bracketed = below.values.isfinite() & above.values.isfinite()
     low, high = torch.where(bracketed, below.indices, nearest[0]), torch.where(bracketed, above.indices, nearest[1])
 
-    def chosen(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def chosen(values: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.stack(list(values))
         return rows.gather(0, low[None])[0], rows.gather(0, high[None])[0]
 
@@ -119,6 +120,7 @@ class Feedback:
     aim: Aim
     eta: dict[float, torch.Tensor]
     weights: torch.Tensor | None = None
+    nodes: ClassVar[int] = 1
 
     def eta_minus_one(self, eps_norm2: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """eta - 1 of every image at the last evaluation of the run, (B,); 0 at the end."""

@@ -266,8 +266,8 @@ def test_noise_is_scaled_after_the_prior_guidance_of_the_model():
     patched = h.outputs(PriorGuidanceModel, model, 0.5, 1.0, True)[0]
     noise = h.outputs(PriorGuidanceScale, h.random_noise(), 0.5, 1.0, True)[0]
     for way in ("with score", "finite scale"):
-        response = check(patched, way, steps=12)[6]
-        assert response == pytest.approx(check(model, way, steps=12, noise=noise)[6], rel=1e-4) and min(response) > 1e-3
+        response = check(patched, way, steps=24)[6]
+        assert response == pytest.approx(check(model, way, steps=24, noise=noise)[6], rel=1e-4) and min(response) > 1e-3
 
 
 def test_finite_scale_counts_the_calls_of_its_sampler():
