@@ -41,7 +41,7 @@ def test_exact_divergence_meets_the_target(prediction, shift):
 @pytest.mark.parametrize("target, value", [(dt.SHIFT, 0.3), (dt.ABSOLUTE, 1.0)])
 def test_one_probe_meets_the_target(target, value):
     model = h.exact_model("flow", LARGER)
-    found, plain = run(model, target_sampler(target, value), 10)
+    found, plain = run(model, target_sampler(target, value), 6)
     wanted = value if target == dt.ABSOLUTE else plain + value
     assert 0 < float(((found - wanted).abs() * LN2).quantile(0.9)) < 3e-3
 

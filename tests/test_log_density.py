@@ -98,7 +98,7 @@ def test_any_path_gives_the_same(monkeypatch):
 
 def test_one_probe_at_32_evaluations():
     """Error of the node's numbers, and how often the stated standard error covers it."""
-    size, count, errors, covered = 32, 100, [], []
+    size, count, errors, covered = 32, 50, [], []
     for seed in (1, 2):
         latent, exact = pictures("flow", count, size, seed)  # other pictures and other probes
         bits, report, _ = h.outputs(LogDensity, guider_of(h.exact_model("flow", size)), latent, 32, 1, seed, FLOOR["flow"])

@@ -300,8 +300,8 @@ def test_with_score_agrees_with_finite_scale_on_real_networks(name, dtype):
     differences = run("with score", without_forward_mode(model))
     schedule = h.schedule(model, 40)
     cut = read_level(model, schedule)
-    eighths = torch.arange(8) / 8  # it keeps to the scheduler's noise levels, which are coarse for random weights
-    finer = (cut[:-1, None] + (cut[1:] - cut[:-1])[:, None] * eighths).flatten()
+    quarters = torch.arange(4) / 4  # it keeps to the scheduler's noise levels, which are coarse for random weights
+    finer = (cut[:-1, None] + (cut[1:] - cut[:-1])[:, None] * quarters).flatten()
     finite = run(
         "finite scale", sigmas=torch.cat([finer, schedule[len(cut) - 1 :]]), scale_step=0.01 if dtype is torch.float32 else 0.05
     )
@@ -322,10 +322,10 @@ def test_without_score_agrees_with_the_density_of_the_flow_on_a_real_network():
     def bits(scale):
         noise = h.outputs(PriorGuidanceScale, h.random_noise(), 0.5, scale, False)[0]
         end = h.sample(model, h.guided_sampler(), cut, latent, noise=noise, positive=positive())[0]
-        return torch.tensor(h.outputs(LogDensity, guider(model, positive()), end, 64, 4, 0, level)[0], dtype=torch.float64)
+        return torch.tensor(h.outputs(LogDensity, guider(model, positive()), end, 32, 2, 0, level)[0], dtype=torch.float64)
 
     measured = 0.01 * (bits(1 + step) - bits(1 - step)) / (2 * step)
-    found = check(model, "without score", steps=40, positive=positive(), latent=latent, probes=4)[6]
+    found = check(model, "without score", steps=40, positive=positive(), latent=latent, probes=2)[6]
     print(found, measured.tolist())
     assert found == pytest.approx(measured.tolist(), rel=0.05)
 
