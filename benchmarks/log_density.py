@@ -25,7 +25,7 @@ from .pages import DOCS, publish, read
 
 EVALUATIONS = [16, 32, 64, 128]
 FLOOR = {"flow": 0.05, "eps": 0.1}
-TOP = {"flow": math.inf, "eps": exact_model.SIGMA_MAX}
+TOP = {"flow": math.inf, "eps": exact_model.EMOJI_RANGE.sigma_max}
 PATHS = {"flow": FLOW, "eps": VE}
 SHOWING_TOP = 60.0  # 15 times the pictures' standard deviation, as in SD 1.5
 AUTHORS_TOP = 1000.0  # where their log-SNR ends; the prior is exact to 1e-5 there

@@ -30,7 +30,7 @@ MUTATIONS = [
     # signs
     Mutation("dg_core/control.py", "eta = gain / eps_norm2", "eta = -gain / eps_norm2", "control"),
     Mutation("dg_core/variation.py", "a_1 = (-inner(", "a_1 = (inner(", "variation"),
-    Mutation("dg_core/target.py", "[here] - rest)", "[here] + rest)", "density_target"),
+    Mutation("dg_core/target.py", "(target - reference.end) / A", "(reference.end - target) / A", "density_target"),
     Mutation(
         "dg_core/log_density.py",
         "- self.dim * math.log(sin_theta(self.s[-1])",

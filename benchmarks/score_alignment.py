@@ -18,7 +18,7 @@ from ..dg_core.levels import noise_levels
 from ..dg_core.schedule import VE
 from ..nodes import DensityGuidanceSampler, LoadExactDensityModel, PriorGuidanceScale
 from ..nodes.builtin import exact as exact_model
-from ..nodes.builtin.exact import PREDICTIONS, SIGMA_MAX, WEIGHTS
+from ..nodes.builtin.exact import EMOJI_RANGE, PREDICTIONS, WEIGHTS
 from ..nodes.host.alignment_run import CheckSettings, examine
 from ..nodes.host.model_access import path_of
 from ..testing import host_runs as h
@@ -29,7 +29,7 @@ from .pages import DOCS, publish, read
 from .tables import ALIGNMENT_CALLS
 
 OURS, AUTHORS = "third and fourth order, VP state", "Euler, uniform in log-SNR"
-S_START, S_END = SIGMA_MAX, 0.15
+S_START, S_END = EMOJI_RANGE.sigma_max, 0.15
 SIZE, SEEDS = 16, 12  # of the comparison of solvers
 EVALUATIONS = {OURS: (16, 24, 32, 48, 64, 96), AUTHORS: (32, 64, 128, 256, 512, 1024)}
 CONVERGED = 768

@@ -38,11 +38,6 @@ class History:
         self._extrapolated = 0  # how many of them, the oldest, the next value replaces
 
     @property
-    def empty(self) -> bool:
-        """Whether it has no value yet."""
-        return not self._theta
-
-    @property
     def nodes(self) -> int:
         """How many values it has."""
         return len(self._theta)
@@ -87,7 +82,7 @@ class History:
 
         `correct` uses one more node than a prediction. No terms before the first value.
         """
-        if self.empty:
+        if not self._theta:
             return
         nodes = list(zip(self._theta, self._values))[: self._predictor_nodes + correct]
         if correct:

@@ -5,7 +5,7 @@ Pushing the prior's score v_T = grad log p_T through the probability-flow ODE gi
     SA = < grad log p_0(y_0), v_0 >          (arXiv 2502.05807, section on prior guidance):
 
 where SA > 0, less noise at the start means a higher log-density at the end. The computation runs in the
-variance-preserving state u = x / sqrt(alpha^2 + sigma^2) over theta = atan(s), which are regular also where alpha = 0,
+variance-preserving state u = x / sqrt(alpha^2 + std^2) over theta = atan(s), which are regular also where alpha = 0,
 and in units of the noise's own scale (derived here):
 
 symbol      name            meaning
@@ -19,7 +19,7 @@ t           curvature       derivative along w of the trace of the denoiser's Ja
 With the score: (u, w) is integrated and A is read off. Without it: d/ds <grad log p, v> = -<grad div eps, v> by the
 product rule; the identity part of div eps is constant, which leaves in u, with the derivatives taken by x,
 
-    dA/dtheta = sqrt(alpha^2 + sigma^2) t / sin(theta),
+    dA/dtheta = sqrt(alpha^2 + std^2) t / sin(theta),
 
 so that the score is needed at the start only, where it is the prior's (for a flow model exactly so, A = ||n||^2). That is
 the alignment with the density of the flow itself, whatever the network computes; "with the score" is the same where eps is

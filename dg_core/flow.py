@@ -63,7 +63,7 @@ class Flow:
         self._guidance = History(guidance_weights, 1 if control is None else control.nodes)
 
     def add(self, x: torch.Tensor, denoised: torch.Tensor, level: Level, step: int) -> None:
-        """Add an evaluation at the level where `step` starts."""
+        """Add an evaluation of x at `level`, made in `step`: at its start, or at a noise level raised above it."""
         self._add(x, denoised, level, step, History.add)
 
     def move(self, x: torch.Tensor, drift: torch.Tensor, denoised: torch.Tensor, level: Level, step: int) -> None:
@@ -110,7 +110,7 @@ class Flow:
     @property
     def has_guidance(self) -> bool:
         """Whether there was an evaluation in the guided steps."""
-        return not self._guidance.empty
+        return self._guidance.nodes > 0
 
     def eps_at(self, theta: float) -> torch.Tensor:
         """The eps (B, ...) that the path leads to at theta."""

@@ -1,6 +1,7 @@
 """The pack's own solver of the guided flow: third order, one model call per step.
 
-A step predicts, calls the model once, and corrects with that call; see `flow` for the state, and `adams` for the scheme.
+A step predicts, calls the model once, corrects with that call, moves what it told with the correction, and corrects anew; see
+`flow` for the state, and `adams` for the scheme.
 """
 
 import torch

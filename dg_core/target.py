@@ -42,7 +42,7 @@ _FARTHEST = 5.0
 
 @dataclass(frozen=True)
 class Run:
-    """One pass: x at the end; eta - 1 and log p_u at each evaluation, by s; at the end: its value and variance, (B,)."""
+    """One pass: x at the end; eta - 1 and log p_u at each evaluation, by s; end, variance: log p_u at the last, (B,)."""
 
     x: torch.Tensor
     eta: dict[float, torch.Tensor]
@@ -184,7 +184,7 @@ class TrackedRuns:
         x = solve(model, self._x, self._schedule, control)
         if self._schedule.sigmas[-1] > 0:
             model(x, self._last.sigma)
-        return Run(x, eta, log_prob, log_prob[self.s_end], track.variance + self._start_error**2, track)
+        return Run(x, eta, log_prob, log_prob[self.s_end], track.error**2 + self._start_error**2, track)
 
 
 @dataclass(frozen=True)

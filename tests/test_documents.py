@@ -1,5 +1,6 @@
 """The pages are what their marks make of the json, and numbers in their text are the measured ones."""
 
+import importlib
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from density_guidance.benchmarks import (
     variation,
 )
 from density_guidance.benchmarks import detail_shift as samplers
+from density_guidance.benchmarks.mutations import MUTATIONS
 from density_guidance.dg_core.variation import CORRECTIONS
 from density_guidance.nodes.builtin.demo import WEIGHTS
 from density_guidance.testing import tiny_models
@@ -40,6 +42,15 @@ def test_every_table_and_every_json_stands_in_a_page():
     makers = {name for name in vars(tables) if name.startswith(tuple(f"{page}_" for page in (*MEASURED, "cost")))}
     assert {"_".join(mark) for mark in marks} == makers
     assert {name for name, _ in marks} >= set(MEASURED)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (pages.PACK / "benchmarks").glob("[a-z]*.py")))
+def test_every_benchmark_can_be_imported(name):
+    importlib.import_module(f"density_guidance.benchmarks.{name}")
+
+
+def test_every_mutation_finds_its_text():
+    assert {m.before for m in MUTATIONS if (pages.PACK / m.file).read_text(encoding="utf-8").count(m.before) != 1} == set()
 
 
 def test_no_text_of_a_page_stands_in_a_benchmark():

@@ -312,3 +312,10 @@ def test_sampling_reaches_the_right_density(prediction):
     bits = np.array(exact.read(model, samples, schedule, weights))
     draws = density.bits_per_dim(density.sample(64, s, torch.Generator().manual_seed(4), weights), s, weights)
     assert abs(bits.mean() - draws.mean()) < 0.05
+
+
+def test_conditioning_of_another_kind_is_refused():
+    model = h.exact_model("flow")
+    wrong = [[torch.ones(1, 1, 5), {}]]
+    with pytest.raises(ValueError, match="conditioning has 5 components and the model 128"):
+        h.sampled(model, h.guided_sampler(0.2), h.schedule(model, 4), h.empty_latent(1), positive=wrong)

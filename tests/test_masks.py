@@ -257,3 +257,11 @@ def test_a_steep_curve_allows_a_smaller_shift():
     model = h.exact_model("flow", SIZE)
     with pytest.raises(ValueError, match="detail_shift is 2.0"):
         recorded(model, h.guided_sampler(0.5, 2.0, sampler="euler", curve=[8.0, 0.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_another_number_of_masks_is_refused(count):
+    model, seen = h.recording(h.exact_model("flow"))
+    with pytest.raises(ValueError, match=f"mask has {count} masks and the latent has 3 images"):
+        h.sampled(model, h.guided_sampler(0.2, mask=torch.ones(count, 64, 64)), h.schedule(model, 4), h.empty_latent(3))
+    assert seen.calls == 0

@@ -43,11 +43,14 @@ class NoiseRange:
     flow_timesteps: int
 
 
+# Texture has 0.5, images are apart by 100 at 32 x 32.
+EMOJI_RANGE = NoiseRange(0.1, 160.0, 3.0, 96)
+
+
 def _emoji(size: int) -> tuple[ExactDensity, PixelLatent, NoiseRange]:
     with safe_open(WEIGHTS, framework="pt") as f:
         latent_format = PixelLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
-    # Texture has 0.5, images are apart by 100 at 32 x 32.
-    return ExactDensity.load(WEIGHTS, size), latent_format, NoiseRange(0.1, 160.0, 3.0, 96)
+    return ExactDensity.load(WEIGHTS, size), latent_format, EMOJI_RANGE
 
 
 def _textures(size: int) -> tuple[ExactTextures, PixelLatent, NoiseRange]:
@@ -131,6 +134,11 @@ class ExactDensityNetwork(torch.nn.Module):
         if self.prediction != "flow":
             x = x * (sigma_x**2 + 1).sqrt()
         weights = None if context is None else context.to(wide).sum(1)
+        if weights is not None and weights.shape[-1] != density.components:
+            raise ValueError(
+                f"conditioning has {weights.shape[-1]} components and the model {density.components}: take the one of the same "
+                "Load Exact Density Model"
+            )
         denoised = density.denoised(x / alpha.view(shape), sigma / alpha, weights)
         if self.prediction == "v":
             out = (x / (sigma_x**2 + 1) - denoised) * (sigma_x**2 + 1).sqrt() / sigma_x

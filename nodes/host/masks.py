@@ -9,8 +9,13 @@ from ...dg_core.statistics import region_of
 def mask_for(mask: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     """A mask (N, height, width) in the shape of a latent (B, channels, ...), resized as the host resizes noise masks.
 
-    A video takes N masks as frames; a latent of one dimension takes the mean over the height.
+    A video takes N masks as frames; a latent of one dimension takes the mean over the height. Raises ValueError for N masks
+    of another number of images.
     """
+    if latent.ndim <= 4 and len(mask) not in (1, len(latent)):
+        raise ValueError(
+            f"mask has {len(mask)} masks and the latent has {len(latent)} images; connect one mask for all, or {len(latent)}"
+        )
     mask = mask.float()
     if latent.ndim == 3:
         mask = mask.mean(1, keepdim=True)

@@ -121,8 +121,7 @@ def report_of(readout: Readout, lines: list[str]) -> str:
     few = sorted({round(k) for k in np.linspace(0, len(energy) - 1, 6)})
     if len(readout.s) < ENOUGH_LEVELS:
         lines = [
-            f"only {len(readout.s)} noise levels: the error of the way itself, which ± does not count, is large; take "
-            f"{ENOUGH_LEVELS} steps or more",
+            f"only {len(readout.s)} noise levels: the error bar is large and rough; take {ENOUGH_LEVELS} steps or more",
             *lines,
         ]
     if not readout.log_prob.isfinite().all():

@@ -216,7 +216,7 @@ class _Tracked:
                 self._start = log_start(self._predict, x, self._path.at(sigma), evaluation)
             start, error = self._start
             self._track.add(x, sigma, evaluation)
-            self._log_prob.append((start + self._track.change, (self._track.variance + error**2).sqrt()))
+            self._log_prob.append((start + self._track.change, (self._track.error**2 + error**2).sqrt()))
 
     def rows(self) -> list[dict[str, list[float]]]:
         """bits_per_dim and standard_error of every step, lists over the images; nothing where s is infinite."""
