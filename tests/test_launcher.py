@@ -224,7 +224,13 @@ def test_host_ends_with_a_launcher_that_is_stopped_or_killed(stand_in, tmp_path)
     for name in codes:
         comfyui = stand_in(name).comfyui
         command = [sys.executable, RUN_PY, "demo", "--comfyui", str(comfyui), "--output", str(tmp_path / "output")]
-        launchers[name] = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        launchers[name] = subprocess.Popen(
+            command,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in the background
+        )
     for name, launcher in launchers.items():
         is_connected = (tmp_path / name / "connected").exists
         wait_for(lambda is_there=is_connected, ended=launcher.poll: is_there() or ended() is not None)
