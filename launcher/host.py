@@ -14,6 +14,7 @@ import psutil
 from .client import Client
 from .environment import PACK, Environment, LauncherError, link_folder
 from .guardian import started
+from .in_process import has_accelerator
 
 START_S = 180.0  # a first start compiles everything that it imports
 LOG_TAIL = 40  # lines
@@ -84,18 +85,8 @@ def _arguments(scratch: Path, output: Path) -> list[str]:
         *("--database-url", f"sqlite:///{scratch / 'comfyui.db'}"),
         *("--disable-all-custom-nodes", "--whitelist-custom-nodes", NAME),  # an extra_model_paths.yaml may name more of them
         *("--listen", "127.0.0.1", "--port", "0", "--disable-auto-launch", "--disable-api-nodes"),
-        *([] if _has_accelerator() else ["--cpu"]),
+        *([] if has_accelerator() else ["--cpu"]),
     ]
-
-
-def _has_accelerator() -> bool:
-    try:
-        import torch
-    except ImportError as error:
-        raise LauncherError(f"PyTorch, which ComfyUI needs, cannot be imported: {error}") from error
-    if hasattr(torch, "accelerator"):  # torch 2.6 or newer
-        return torch.accelerator.is_available()
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def _address(pid: int) -> str | None:
