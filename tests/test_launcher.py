@@ -93,6 +93,7 @@ def run_py(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, RUN_PY, *arguments], capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.skipif(not environment.is_ready(), reason="no .host/")
 def test_test_command_installs_nothing_and_passes_the_exit_code_on(tmp_path, monkeypatch):
     (tmp_path / "pytest.py").write_text("raise SystemExit(99)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # is not looked at
@@ -129,9 +130,8 @@ def test_folder_that_is_no_comfyui_is_named_without_a_traceback(tmp_path):
 
 def test_commands_and_benchmarks_are_listed_and_no_others():
     result = run_py("foo")
-    assert result.returncode == 2 and re.search(
-        "invalid choice: 'foo' .choose from '?demo'?, '?test'?, '?bench'?\\)", result.stderr
-    )
+    assert result.returncode == 2
+    assert "(choose from demo, test, bench)" in result.stderr.replace("'", "")
     for arguments in (["bench"], ["bench", "nothing"]):
         result = run_py(*arguments)
         assert result.returncode == 2
@@ -176,9 +176,8 @@ def test_python_without_the_test_tools_is_told_what_to_install(stand_in, tmp_pat
     python = script(tmp_path / "python", 'echo "It lacks: $(echo "$@" | grep -o "pytest==[0-9.]*")"')
     result = run_py("test", "--comfyui", str(stand_in().comfyui), "--python", str(python))
     assert result.returncode == 1
-    assert re.search(
-        f"{python} lacks pytest==.* If it is that one, this helps: {python} -m pip install pytest==", result.stderr
-    )
+    assert f"{python} lacks pytest==" in result.stderr
+    assert f"If it is that one, this helps: {python} -m pip install pytest==" in result.stderr
     assert environment.existing(tmp_path / "ComfyUI", python).python == python
 
 
@@ -187,7 +186,7 @@ def test_interrupted_tests_end_cleanly(stand_in, tmp_path):
     """An interrupt of run.py alone ends pytest, and pytest its processes, without a word of theirs."""
     (tmp_path / "test_long.py").write_text(
         "import pathlib, pytest, time\n"
-        "@pytest.mark.parametrize('i', range(10000))\n"
+        "@pytest.mark.parametrize('i', range(1000))\n"
         "def test_it(i):\n"
         f"    pathlib.Path({str(tmp_path / 'running')!r}).touch()\n"
         "    time.sleep(0.05)\n"
