@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] == [GO_ON]:
             _in_host_python(*arguments[1:])
         else:
-            options, others = _parse(arguments)
-            options.run(options, others)
+            options = _parse(arguments)
+            options.run(options)
     except LauncherError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the arguments for pytest."""
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; `run` is the command's function, `pytest` what the test command does not know."""
     parser = argparse.ArgumentParser(prog="run.py", description="The pack's demo, tests and benchmarks, in a real ComfyUI.")
     commands = parser.add_subparsers(required=True)
     demo = commands.add_parser("demo", help="make contact sheets of density levels", description=_demo.__doc__)
@@ -62,46 +62,47 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         command.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI (default: one made in .host/)")
         command.add_argument("--python", type=Path, metavar="PATH", help="the Python that starts it (default: looked for)")
     options, others = parser.parse_known_args(arguments)
+    options.pytest = others
     if others and options.run is not _test:
         options.error(f"unrecognized arguments: {' '.join(others)}")
     if options.python and not options.comfyui:
         options.error("--python goes with --comfyui: it is the Python that starts that ComfyUI")
-    return options, others
+    return options
 
 
-def _demo(options: argparse.Namespace, _: list[str]) -> None:
+def _demo(options: argparse.Namespace) -> None:
     """Start a ComfyUI, make 4 seeds by 5 density levels, and stop it again. Nothing is written into a ComfyUI given."""
     given = _given(options)
     output = _make_folder(options.output)
     _go_on(given or prepare(), "demo", str(output))
 
 
-def _bench(options: argparse.Namespace, _: list[str]) -> None:
+def _bench(options: argparse.Namespace) -> None:
     """Run one of benchmarks/*.py inside the ComfyUI of .host/; it writes its tables and figures to docs/."""
     _go_on(prepare(), "bench", options.name)
 
 
-def _test(options: argparse.Namespace, arguments: list[str]) -> None:
+def _test(options: argparse.Namespace) -> None:
     """Run the tests, which include ruff and mypy, in as many processes as there are cores, or as -n says; with -s, --pdb or
     -p no:xdist in one. In a ComfyUI given: without ruff and mypy; nothing is written into it."""
-    some = _names_tests(arguments)
+    some = _names_tests(options.pytest)
     where = _given(options, TEST_TOOLS) or prepare()
-    spread = [] if any("no:xdist" in argument for argument in arguments) else ["-n", "logical", "--dist", "loadgroup"]
+    spread = [] if any("no:xdist" in argument for argument in options.pytest) else ["-n", "logical", "--dist", "loadgroup"]
     # -P: with the pack's root on sys.path its folder `nodes` would hide the host's module `nodes`
     pytest = ["-P", "-m", "pytest", "-c", str(TESTS / "pytest.ini"), "--rootdir", str(TESTS)]
-    _become(where, *pytest, *spread, *arguments, *([] if some else [str(TESTS)]))
+    _become(where, *pytest, *spread, *options.pytest, *([] if some else [str(TESTS)]))
 
 
-def _in_host_python(command: str, argument: str) -> None:
-    """What demo and bench do in ComfyUI's Python; `argument`: the folder for images, or the benchmark."""
+def _in_host_python(command: str, *arguments: str) -> None:
+    """What demo and bench do in ComfyUI's Python."""
     if command == "demo":
         from .demo import run_demo  # which needs what is in ComfyUI's Python only
 
-        run_demo(Environment(in_process.COMFYUI, Path(sys.executable)), Path(argument))
+        run_demo(Environment(in_process.COMFYUI, Path(sys.executable)), Path(*arguments))
     else:
         in_process.import_host()
         in_process.import_pack()
-        importlib.import_module(f"{in_process.NAME}.benchmarks.{argument}").main()
+        importlib.import_module(f"{in_process.NAME}.benchmarks.{arguments[0]}").main()
 
 
 def _given(options: argparse.Namespace, tools: Iterable[str] = ()) -> Environment | None:
@@ -131,9 +132,9 @@ def _make_folder(output: Path) -> Path:
     return output.resolve()
 
 
-def _go_on(where: Environment, command: str, argument: str) -> NoReturn:
-    """Go on with `_in_host_python`, in ComfyUI's Python."""
-    _become(where, str(PACK / "run.py"), GO_ON, command, argument)
+def _go_on(where: Environment, *arguments: str) -> NoReturn:
+    """Go on with `_in_host_python` in ComfyUI's Python."""
+    _become(where, str(PACK / "run.py"), GO_ON, *arguments)
 
 
 def _become(where: Environment, *arguments: str) -> NoReturn:

@@ -105,7 +105,12 @@ def _fingerprint() -> str:
 
 
 def _make(home: Path) -> None:
-    _check_python()
+    if sys.version_info[:2] > NEWEST_PYTHON:  # run.py itself says which is the oldest
+        newest = "{}.{}".format(*NEWEST_PYTHON)
+        raise LauncherError(
+            f"Preparing ComfyUI needs Python 3.11 to {newest}, and this is Python {sys.version.split()[0]} "
+            f"({sys.executable}).\nRun it with another one, for example: python{newest} {PACK / 'run.py'}"
+        )
     print(f"Preparing {home} (once; about 6 GB, most of it PyTorch) ...", flush=True)
     where = environment(home)
     (home / "ready").unlink(missing_ok=True)
@@ -133,15 +138,6 @@ def unpack_comfyui(where: Environment, carrier: str) -> None:
         copy.rename(where.comfyui)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
-
-
-def _check_python() -> None:
-    if sys.version_info[:2] > NEWEST_PYTHON:  # run.py has seen to the oldest
-        newest = "{}.{}".format(*NEWEST_PYTHON)
-        raise LauncherError(
-            f"Preparing ComfyUI needs Python 3.11 to {newest}, and this is Python {sys.version.split()[0]} "
-            f"({sys.executable}).\nRun it with another one, for example: python{newest} {PACK / 'run.py'}"
-        )
 
 
 def _make_venv(folder: Path, python: Path) -> None:
@@ -219,11 +215,9 @@ def _check_packages(python: Path, packages: Iterable[str]) -> None:
 
 def link_folder(target: Path, link: Path) -> None:
     """Make `link` point to the folder `target`."""
-    try:
-        link.symlink_to(target, target_is_directory=True)
-    except OSError:
-        if os.name != "nt":
-            raise
+    if os.name == "nt":
         import _winapi  # a symlink takes extra rights on Windows, a junction none
 
         _winapi.CreateJunction(str(target), str(link))
+    else:
+        link.symlink_to(target, target_is_directory=True)
