@@ -10,16 +10,14 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from .environment import LauncherError
+
 RUN_S = 600.0
 REQUEST_S = 60.0
 
 
-class WorkflowError(Exception):
-    """ComfyUI refused a workflow, or a node of it failed: the message names node, class and reason. `traceback`: the node's."""
-
-    def __init__(self, message: str, traceback: str = ""):
-        super().__init__(message)
-        self.traceback = traceback
+class WorkflowError(LauncherError):
+    """ComfyUI refused a workflow, or a node of it failed: the message names node, class and reason, after a traceback."""
 
 
 class WorkflowInterrupted(WorkflowError):
@@ -141,7 +139,7 @@ def _checked(entry: dict) -> dict:
         node = f"node {data.get('node_id')} ({data.get('node_type')})"
         if event == "execution_error":
             reason = f"{data['exception_type']}: {data['exception_message'].strip()}"
-            raise WorkflowError(f"{node} failed: {reason}", "".join(data["traceback"]))
+            raise WorkflowError(f"{''.join(data['traceback'])}{node} failed: {reason}")
         if event == "execution_interrupted":
             raise WorkflowInterrupted(f"{node} was interrupted")
     return entry

@@ -74,7 +74,7 @@ def test_failing_node_is_named(server):
     workflow = image_workflow("../outside")  # the host refuses to save outside its output folder
     with pytest.raises(WorkflowError, match=r"node 2 \(SaveImage\) failed: Exception: .*outside the output folder") as failure:
         server.client.run(workflow)
-    assert "save_images" in failure.value.traceback
+    assert ", in save_images" in str(failure.value)  # its traceback
 
 
 def test_interrupt_stops_the_run_and_the_server_goes_on(server):
