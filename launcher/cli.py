@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import in_process
-from .environment import HOME, NEEDED, PACK, REQUIREMENTS, Environment, LauncherError, existing, prepare
+from .environment import HOME, PACK, REQUIREMENTS, Environment, LauncherError, existing, prepare
 
 TESTS = PACK / "tests"
 TEST_TOOLS = REQUIREMENTS.read_text(encoding="utf-8").split("# test tools")[1].split()
@@ -107,7 +107,7 @@ def _in_host_python(command: str, *arguments: str) -> None:
 
 def _given(options: argparse.Namespace, tools: Iterable[str] = ()) -> Environment | None:
     """The ComfyUI that the options name, if they do. Raises LauncherError where it lacks something."""
-    return existing(options.comfyui, options.python, [*NEEDED, *tools]) if options.comfyui else None
+    return existing(options.comfyui, options.python, tools) if options.comfyui else None
 
 
 def _names_tests(arguments: list[str]) -> bool:

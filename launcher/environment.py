@@ -173,11 +173,11 @@ def _uv_settings(python: Path) -> dict[str, str]:
 # --- the user's own ------------------------------------------------------------------------------------------------
 
 
-def existing(comfyui: Path, python: Path | None = None, packages: Iterable[str] = NEEDED) -> Environment:
+def existing(comfyui: Path, python: Path | None = None, tools: Iterable[str] = ()) -> Environment:
     """A ComfyUI that is there already, as the options --comfyui and --python name it; without a Python that of its virtual
     environment if it has one, else the current one.
 
-    packages: what that Python has to have, at any version. Raises LauncherError that says what is missing.
+    tools: packages that its Python has to have beside ComfyUI's own. Raises LauncherError that says what is missing.
     """
     for part in ("main.py", "custom_nodes"):
         if not os.path.exists(comfyui / part):  # says no where one may not look; Path.exists raises
@@ -188,7 +188,7 @@ def existing(comfyui: Path, python: Path | None = None, packages: Iterable[str] 
     comfyui = comfyui.resolve()
     # not resolve(): the symlink's own place is what makes it the virtual environment's Python
     chosen = Path(os.path.abspath(shutil.which(python) or python)) if python else _python_of(comfyui)
-    _check_packages(chosen, packages)
+    _check_packages(chosen, [*NEEDED, *tools])
     return Environment(comfyui, chosen)
 
 

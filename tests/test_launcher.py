@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -225,6 +226,14 @@ def test_some_tests_run_as_they_are_asked_for(monkeypatch):
     some = f"{PACK / 'tests' / 'test_client.py'}::test_it"
     assert pytest_runs(monkeypatch, some) == [*SPREAD, some]
     assert pytest_runs(monkeypatch, some, "-p", "no:xdist") == [some, "-p", "no:xdist"]
+
+
+@pytest.mark.parametrize(("capture", "trace", "processes"), [("no", False, 0), ("fd", True, 0), ("fd", False, None)])
+def test_what_is_printed_or_traced_runs_in_one_process(request, capture, trace, processes):
+    """None leaves it to the number of cores."""
+    conftest = request.config.pluginmanager.get_plugin(str(cli.TESTS / "conftest.py"))
+    config = SimpleNamespace(option=SimpleNamespace(capture=capture, trace=trace))
+    assert conftest.pytest_xdist_auto_num_workers(config) == processes
 
 
 # ------------------------------------------------------------ no process is left
