@@ -8,9 +8,9 @@ The other languages, and the rest of the help pages, are written by hand.
 import json
 from pathlib import Path
 
+from ..launcher.environment import PACK
 from ..nodes import NODES
 
-PACK = Path(__file__).resolve().parent.parent
 ENGLISH = PACK / "locales" / "en" / "nodeDefs.json"
 BEGIN = "<!-- Up to the end mark made by: python3 run.py bench make_locales -->"
 END = "<!-- end -->"

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..launcher.environment import environment
+from ..launcher.environment import PACK, environment
 from ..launcher.host import running_host
 from ..testing.web_page import with_page
 
-PACK = Path(__file__).resolve().parent.parent
 WORKFLOWS = PACK / "workflows"
 IN_DOCUMENTATION = ("detail_sweep", "score_alignment", "vary_texture", "vary_structure")
 PICTURE = (512, 656)  # at most, in pixels

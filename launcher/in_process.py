@@ -7,10 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from .environment import HOME, PACK
+from .environment import HOME, PACK, LauncherError
 
-# `run.py test --comfyui PATH` sets it
-COMFYUI = Path(os.environ.get("DENSITY_GUIDANCE_COMFYUI", HOME / "ComfyUI"))
+COMFYUI = Path(os.environ.get("DENSITY_GUIDANCE_COMFYUI", HOME / "ComfyUI"))  # run.py sets it
 NAME = "density_guidance"
 
 
@@ -18,11 +17,20 @@ def import_host():
     """Make `import comfy` work. The device is the CPU where there is no accelerator."""
     # With the pack's root on the path its folder `nodes` would hide the host's module `nodes`.
     sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if Path(entry or ".").resolve() != PACK)]
-    import torch
     from comfy.cli_args import args  # does not look at sys.argv unless the host's main.py asks it to
 
-    # before comfy.model_management, which fails without a GPU otherwise
-    args.cpu = not torch.accelerator.is_available()
+    args.cpu = not has_accelerator()  # before comfy.model_management, which fails without a GPU otherwise
+
+
+def has_accelerator() -> bool:
+    """Whether PyTorch has another device than the CPU. Raises LauncherError where it cannot be imported."""
+    try:
+        import torch
+    except ImportError as error:
+        raise LauncherError(f"PyTorch, which ComfyUI needs, cannot be imported: {error}") from error
+    if hasattr(torch, "accelerator"):  # torch 2.6 or newer
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def import_pack():

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-PACK = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PACK))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launcher import in_process
+from launcher.environment import PACK
+from launcher.in_process import COMFYUI
 
-sys.path.remove(str(PACK))  # its folder `nodes` would hide the host's module `nodes`
-COMFYUI = in_process.COMFYUI
+del sys.path[0]  # the pack's folder `nodes` would hide the host's module `nodes`
 
 
 def pytest_configure(config):
@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "server" in item.fixturenames and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group("server"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Where what tests print or a debugger is to be seen, they run in this process; else in as many as there are cores."""
+    return 0 if config.option.capture == "no" or config.option.trace else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,7 +1,6 @@
 """launcher/client.py on the real host, and what the demo prints."""
 
 import socket
-import time
 
 import pytest
 from density_guidance.launcher import demo
@@ -40,15 +39,6 @@ def test_progress_and_images_come_back(server):
     assert node_outputs(entry, "SaveImage")[0]["images"][0]["filename"] == "progress_00001_.png"
 
 
-def test_prompt_that_ended_before_it_is_waited_for_is_found(server):
-    prompt_id = server.client.queue(image_workflow("early"))
-    give_up = time.monotonic() + 20
-    while not server.client.get(f"/history/{prompt_id}"):
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
-    assert server.client.wait(prompt_id, timeout=20)["status"]["completed"]
-
-
 def test_many_prompts_come_back_in_order(server):
     entries = server.client.queue_many(image_workflow(f"many-{i}", color=i) for i in range(5))
     assert [server.saved_files(entry)[0].name for entry in entries] == [f"many-{i}_00001_.png" for i in range(5)]
@@ -77,14 +67,14 @@ def test_refused_workflow_names_node_and_input(server, change, message):
 
 def test_web_page_format_is_told_apart(server):
     with pytest.raises(ValueError, match="API format"):
-        server.client.queue({"nodes": [], "links": [], "version": 0.4})
+        server.client.run({"nodes": [], "links": [], "version": 0.4})
 
 
 def test_failing_node_is_named(server):
     workflow = image_workflow("../outside")  # the host refuses to save outside its output folder
     with pytest.raises(WorkflowError, match=r"node 2 \(SaveImage\) failed: Exception: .*outside the output folder") as failure:
         server.client.run(workflow)
-    assert "save_images" in failure.value.traceback
+    assert ", in save_images" in str(failure.value)  # its traceback
 
 
 def test_interrupt_stops_the_run_and_the_server_goes_on(server):
@@ -102,12 +92,10 @@ def test_interrupt_stops_the_run_and_the_server_goes_on(server):
 
 
 def test_timeout_says_where_the_run_is(server):
-    prompt_id = server.client.queue(chain_workflow(101))
     with pytest.raises(TimeoutError, match="not finished within 3 s: it is in ImageSharpen"):
-        server.client.wait(prompt_id, timeout=3.0)
+        server.client.run(chain_workflow(101), timeout=3.0)
     server.client.interrupt()
-    with pytest.raises(WorkflowInterrupted):
-        server.client.wait(prompt_id)
+    assert server.client.run(image_workflow("after_timeout"), timeout=20.0)["status"]["completed"]
 
 
 def test_client_of_nothing_says_where_it_looked():
@@ -115,7 +103,7 @@ def test_client_of_nothing_says_where_it_looked():
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(ConnectionError, match=f"does not answer at {url}"):
-            Client(url).queue(image_workflow("nobody"))
+            Client(url).run(image_workflow("nobody"))
 
 
 # ------------------------------------------------------------ what the demo prints

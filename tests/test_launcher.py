@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -81,6 +82,11 @@ def wait_for(condition):
     return value
 
 
+def heed_ctrl_c():
+    """A shell has what runs in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 # ------------------------------------------------------------ the command line
 
 
@@ -88,6 +94,7 @@ def run_py(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, RUN_PY, *arguments], capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.skipif(not environment.is_ready(), reason="no .host/")
 def test_test_command_installs_nothing_and_passes_the_exit_code_on(tmp_path, monkeypatch):
     (tmp_path / "pytest.py").write_text("raise SystemExit(99)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # is not looked at
@@ -122,61 +129,111 @@ def test_folder_that_is_no_comfyui_is_named_without_a_traceback(tmp_path):
         assert "Traceback" not in result.stderr
 
 
-def test_unknown_benchmark_and_unknown_option_are_named():
-    assert "there is no benchmark 'nothing'; there are: architectures, " in run_py("bench", "nothing").stderr
+def test_commands_and_benchmarks_are_listed_and_no_others():
+    result = run_py("foo")
+    assert result.returncode == 2
+    assert "(choose from demo, test, bench)" in result.stderr.replace("'", "")
+    for arguments in (["bench"], ["bench", "nothing"]):
+        result = run_py(*arguments)
+        assert result.returncode == 2
+        assert "{architectures,composability," in result.stderr and "rivals" not in result.stderr
+    assert "in-host-python" not in run_py("--help").stdout
+
+
+def test_unknown_option_is_told_with_the_usage_of_its_command():
     result = run_py("demo", "--outputs", "x")
-    assert result.returncode == 2 and "unrecognized arguments: --outputs x" in result.stderr
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: run.py demo ") and "unrecognized arguments: --outputs x" in result.stderr
+
+
+def test_help_of_test_tells_of_the_arguments_for_pytest():
+    shown = run_py("test", "--help").stdout
+    assert "[pytest arguments ...]" in shown and "All other arguments go to pytest" in shown
+
+
+def test_missing_file_of_tests_is_named_before_anything_is_prepared():
+    result = run_py("test", "-x", "tests/test_nonexist.py::test_it")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "run.py: there is no file tests/test_nonexist.py. The tests are in " in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a program that does nothing")
+def test_program_that_is_no_python_is_named(stand_in):
+    for command in ("demo", "test"):
+        result = run_py(command, "--comfyui", str(stand_in(command).comfyui), "--python", "true")
+        assert result.returncode == 1
+        assert re.fullmatch("run.py: /.*/true is not a Python .* Give the Python that starts your ComfyUI .*\n", result.stderr)
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a script as executable")
 def test_python_without_the_test_tools_is_told_what_to_install(stand_in, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\ncase "$2" in *metadata*) exec {sys.executable} -S "$@";; *) exec {sys.executable} "$@";; esac\n'
-    )
-    python.chmod(0o755)
+    """The demo needs less."""
+    python = script(tmp_path / "python", 'echo "It lacks: $(echo "$@" | grep -o "pytest==[0-9.]*")"')
     result = run_py("test", "--comfyui", str(stand_in().comfyui), "--python", str(python))
     assert result.returncode == 1
-    assert f"This helps: {python} -m pip install pytest==" in result.stderr
+    assert f"{python} lacks pytest==" in result.stderr
+    assert f"If it is that one, this helps: {python} -m pip install pytest==" in result.stderr
+    assert environment.existing(tmp_path / "ComfyUI", python).python == python
 
 
-def pytest_runs(monkeypatch, *arguments: str, codes=(0,)) -> tuple[list[list[str]], int]:
-    """What `run.py test` starts, each without what all have in common, and its exit code."""
-    commands, codes = [], list(codes)
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_interrupted_tests_end_cleanly(stand_in, tmp_path):
+    """An interrupt of run.py alone ends pytest, and pytest its processes, without a word of theirs."""
+    (tmp_path / "test_long.py").write_text(
+        "import pathlib, pytest, time\n"
+        "@pytest.mark.parametrize('i', range(1000))\n"
+        "def test_it(i):\n"
+        f"    pathlib.Path({str(tmp_path / 'running')!r}).touch()\n"
+        "    time.sleep(0.05)\n"
+    )
+    pytest_runs = f"exec {sys.executable} -m pytest -n 2 -p no:cacheprovider {tmp_path / 'test_long.py'}"
+    python = script(tmp_path / "python", f'case "$*" in *pytest.ini*) {pytest_runs};; *) echo "It lacks:";; esac')
+    command = [sys.executable, RUN_PY, "test", "--comfyui", str(stand_in().comfyui), "--python", str(python)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_ctrl_c
+    ) as launcher:
+        wait_for(lambda: (tmp_path / "running").exists() or launcher.poll() is not None)
+        launcher.send_signal(signal.SIGINT)
+        printed, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == pytest.ExitCode.INTERRUPTED
+    assert "KeyboardInterrupt" in printed and "Warning" not in printed and "Traceback" not in printed
 
-    def wait_for(command, variables, folder=None):
-        commands.append([argument for argument in command[command.index("-m") + 1 :] if not Path(argument).is_absolute()])
-        return codes.pop(0)
 
-    monkeypatch.setattr(cli, "_wait_for", wait_for)
+def pytest_runs(monkeypatch, *arguments: str) -> list[str]:
+    """What `run.py test` becomes, without what all have in common."""
+    commands = []
+    monkeypatch.setattr(cli, "_become", lambda where, *command: commands.append(command))
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # this process keeps its own
     monkeypatch.setattr(cli, "prepare", environment.environment)
-    return commands, cli.main(["test", *arguments])
+    assert cli.main(["test", *arguments]) == 0
+    (command,) = commands
+    assert command[:3] == ("-P", "-m", "pytest")
+    return [argument for argument in command[3:] if argument not in ("-c", str(cli.TESTS / "pytest.ini"), "--rootdir")][1:]
 
 
-def test_all_checks_and_tests_run_without_arguments(monkeypatch):
-    commands, code = pytest_runs(monkeypatch, codes=[1, 0, 1, 0])
-    assert [command[:2] for command in commands[:3]] == [["ruff", "check"], ["ruff", "format"], ["mypy", "--config-file"]]
-    assert commands[3][-4:] == SPREAD
-    assert len(commands) == 4 and code == 1
+@pytest.mark.parametrize("arguments", [[], ["-k", "test_masks.py"], ["-n", "4"], ["-vs"]])
+def test_all_tests_run_unless_some_are_named(monkeypatch, arguments):
+    assert pytest_runs(monkeypatch, *arguments) == [*SPREAD, *arguments, str(cli.TESTS)]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "added"),
-    [
-        (["-k", "mask"], SPREAD),
-        ([str(PACK / "tests" / "test_client.py")], SPREAD),
-        (["-n", "4"], SPREAD[2:]),
-        (["-vs"], []),
-        (["--pdb", "-x"], []),
-        (["-p", "no:xdist"], []),
-    ],
-)
-@pytest.mark.parametrize("code", [0, 5])
-def test_some_tests_run_as_they_are_asked_for(monkeypatch, arguments, added, code):
-    ((command,), found) = pytest_runs(monkeypatch, *arguments, codes=[code])
-    given = [argument for argument in arguments if not Path(argument).is_absolute()]
-    assert command == ["pytest", "-c", "--rootdir", *given, *added] and found == code
+def test_some_tests_run_as_they_are_asked_for(monkeypatch):
+    some = f"{PACK / 'tests' / 'test_client.py'}::test_it"
+    assert pytest_runs(monkeypatch, some) == [*SPREAD, some]
+    assert pytest_runs(monkeypatch, some, "-p", "no:xdist") == [some, "-p", "no:xdist"]
+
+
+@pytest.mark.parametrize(("capture", "trace", "processes"), [("no", False, 0), ("fd", True, 0), ("fd", False, None)])
+def test_what_is_printed_or_traced_runs_in_one_process(request, capture, trace, processes):
+    """None leaves it to the number of cores."""
+    conftest = request.config.pluginmanager.get_plugin(str(cli.TESTS / "conftest.py"))
+    config = SimpleNamespace(option=SimpleNamespace(capture=capture, trace=trace))
+    assert conftest.pytest_xdist_auto_num_workers(config) == processes
 
 
 # ------------------------------------------------------------ no process is left
@@ -225,11 +282,7 @@ def test_host_ends_with_a_launcher_that_is_stopped_or_killed(stand_in, tmp_path)
         comfyui = stand_in(name).comfyui
         command = [sys.executable, RUN_PY, "demo", "--comfyui", str(comfyui), "--output", str(tmp_path / "output")]
         launchers[name] = subprocess.Popen(
-            command,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in the background
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed_ctrl_c
         )
     for name, launcher in launchers.items():
         is_connected = (tmp_path / name / "connected").exists

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-PACK = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PACK))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launcher import in_process
+from launcher.environment import PACK
 
 in_process.import_host()
 in_process.import_pack()
