@@ -49,6 +49,12 @@ def noise_levels(s_low: float, s_high: float, count: int, dim: int) -> list[floa
     return [s_low, *(2 * ticks / (linear + np.sqrt(linear**2 + 4 * square * ticks))).tolist(), s_high]
 
 
+def longest_step(levels: Sequence[float], dim: int) -> tuple[float, float, float]:
+    """(length on `clock`, s at its start, s at its end) of the longest step between descending noise levels above 0."""
+    steps = [(clock(start, dim) - clock(stop, dim), start, stop) for start, stop in zip(levels, levels[1:]) if stop > 0]
+    return max(steps, default=(0.0, 0.0, 0.0))
+
+
 def snapped(levels: Sequence[float], table: Sequence[float]) -> list[float]:
     """Each level's nearest, in log-SNR, of the noise levels in `table`, every one once: a list of floats in the same order."""
     nearest = np.abs(np.log(table) - np.log(levels)[:, None]).argmin(1)

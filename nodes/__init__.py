@@ -3,6 +3,7 @@
 from .builtin_models import ExactLogDensity, LoadDemoModel, LoadExactDensityModel
 from .contact_sheet import DensityContactSheet, DensityLevels
 from .density_guidance import DensityGuidanceModel, DensityGuidanceSampler
+from .density_scheduler import DensityScheduler
 from .density_target import DensityTargetSampler
 from .density_trace import DensityTrace
 from .log_density import LogDensity
@@ -14,6 +15,7 @@ NODES = [
     DensityGuidanceSampler,
     DensityGuidanceModel,
     DensityTargetSampler,
+    DensityScheduler,
     PriorGuidanceScale,
     PriorGuidanceModel,
     StochasticDetailVariation,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
 from density_guidance.launcher.environment import PACK
+from density_guidance.nodes.host import steering
 from density_guidance.nodes.host.steering import advice
 from density_guidance.testing import host_runs as h
 
@@ -100,9 +101,10 @@ def warnings_of(caplog, model, sampler):
         (None, None),
     ],
 )
-def test_one_warning_per_run(caplog, name, word):
+def test_one_warning_per_run(caplog, monkeypatch, name, word):
     """By the node and by the model patch; nothing where guidance does nothing."""
     model = h.exact_model("flow")
+    monkeypatch.setattr(steering, "LONG_STEP", math.inf)
     found = warnings_of(caplog, model, h.guided_sampler(0.3, sampler=name))
     assert len(found) == (word is not None) and all(word in text and name in text for text in found)
     assert warnings_of(caplog, model, h.guided_sampler(0.5, sampler=name)) == []
