@@ -5,6 +5,7 @@
 The text of a page is written in the page; a benchmark writes its json and its figure, then calls `publish`.
 """
 
+import hashlib
 import json
 from io import StringIO
 
@@ -19,6 +20,21 @@ def read(name):
     """What a benchmark wrote, or None."""
     path = DOCS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def digest(paths):
+    """SHA-256 of the files' contents."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def still_true(name, patterns, **head):
+    """What a benchmark wrote, where it was measured with the same `head` and code; else these alone.
+
+    patterns: of the files, from the pack's folder, that the results depend on.
+    """
+    head |= {"code": digest(sorted(file for pattern in patterns for file in PACK.glob(pattern)))}
+    results = read(name) or {}
+    return results if {key: results.get(key) for key in head} == head else head
 
 
 def pages():

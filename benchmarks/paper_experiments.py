@@ -7,8 +7,6 @@ the end, and docs/paper_variation.png. About an hour of one core, half of it on 
 weights, settings and code are not run again.
 """
 
-import hashlib
-
 import numpy as np
 import torch
 from PIL import Image
@@ -17,7 +15,6 @@ from tqdm import tqdm
 from ..dg_core.control import gain_of, guided_steps, predicted_shift
 from ..dg_core.schedule import Schedule
 from ..dg_core.units import nats_to_bits_per_dim
-from ..launcher.environment import PACK
 from ..nodes import StochasticDetailVariation
 from ..nodes.builtin import demo
 from ..nodes.host.alignment_run import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
@@ -27,7 +24,7 @@ from ..testing import held_out
 from ..testing.demo_runs import Demo, band_energy, high_energy, png_bytes, require_pictures
 from ..testing.figures import figure
 from . import rivals
-from .pages import DOCS, publish, read
+from .pages import DOCS, digest, publish, still_true
 from .tables import FEW_QUANTILES, sem
 
 SEEDS, STEPS, LEVELS = 64, 16, 8
@@ -225,21 +222,9 @@ def plot(results):
         axes[2].set(xlabel="log-SNR", ylabel="cosine of score alignment, mean and range")
 
 
-def digest(paths):
-    """SHA-256 of the files' contents."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
 def main():
     require_pictures()
-    head = {
-        "weights": digest([demo.WEIGHTS]),
-        "settings": SETTINGS,
-        "code": digest(sorted(file for pattern in CODE for file in PACK.glob(pattern))),
-    }
-    results = read("paper_experiments") or {}
-    if {key: results.get(key) for key in head} != head:
-        results = head
+    results = still_true("paper_experiments", CODE, weights=digest([demo.WEIGHTS]), settings=SETTINGS)
 
     def varied_and_shown():
         rows, sheet = variation()
