@@ -24,12 +24,10 @@ class RawVelocity(host.EPS):
 
 
 class ScaledNoise(host.CONST):
-    """HiDream-O1: what a flow of ComfyUI 0.33 does with noise_scale."""
-
-    noise_scale = 8.0
+    """HiDream-O1: what a flow of ComfyUI 0.33 does with a noise_scale of 8."""
 
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
-        return super().noise_scaling(sigma, self.noise_scale * noise, latent_image)
+        return sigma * (8.0 * noise) + (1.0 - sigma) * latent_image
 
 
 class OutputOfFlow(host.CONST):
@@ -99,6 +97,12 @@ def test_model_samplings_that_a_node_sets(node):
 @pytest.mark.parametrize("kind, path", [(RawVelocity, VE), (OutputOfFlow, FLOW), (ScaledNoise, NoisePath("flow", 8.0))])
 def test_a_sampling_is_taken_whatever_its_name(kind, path):
     assert path_of(sampling(kind)) == path
+
+
+@pytest.mark.skipif(not hasattr(host.ModelSamplingDiscreteFlow, "set_noise_scale"), reason="this host has no noise_scale")
+def test_noise_scale_of_the_host():
+    model = h.core_node("ModelNoiseScale", model=h.free_model("FLOW"), noise_scale=7.5)
+    assert path_of(model.get_model_object("model_sampling")) == NoisePath("flow", 7.5)
 
 
 def test_a_sampling_that_computes_in_float32_has_noise_of_exactly_1():
