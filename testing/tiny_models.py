@@ -30,7 +30,7 @@ _NEWER = {
 }
 
 
-def _newer(params):
+def newer_arguments(params):
     """Those of `_NEWER` that the host's `params`, a dataclass, has."""
     return {name: value for name, value in _NEWER[params].items() if name in params.__dataclass_fields__}
 
@@ -47,12 +47,12 @@ _FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 16, "context_in_dim": WIDTH,
     "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [8, 12, 12],
     "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
-    **_newer(FluxParams),
+    **newer_arguments(FluxParams),
 }
 _CHROMA = {
     **{k: v for k, v in _FLUX.items() if k not in ("vec_in_dim", "guidance_embed")}, "image_model": "chroma",
     "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 64, "hidden_dim": 64, "n_layers": 1,
-    **_newer(ChromaParams),
+    **newer_arguments(ChromaParams),
 }
 _WAN = {
     "image_model": "wan2.1", "model_type": "t2v", "in_dim": 16, "out_dim": 16, "dim": 64, "ffn_dim": 64, "freq_dim": 32,
@@ -61,7 +61,7 @@ _WAN = {
 _HUNYUAN_VIDEO = {
     **{k: v for k, v in _FLUX.items() if k != "txt_ids_dims"}, "image_model": "hunyuan_video", "patch_size": [1, 2, 2],
     "theta": 256, "byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None,
-    **_newer(HunyuanVideoParams),
+    **newer_arguments(HunyuanVideoParams),
 }
 _LUMINA = {
     "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 48, "cap_feat_dim": WIDTH, "n_layers": 1,
@@ -75,7 +75,7 @@ _COSMOS = {
     "adaln_lora_dim": 16,
 }
 # Newer hosts check that the heads of queries are a multiple of those of keys, which here are one for each 64 of the context.
-_ONE_KEY_HEAD = {"project_cond_tokens": True} if _newer(FluxParams) else {}
+_ONE_KEY_HEAD = {"project_cond_tokens": True} if newer_arguments(FluxParams) else {}
 _SECONDS = {
     f"conditioner.conditioners.seconds_{which}.embedder.embedding.{part}": torch.full(shape, 0.01)
     for which in ("start", "total")
@@ -128,7 +128,7 @@ FAMILIES = {
     "chroma_radiance": Family("Chroma Radiance (pixels)", supported.ChromaRadiance, {
         **_CHROMA, "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16,
         "nerf_hidden_size": 16, "nerf_mlp_ratio": 2, "nerf_depth": 1, "nerf_max_freqs": 4, "nerf_tile_size": 32,
-        "nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32, **_newer(ChromaRadianceParams)},
+        "nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32, **newer_arguments(ChromaRadianceParams)},
         (3, 32, 32), pooled=16),
     "lumina2": Family("Lumina 2", supported.Lumina2, _LUMINA, (16, 16, 16)),
     "z_image": Family("Z-Image", supported.ZImage, {
