@@ -11,7 +11,7 @@ from ..dg_core.control import gain_of, guided_steps, predicted_shift
 from ..dg_core.schedule import Schedule
 from ..dg_core.units import nats_to_bits_per_dim
 from ..nodes.builtin import demo as demo_model
-from ..nodes.host.model_access import path_of
+from ..nodes.host.noise_path import path_of
 from ..nodes.host.scheduling import density_sigmas
 from ..testing.demo_runs import Demo
 from .pages import digest, publish, still_true

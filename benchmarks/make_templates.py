@@ -2,9 +2,10 @@
 
     python3 run.py bench make_templates
 
-Each template is opened in ComfyUI's own web page, which makes the API copy (workflows/api/NAME.json); that is queued,
-and what it saves becomes workflows/NAME.jpg. Edit a template in the web page, save it there, then run this. Some of the
-pictures are also shown by the nodes' documentation, which can only show what lies beside it.
+Each template first gets the pack's name and version on the pack's nodes, so that a page without the pack can say what is
+missing. It is opened in ComfyUI's own web page, which makes the API copy (workflows/api/NAME.json); that is queued, and what
+it saves becomes workflows/NAME.jpg. Edit a template in the web page, save it there, then run this. Some of the pictures are
+also shown by the nodes' documentation, which can only show what lies beside it.
 
 Needs the program chromium on PATH. Takes half a minute.
 """
@@ -14,10 +15,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import tomllib
 from PIL import Image
 
 from ..launcher.environment import PACK, environment
 from ..launcher.host import running_host
+from ..nodes import NODES
 from ..testing.web_page import with_page
 
 WORKFLOWS = PACK / "workflows"
@@ -28,8 +31,11 @@ MARGIN = 8
 
 def main():
     paths = sorted(WORKFLOWS.glob("*.json"))
+    for path in paths:
+        path.write_text(named(path.read_text(encoding="utf-8")), encoding="utf-8")
     with tempfile.TemporaryDirectory() as output, running_host(environment(), Path(output)) as host:
         for path, api in zip(paths, with_page(host.client.url, lambda page: convert(page, paths)), strict=True):
+            without_shown(api, host.client.object_info())
             text = json.dumps(api, indent=2, ensure_ascii=False) + "\n"
             (WORKFLOWS / "api" / path.name).write_text(text, encoding="utf-8")
             saved = host.saved_files(host.client.run(api))
@@ -37,6 +43,25 @@ def main():
             print(f"{path.stem}: {len(api)} nodes, {len(saved)} saved", flush=True)
     for name in IN_DOCUMENTATION:
         shutil.copy(WORKFLOWS / f"{name}.jpg", PACK / "web" / "docs")
+
+
+def named(text):
+    """The text of a template whose nodes of this pack name it, with its version, as the page does for nodes of the registry."""
+    project = tomllib.loads((PACK / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ours = {node.define_schema().node_id for node in NODES}
+    graph = json.loads(text)
+    for node in graph["nodes"]:
+        if node["type"] in ours:
+            node["properties"] |= {"cnr_id": project["name"], "ver": project["version"]}
+    indent = len(text.split("\n")[1]) - len(text.split("\n")[1].lstrip())
+    return json.dumps(graph, indent=indent, ensure_ascii=False) + "\n"
+
+
+def without_shown(api, object_info):
+    """Take out of an API copy what the page shows on a node by itself, as the text on PreviewAny: no input of the host."""
+    for node in api.values():
+        kinds = object_info[node["class_type"]]["input"].values()
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if any(name in kind for kind in kinds)}
 
 
 async def convert(page, paths):

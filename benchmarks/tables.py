@@ -52,7 +52,8 @@ def detail_shift_kinds(r):
         return [title, *(" to ".join(dict.fromkeys((f"{min(v):.2f}", f"{max(v):.2f}"))) for v in ratios)]
 
     noisy = ("ancestral", "sde", "seeds", "sa_solver", "lcm", "ddpm")
-    adds_noise = lambda name: "cfg_pp" not in name and any(word in name for word in noisy)
+    renoises = lambda name: "cfg_pp" in name or "cfgpp" in name
+    adds_noise = lambda name: not renoises(name) and any(word in name for word in noisy)
     return markdown(
         ["sampler", *r["measured_over_predicted"]],
         [
@@ -61,7 +62,7 @@ def detail_shift_kinds(r):
             kind("heun, dpm_2", lambda name: name in ("heun", "dpm_2")),
             kind("dpmpp_2m, res_multistep", lambda name: name in ("dpmpp_2m", "res_multistep")),
             kind("all that add noise: ancestral, sde, seeds, sa_solver, lcm, ddpm", adds_noise),
-            kind("all `*_cfg_pp`", lambda name: "cfg_pp" in name),
+            kind("all `*_cfg_pp`", renoises),
         ],
     )
 

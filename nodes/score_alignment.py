@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..dg_core import alignment
 from .host import alignment_report
-from .host.alignment_run import ENOUGH_STEPS, GUIDER, INPUTS, NOISE, SAMPLER, CheckSettings, examine
+from .host.alignment_run import ENOUGH_STEPS, GUIDER, INPUTS, NOISE, SAMPLER, CheckSettings, examine, finished_latent
 from .host.inputs import CATEGORY, Floats, Socket, schemas
 
 
@@ -88,7 +88,7 @@ class ScoreAlignmentCheck(io.ComfyNode):
             float(torch.nan_to_num(check.final_cosine, nan=-1.0).min()),
             alignment_report.text(check, settings),
             alignment_report.plot(check),
-            {**latent_image, "samples": check.samples},
+            finished_latent(latent_image, check.samples),
             check.common_scale(detail_shift),
             check.response.tolist(),
         )

@@ -5,6 +5,7 @@ Everything goes through the host's own node classes, in inference mode as the ho
 
 import asyncio
 import contextlib
+import inspect
 import math
 import sys
 from collections import deque
@@ -72,12 +73,19 @@ def _node_classes():
     return nodes.NODE_CLASS_MAPPINGS
 
 
+def _missing(node, inputs):
+    """The defaults of a node's inputs that a newer host asks for, as the page sends them."""
+    asked = inspect.signature(node.execute).parameters.values()
+    needed = {p.name for p in asked if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD} - set(inputs)
+    return {i.id: i.default for i in node.define_schema().inputs if i.id in needed}
+
+
 def core_node(name, **inputs):
     """The outputs of one of the host's own nodes, by its id; a single output as itself."""
     node = _node_classes()[name]
     with torch.inference_mode():
         if hasattr(node, "define_schema"):
-            result = node.execute(**inputs)
+            result = node.execute(**_missing(node, inputs), **inputs)
             result = tuple(getattr(result, "result", result))
         else:
             result = getattr(node(), node.FUNCTION)(**inputs)

@@ -4,8 +4,10 @@ import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import FluxParams
 
 from . import host_runs as h
+from .tiny_models import newer_arguments
 
 CONTEXT = 16
 _UNET = {
@@ -65,6 +67,7 @@ _FLUX = {
     "patch_size": 2,
     "qkv_bias": True,
     "guidance_embed": False,
+    **newer_arguments(FluxParams),
 }
 
 

@@ -12,9 +12,28 @@ import comfy.controlnet
 import comfy.model_patcher
 import comfy.supported_models as supported
 import torch
+from comfy.ldm.chroma.model import ChromaParams
+from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
+from comfy.ldm.flux.model import FluxParams
+from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 
 CPU = torch.device("cpu")
 WIDTH = 32  # of every text embedding
+
+# Arguments that networks of newer hosts ask for and older ones do not know, with the values that the host would find in a
+# checkpoint of the family. They are passed where the network's class has them.
+_NEWER = {
+    FluxParams: {"txt_ids_dims": []},
+    ChromaParams: {"txt_ids_dims": [], "vec_in_dim": None},
+    ChromaRadianceParams: {"txt_ids_dims": [], "vec_in_dim": None, "use_x0": False, "use_sequential_txt_ids": False},
+    HunyuanVideoParams: {"meanflow_sum": False},
+}
+
+
+def newer_arguments(params):
+    """Those of `_NEWER` that the host's `params`, a dataclass, has."""
+    return {name: value for name, value in _NEWER[params].items() if name in params.__dataclass_fields__}
+
 
 # fmt: off
 _UNET = {
@@ -28,18 +47,21 @@ _FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 16, "context_in_dim": WIDTH,
     "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [8, 12, 12],
     "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+    **newer_arguments(FluxParams),
 }
 _CHROMA = {
     **{k: v for k, v in _FLUX.items() if k not in ("vec_in_dim", "guidance_embed")}, "image_model": "chroma",
     "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 64, "hidden_dim": 64, "n_layers": 1,
+    **newer_arguments(ChromaParams),
 }
 _WAN = {
     "image_model": "wan2.1", "model_type": "t2v", "in_dim": 16, "out_dim": 16, "dim": 64, "ffn_dim": 64, "freq_dim": 32,
     "text_dim": WIDTH, "text_len": 8, "num_heads": 2, "num_layers": 1,
 }
 _HUNYUAN_VIDEO = {
-    **_FLUX, "image_model": "hunyuan_video", "patch_size": [1, 2, 2], "theta": 256, "byt5": False, "meanflow": False,
-    "use_cond_type_embedding": False, "vision_in_dim": None,
+    **{k: v for k, v in _FLUX.items() if k != "txt_ids_dims"}, "image_model": "hunyuan_video", "patch_size": [1, 2, 2],
+    "theta": 256, "byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None,
+    **newer_arguments(HunyuanVideoParams),
 }
 _LUMINA = {
     "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 48, "cap_feat_dim": WIDTH, "n_layers": 1,
@@ -52,6 +74,8 @@ _COSMOS = {
     "mlp_ratio": 2.0, "crossattn_emb_channels": WIDTH, "pos_emb_cls": "rope3d", "use_adaln_lora": True,
     "adaln_lora_dim": 16,
 }
+# Newer hosts check that the heads of queries are a multiple of those of keys, which here are one for each 64 of the context.
+_ONE_KEY_HEAD = {"project_cond_tokens": True} if newer_arguments(FluxParams) else {}
 _SECONDS = {
     f"conditioner.conditioners.seconds_{which}.embedder.embedding.{part}": torch.full(shape, 0.01)
     for which in ("start", "total")
@@ -104,7 +128,8 @@ FAMILIES = {
     "chroma_radiance": Family("Chroma Radiance (pixels)", supported.ChromaRadiance, {
         **_CHROMA, "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16,
         "nerf_hidden_size": 16, "nerf_mlp_ratio": 2, "nerf_depth": 1, "nerf_max_freqs": 4, "nerf_tile_size": 32,
-        "nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32}, (3, 32, 32), pooled=16),
+        "nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32, **newer_arguments(ChromaRadianceParams)},
+        (3, 32, 32), pooled=16),
     "lumina2": Family("Lumina 2", supported.Lumina2, _LUMINA, (16, 16, 16)),
     "z_image": Family("Z-Image", supported.ZImage, {
         **_LUMINA, "dim": 256, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 24, 24], "rope_theta": 256.0,
@@ -143,7 +168,7 @@ FAMILIES = {
         conditioning={"attention_mask": torch.ones(1, 8, dtype=torch.long)}),
     "stable_audio": Family("Stable Audio", supported.StableAudio, {
         "audio_model": "dit1.0", "io_channels": 64, "embed_dim": 64, "cond_token_dim": 768, "global_cond_dim": 1536,
-        "depth": 1, "num_heads": 1}, (64, 32), text=768, checkpoint=_SECONDS),
+        "depth": 1, "num_heads": 1, **_ONE_KEY_HEAD}, (64, 32), text=768, checkpoint=_SECONDS),
     "ace_step": Family("ACE-Step", supported.ACEStep, {
         "audio_model": "ace", "attention_head_dim": 16, "in_channels": 8, "inner_dim": 32, "max_height": 16,
         "max_position": 256, "max_width": 256, "mlp_ratio": 2.0, "num_attention_heads": 2, "num_layers": 1,

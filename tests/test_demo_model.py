@@ -6,6 +6,7 @@ import pytest
 import torch
 from density_guidance.nodes import LoadDemoModel
 from density_guidance.nodes.builtin import demo as demo_model
+from density_guidance.nodes.builtin import packed_weights
 from density_guidance.nodes.builtin_models import ANY, CLASSES
 from density_guidance.testing import host_runs as h
 
@@ -42,6 +43,21 @@ def test_classes_are_those_of_the_weights():
         _, _, positive, negative, latent = h.outputs(LoadDemoModel, name, 2)
         assert torch.equal(positive[0][0], context[i : i + 1]) and torch.equal(negative[0][0], context[-1:])
         assert latent["samples"].shape == (2, 3, 64, 64)
+
+
+def test_packed_weights_are_within_half_a_step():
+    """Small weights keep their float16 values; of a large one, each row has a step, and a row of zeros stays zeros."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {"bias": torch.randn(9, generator=generator), "large": torch.randn(300, 100, 7, generator=generator)}
+    weights["large"][3] = 0
+    weights["large"][4, 0, 0] = 300  # its row's step is that of the largest
+    packed = packed_weights.pack(weights)
+    assert packed["large"].dtype == torch.int8 and packed["large"].shape == (300, 100, 7) and len(packed) == 3
+    found = packed_weights.unpack(packed)
+    assert torch.equal(found["bias"], weights["bias"].half().float()) and found["large"][3].eq(0).all()
+    error = (found["large"] - weights["large"]).abs().flatten(1).amax(1)
+    assert (error <= 0.51 * packed["large.step"].float()).all()
+    assert packed["large.step"][0].item() == pytest.approx(0.25, rel=0.1)
 
 
 def test_latents_are_scaled_pixels(demo):
@@ -130,7 +146,7 @@ def test_guidance_turns_the_detail_of_every_image(demo):
 def test_weights_of_less_precision_give_the_same_images(demo, dtype, compute_dtype):
     reduced = picture(demo, demo_model.load(dtype, compute_dtype)[0], steps=1)
     difference = (reduced - picture(demo, steps=1)).square().mean().sqrt()
-    assert difference <= (0 if dtype == torch.float16 else 0.005)  # the file is float16
+    assert difference <= (0 if dtype == torch.float16 else 0.005)  # its numbers are float16
 
 
 def test_bad_class_and_missing_weights(tmp_path, monkeypatch):

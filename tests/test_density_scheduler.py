@@ -13,7 +13,7 @@ from density_guidance.dg_core.schedule import FLOW, Schedule
 from density_guidance.dg_core.solver import solve
 from density_guidance.nodes import DensityScheduler
 from density_guidance.nodes.builtin import exact
-from density_guidance.nodes.host.model_access import path_of
+from density_guidance.nodes.host.noise_path import path_of
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import networks
 

@@ -473,7 +473,7 @@ def test_narrow_latents_are_guided_in_float32(dtype, quantile):
     model, seen = h.recording(h.free_model("FLOW", h.half))
     sigmas = [0.9375, 0.75, 0.5, 0.25, 0.125, 0.0]  # exact in every dtype
     result = h.free_run(model, h.guided_sampler(quantile, sampler="euler"), torch.tensor(sigmas), noise, cfg=2.0)
-    assert torch.isfinite(result).all() and seen.x[0].dtype == dtype
+    assert torch.isfinite(result).all() and seen.x[0].dtype in (dtype, torch.float32)  # to which newer hosts widen
     pushed = lambda dim: steering.push(model, sigmas, dim, quantile)
     for i in steering.guided_steps(model, sigmas):
         expected = steering.steered(model, seen.x[i], seen.denoised[i], sigmas[i], pushed)

@@ -1,6 +1,7 @@
 """Prior guidance: the norm of the starting noise, image by image, through the host's noise sources and samplers."""
 
 import comfy.nested_tensor
+import comfy.patcher_extension
 import numpy as np
 import pytest
 import scipy.stats
@@ -132,6 +133,22 @@ def test_model_patch_in_ksampler_equals_the_noise_source(prediction, settings, l
     result = h.ksampler(scaled_model(model, *settings), "euler", 4, latent=samples, denoise=denoise)
     assert torch.equal(result, expected)
     assert not torch.equal(result, h.ksampler(model, "euler", 4, latent=samples, denoise=denoise))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 4, 2, 8, 8), (2, 4, 16)], ids=str)
+def test_a_mask_that_the_host_has_prepared_is_taken_as_it_is(shape):
+    """Since 0.6 the host prepares a mask before the wrappers of a model get it; preparing it anew would mix up the images."""
+    mask = torch.zeros(2, 1, *shape[2:])
+    mask[0, ..., : shape[-1] // 2] = 1
+    mask[1, ..., shape[-1] // 4 :] = 1
+    prepared = mask.expand(shape).contiguous()
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    model = scaled_model(h.exact_model("flow"), 0.1)
+    wrapper = model.get_all_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE)[-1]
+    seen = wrapper(lambda noise, *_: noise, noise, torch.zeros(shape), None, None, prepared)
+    inside = prepared > 0
+    assert torch.equal(seen[~inside], noise[~inside])
+    np.testing.assert_allclose(norms(seen * inside), scipy.stats.chi.ppf(0.9, inside.flatten(1).sum(1)), rtol=1e-6)
 
 
 def test_neutral_model_patch_changes_no_bit():

@@ -64,22 +64,33 @@ def test_a_schedule_that_rises_by_a_rounding(sampler):
 
 
 def measured():
-    """{sampler: ratios of the measured to the predicted shift, one for each kind of model}."""
+    """{sampler: ratios of the measured to the predicted shift, one for each kind of model}, of this host's samplers.
+
+    Those that only a newer host has were not measured for the page's table.
+    """
     table = json.loads((PACK / "docs" / "detail_shift.json").read_text())["measured_over_predicted"]
-    return {name: [ratios[name] for ratios in table.values()] for name in SAMPLERS}
+    return {name: [ratios[name] for ratios in table.values()] for name in SAMPLERS if name in table["eps"]}
 
 
 def test_advice_agrees_with_what_was_measured():
     ratios = measured()
-    said = {name: " ".join(advice(name, {})) for name in SAMPLERS}
-    silent = [r for name in SAMPLERS if not said[name] and name != "dpm_adaptive" for r in ratios[name]]
-    forget = [r for name in SAMPLERS if "forgets" in said[name] for r in ratios[name]]
-    renoise = [r for name in SAMPLERS if "not guided" in said[name] for r in ratios[name]]
+    said = {name: " ".join(advice(name, {})) for name in ratios}
+    silent = [r for name in ratios if not said[name] and name != "dpm_adaptive" for r in ratios[name]]
+    forget = [r for name in ratios if "forgets" in said[name] for r in ratios[name]]
+    renoise = [r for name in ratios if "not guided" in said[name] for r in ratios[name]]
     assert 0.6 < min(silent) and max(silent) < 1.5
     low, *_, high = statistics.quantiles(forget, n=10)
     assert 0.3 <= round(low, 1) and round(statistics.quantiles(forget, n=4)[2], 1) <= 0.5
     assert round(min(renoise), 1) == 0.4 and math.ceil(max(renoise)) == 43
-    assert len(silent) + len(forget) + len(renoise) == 3 * (len(SAMPLERS) - 1)
+    assert len(silent) + len(forget) + len(renoise) == 3 * (len(ratios) - 1)
+
+
+@pytest.mark.parametrize(
+    "name, word", [("exp_heun_2_x0", None), ("exp_heun_2_x0_sde", "forgets"), ("cfgpp_ud10_ab", "not guided"), ("anew", None)]
+)
+def test_advice_on_samplers_of_newer_hosts(name, word):
+    found = advice(name, {})
+    assert len(found) == (word is not None) and all(word in sentence and name in sentence for sentence in found)
 
 
 def warnings_of(caplog, model, sampler):

@@ -5,6 +5,7 @@ import re
 import sys
 
 import comfy.model_management
+import comfy.sample
 import comfy.samplers
 import pytest
 import torch
@@ -95,6 +96,23 @@ def test_response_and_scale_against_the_exact_density():
     print("response", error.tolist(), "shift", (bits(scale) - plain).tolist())
     assert (error < 0.05).sum() >= 7
     assert float((bits(scale) - plain).mean()) == pytest.approx(0.05, rel=0.05)
+
+
+def test_an_empty_latent_is_fitted_as_the_host_fits_it_for_a_sampler(monkeypatch):
+    """Newer hosts note how far a latent is downscaled, and resize an empty one to the model's own ratio."""
+    seen = []
+
+    def fit(model, latent_image, downscale_ratio_spacial=None, downscale_ratio_temporal=None):
+        seen.append((downscale_ratio_spacial, downscale_ratio_temporal))
+        return latent_image[..., ::2, ::2] if downscale_ratio_spacial == 8 else latent_image
+
+    model = h.exact_model("flow")
+    latent = {**h.empty_latent(1, 2 * h.SIZE), "downscale_ratio_spacial": 8, "batch_index": [3]}
+    run = guider(model), h.random_noise(), latent, h.schedule(model, 4), "with score", 0.95, 1, 0
+    wanted = h.outputs(ScoreAlignmentCheck, *run[:2], {**h.empty_latent(1), "batch_index": [3]}, *run[3:])[4]
+    monkeypatch.setattr(comfy.sample, "fix_empty_latent_channels", fit)
+    found = h.outputs(ScoreAlignmentCheck, *run)[4]
+    assert seen[0] == (8, None) and torch.equal(found["samples"], wanted["samples"]) and found.keys() == wanted.keys()
 
 
 def test_both_ways_agree():

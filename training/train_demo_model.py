@@ -1,7 +1,7 @@
 """Train the demo model: `.host/venv/bin/python training/train_demo_model.py pictures.safetensors --config small`.
 
 Needs the ComfyUI that `python3 run.py demo` prepares, whose UNet it trains, and the pictures of `demo_pictures.py`. Resumes
-from its last checkpoint when run again, and ends with `models/demo_model.safetensors` (the averaged weights, float16) and
+from its last checkpoint when run again, and ends with `models/demo_model.safetensors` (the averaged weights, packed) and
 `training/demo_model.json` (what was run, and the loss).
 
 v-prediction (Salimans, Ho 2022, arXiv 2202.00512) at the model's 1000 noise levels, chosen so that theta = atan(s) is
@@ -28,6 +28,7 @@ from launcher.environment import PACK
 in_process.import_host()
 in_process.import_pack()
 from density_guidance.nodes.builtin import demo
+from density_guidance.nodes.builtin.packed_weights import pack
 from density_guidance.training.demo_pictures import CLASSES, Pictures
 
 CONFIGS = {
@@ -158,7 +159,7 @@ def write_atomically(write, path):
 def export(trainer, classes):
     """The averaged weights as the file that LoadDemoModel reads."""
     unet, context = trainer.averaged()
-    tensors = {name: value.half().contiguous().cpu() for name, value in {**unet, "context": context}.items()}
+    tensors = {name: value.contiguous().cpu() for name, value in {**pack(unet), "context": context.half()}.items()}
     metadata = {
         "size": trainer.config["size"],
         "classes": json.dumps(classes),

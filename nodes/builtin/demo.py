@@ -11,6 +11,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
+from .packed_weights import unpack
 from .pixels import CHANNELS, PixelLatent, pixel_vae
 
 WEIGHTS = Path(__file__).resolve().parent.parent.parent / "models" / "demo_model.safetensors"
@@ -75,8 +76,9 @@ def load(
             f"{WEIGHTS} is missing: the pack's folder is not complete, get it again, or train the model "
             "with training/train_demo_model.py"
         )
-    weights, metadata = comfy.utils.load_torch_file(str(WEIGHTS), return_metadata=True)
-    context = weights.pop("context").float()
+    stored, metadata = comfy.utils.load_torch_file(str(WEIGHTS), return_metadata=True)
+    weights = unpack(stored)
+    context = weights.pop("context")
     model = network(metadata["size"], dtype, compute_dtype)
     model.diffusion_model.load_state_dict(weights)
     patcher = comfy.model_patcher.ModelPatcher(

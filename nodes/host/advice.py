@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+# Names of the host's list, of newer hosts too.
+RENOISING = re.compile(r"cfg_?pp")
 STOCHASTIC = re.compile(r"ancestral|sde|^(lcm.*|ddpm|seeds_\d|sa_solver.*)$")
 OVERLAPPING = {"EpsilonScaling": "Epsilon Scaling", "TemporalScoreRescaling": "Temporal Score Rescaling"}
 
@@ -14,10 +16,10 @@ def advice(sampler_name: str, model_options: dict[str, Any]) -> list[str]:
     in docs/detail_shift.md.
     """
     sentences = []
-    if "cfg_pp" in sampler_name:
+    if RENOISING.search(sampler_name):
         sentences.append(
             f"{sampler_name} adds noise by a prediction that is not guided, so the change is not the one asked for "
-            "(measured from 0.4 to 43 times as much): ask for less, or take the sampler without _cfg_pp"
+            "(measured from 0.4 to 43 times as much): ask for less, or take a sampler without CFG++"
         )
     elif STOCHASTIC.search(sampler_name):
         sentences.append(

@@ -1,5 +1,6 @@
 """Score alignment of a guider's model: its inputs, and the runs that it takes."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -187,7 +188,7 @@ class _Run:
                 "the latent without a mask"
             )
         patcher = guider.model_patcher
-        samples = comfy.sample.fix_empty_latent_channels(patcher, samples)
+        samples = comfy.sample.fix_empty_latent_channels(patcher, samples, **_sizes(latent))
         check_latent(patcher, samples, empty_allowed=True)
         model_sampling = patcher.get_model_object("model_sampling")
         path = path_of(model_sampling)
@@ -353,6 +354,20 @@ class _Scaled(comfy.samplers.Sampler):
     def _count(self, executor: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.calls += 1
         return executor(*args, **kwargs)
+
+
+SIZES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty LATENT, in newer hosts, which fit it to the model
+
+
+def _sizes(latent: dict[str, Any]) -> dict[str, Any]:
+    """Those of `SIZES` that the latent has and the host takes."""
+    taken = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
+    return {name: latent[name] for name in SIZES if name in latent and name in taken}
+
+
+def finished_latent(latent: dict[str, Any], samples: torch.Tensor) -> dict[str, Any]:
+    """The LATENT of a finished run that began with `latent`, whose size is fitted already, as the host's samplers return it."""
+    return {**{name: value for name, value in latent.items() if name not in SIZES}, "samples": samples}
 
 
 def _schedule(sigmas: torch.Tensor, model_sampling: Any, end_percent: float) -> tuple[list[float], int]:

@@ -22,40 +22,11 @@ from tqdm.auto import tqdm
 from ...dg_core import divergence
 from ...dg_core.flow import Denoiser
 from ...dg_core.log_density import ProbedModel
-from ...dg_core.schedule import FLOW, VE, Level, NoisePath, Schedule
+from ...dg_core.schedule import Level, NoisePath, Schedule
 from ...dg_core.statistics import compute_dtype
 from .inputs import require
+from .noise_path import path_of
 from .wrappers import without_guidance
-
-# Class names of the host's model samplings. The first one in the order of inheritance decides.
-MODEL_SAMPLINGS = {
-    "EPS": VE,
-    "V_PREDICTION": VE,
-    "EDM": VE,
-    "X0": VE,
-    "COSMOS_RFLOW": VE,
-    "CONST": FLOW,
-    "IMG_TO_IMG": None,
-    "IMG_TO_IMG_FLOW": None,
-}
-
-
-def path_of(model_sampling: Any) -> NoisePath:
-    """The `NoisePath` of one of the host's model samplings.
-
-    Raises ValueError for a sampling without a Gaussian noise path (image-to-image bridges) and for an unknown one.
-    """
-    names = [c.__name__ for c in type(model_sampling).__mro__]
-    known = next((n for n in names if n in MODEL_SAMPLINGS), None)
-    path = MODEL_SAMPLINGS.get(known or "")
-    if path is not None:
-        return path
-    gaussian = ", ".join(n for n, p in MODEL_SAMPLINGS.items() if p is not None)
-    reason = "has no Gaussian noise path" if known else "is not known here"
-    raise ValueError(
-        f"the model's sampling type {known or ' / '.join(names[:-1])} {reason}, so its log-density is undefined; "
-        f"density guidance works with models of type {gaussian}"
-    )
 
 
 def training_table(sampling: Any) -> list[float] | None:

@@ -54,10 +54,13 @@ class PriorSettings:
         check_fields(self, INPUTS)
 
     def apply(self, noise: torch.Tensor, noise_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Scaled copy of `noise` (B, ...); with a noise mask of the host, only the masked part."""
-        mask = None
-        if noise_mask is not None:
-            mask = comfy.sampler_helpers.prepare_mask(noise_mask, noise.shape, noise.device)
+        """Scaled copy of `noise` (B, ...); with a noise mask of the host, only the masked part.
+
+        The mask may be prepared already, as newer hosts hand it to a model's wrappers: in the noise's own shape.
+        """
+        mask = noise_mask
+        if mask is not None and mask.shape != noise.shape:
+            mask = comfy.sampler_helpers.prepare_mask(mask, noise.shape, noise.device)
         return scale_noise(noise, self.quantile if self.match_quantile else None, self.scale, mask)
 
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ...dg_core.levels import noise_levels
 from .inputs import Number, Socket, samples_of
-from .model_access import path_of
+from .noise_path import path_of
 
 LOWEST = 0.03  # s below which images hold nothing to see: SDXL and SD 1.5 end here, flow models far below
 _SIDE = 128  # of a latent, where none is connected: that of an image of 1024 x 1024
