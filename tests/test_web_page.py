@@ -93,7 +93,11 @@ async def show_help(page, name):
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_page_opens_the_template_and_makes_its_api_copy(path, seen):
     assert seen["templates"][path.stem]["missing"] == []
-    assert seen["templates"][path.stem]["api"] == read(WORKFLOWS / "api" / path.name)
+    copy = seen["templates"][path.stem]["api"]
+    for node in copy.values():
+        if node["class_type"] == "PreviewAny":
+            node["inputs"].pop("preview", None)  # the page's own widget, which the node does not have
+    assert copy == read(WORKFLOWS / "api" / path.name)
 
 
 def test_page_shows_the_pictures_of_the_templates(seen):
