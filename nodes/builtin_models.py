@@ -21,13 +21,13 @@ PREDICTION = Choice(
 )
 SIZE = Choice(
     "size",
-    "Width and height of the images, in pixels: 32, 48 or 64 for emoji, 32, 64, 128 or 256 for textures.",
+    "Width and height of the images, in pixels: 32, 48 or 64 for emoji; 32, 64, 128 or 256 for textures.",
     options=("64", "48", "32", "128", "256"),
     default="64",
 )
 COMPONENT = Number(
     "component",
-    "What the conditioning asks for, like a prompt: the number of one of 128 emoji, or of one of the textures "
+    "What the conditioning asks for, like a prompt: the number of one of 128 emojis, or of one of the textures "
     f"{', '.join(f'{name} ({i})' for i, name in enumerate(exact.TEXTURES))}. -1 asks for all.",
     default=-1,
     neutral=-1,
@@ -43,8 +43,8 @@ CLASS_NAME = Choice(
 )
 KIND = Choice(
     "kind",
-    "emoji: every image is its own mode, and detail is grain. textures: detail is contrast, a small push at high noise changes "
-    "much, as with trained models.",
+    "emoji: 128 emojis; detail is grain, and changes by the number asked for. textures: photographed textures; detail is "
+    "contrast, and changes are amplified as by trained models.",
     options=tuple(exact.KINDS),
     default=exact.EMOJI,
     optional=True,
@@ -104,8 +104,8 @@ class ExactLogDensity(io.ComfyNode):
             node_id="ExactLogDensity",
             display_name="Exact Log-Density",
             category=CATEGORY,
-            description="Reads how much detail images of the exact-density model have, exactly, in bits per dimension: larger "
-            "means more. Sample them to a noise level above 0.",
+            description="Reads how much detail images of the exact-density model have: exactly, in bits per dimension; larger "
+            "means more. Sample them down to a noise level above 0.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 Floats.Output(display_name="bits_per_dim", tooltip="-log2 p / D of each image. For Density Contact Sheet."),

@@ -38,7 +38,7 @@ class DensityLevels(io.ComfyNode):
             "connect all_values to quantiles or detail_shifts: one run, a level for each image.",
             inputs=schemas(cls.INPUTS),
             outputs=[
-                io.Float.Output(display_name="value", is_output_list=True, tooltip="One number after the other: a run each."),
+                io.Float.Output(display_name="value", is_output_list=True, tooltip="The numbers one by one: a run for each."),
                 Floats.Output(
                     display_name="all_values", tooltip="All numbers at once: one for each image of a batch, in a single run."
                 ),
@@ -65,7 +65,9 @@ class DensityContactSheet(io.ComfyNode):
         Socket("levels", "The levels of the sweep, which label the rows.", io.Float, unlinked="rows are numbered"),
         Widget("label", "What the levels are, written before each: q for quantiles, shift for shifts.", default="q"),
         SIZE,
-        Widget("column_label", "What differs between columns, written above with the number.", default="seed", optional=True),
+        Widget(
+            "column_label", "What differs between columns, written above each with its number.", default="seed", optional=True
+        ),
     )
 
     @classmethod

@@ -17,12 +17,12 @@ class ScoreAlignmentCheck(io.ComfyNode):
     INPUTS = (
         GUIDER,
         NOISE,
-        Socket("latent_image", "The empty latent: size and number of images. Without a noise mask.", io.Latent),
+        Socket("latent_image", "The empty latent, which sets size and number of images; without a noise mask.", io.Latent),
         Socket(
             "sigmas",
             f"The schedule of noise levels sigma, from the model's maximum down; {ENOUGH_STEPS} steps are usually "
-            "enough. Between its ends noise levels are placed where the density changes; finite scale keeps the "
-            "schedule's own.",
+            "enough. The node places the levels between its ends where the density changes; finite scale keeps "
+            "those of the schedule.",
             io.Sigmas,
         ),
         *INPUTS,
@@ -35,8 +35,8 @@ class ScoreAlignmentCheck(io.ComfyNode):
             node_id="ScoreAlignmentCheck",
             display_name="Score Alignment Check",
             category=CATEGORY,
-            description="Does scaling the starting noise (prior guidance) change the detail, for your model, prompt and seed? "
-            "Says yes or no and by how much, and samples the image meanwhile.",
+            description="Checks whether scaling the starting noise (prior guidance) changes the detail, for your model, prompt "
+            "and seed, and by how much. Samples the image too.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Boolean.Output(

@@ -69,7 +69,7 @@ class StochasticDetailVariation(io.ComfyNode):
 class VariationGrid(io.ComfyNode):
     """The batch for a grid of variations, out of one LATENT: see `variation_run.grid_of`."""
 
-    INPUTS = (Socket("latent", "The latent to vary; its first image is taken.", io.Latent), ROW_QUANTILES, VARIATIONS)
+    INPUTS = (Socket("latent", "The latent to vary; only its first image is used.", io.Latent), ROW_QUANTILES, VARIATIONS)
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -47,7 +47,7 @@ def trace(
 
 
 def _without_nan(value: Any) -> Any:
-    """A record with None in the place of numbers that JSON has not: NaN and infinity."""
+    """A record with None in place of numbers that JSON does not have: NaN and infinity."""
     if isinstance(value, dict):
         return {key: _without_nan(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -56,11 +56,10 @@ def _without_nan(value: Any) -> Any:
 
 
 def require_traceable(sampler: Any, latent_image: dict[str, Any]) -> None:
-    """Raise ValueError where there is no one density of the whole image at the noise levels of the schedule."""
+    """Raise ValueError where the whole image has no single density at the noise levels of the schedule."""
     if latent_image.get("noise_mask") is not None:
         raise ValueError(
-            "latent_image has a noise mask; the trace is about whole images: remove the mask, "
-            "or sample with SamplerCustomAdvanced"
+            "latent_image has a noise mask; the trace needs whole images: remove the mask, or sample with SamplerCustomAdvanced"
         )
     if getattr(samples_of("latent_image", latent_image), "is_nested", False):
         raise ValueError("latent_image combines video and audio; its density is not defined: sample with SamplerCustomAdvanced")

@@ -31,14 +31,14 @@ VARIATION_INDEX = Numbers(
 VARY = Choice(
     "vary",
     "What changes. fine details: texture (noise late in the sampling). structure: composition and shapes (noise "
-    "early). everything: both. custom: from start_percent to end_percent.",
+    "early). everything: both. custom: noise from start_percent to end_percent.",
     options=(*WINDOWS, CUSTOM),
     default="fine details",
     neutral="any, with strength 0",
 )
 VARIATION_SEED = Seed(
     "variation_seed",
-    "Which variation: change it and keep the seed of the noise. Each image of a batch has noise of its own, "
+    "Which variation: change this and keep the seed of the noise. Each image of a batch gets noise of its own, "
     "from this seed and its starting noise.",
     neutral="any, with strength 0",
 )
@@ -60,16 +60,16 @@ INPUTS = (
     Choice(
         "correction",
         "How the change of detail by the noise is undone. expected: no extra model call, noise in every second "
-        "step. hutchinson: more exact; a step with noise takes one call, and one more for each noise piece. exact: more exact "
-        "still; two more for each noise piece.",
+        "step. hutchinson: more exact; one extra call for each noise piece. exact: more exact still; two extra calls for each "
+        "noise piece.",
         options=tuple(CORRECTIONS),
         default="expected",
         neutral="any, with strength 0",
     ),
     Number(
         "probes",
-        "Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by itself and each "
-        "at the cost of model calls. 1 is enough up to strength 1.",
+        "Number of pieces into which hutchinson and exact cut the noise of a step. Each is corrected by itself and costs "
+        "model calls. 1 is enough up to strength 1.",
         shown="noise pieces",
         default=1,
         low=1,
@@ -128,8 +128,8 @@ class VariationSettings:
         )
         if variation is None or not any(variation.raised_levels(schedule, i) for i in range(schedule.steps)):
             logging.warning(
-                "Stochastic detail variation: no step of this run of %d lies between %g and %g of the sampling (vary: %s), the "
-                "first step and the last one to zero noise not counted; nothing is varied.",
+                "Stochastic detail variation: none of the %d steps lies between %g and %g of the sampling (vary: %s; the first "
+                "step and the last one to zero noise do not count); nothing is varied.",
                 schedule.steps,
                 *percents,
                 self.vary,
