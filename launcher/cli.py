@@ -71,7 +71,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    """Start a ComfyUI, make 4 seeds by 5 density levels, and stop it again. Nothing is written into a ComfyUI given."""
+    """Start a ComfyUI, make 4 seeds by 5 density levels, and stop it again. A ComfyUI that --comfyui names is not changed."""
     given = _given(options)
     output = _make_folder(options.output)
     _go_on(given or prepare(), "demo", str(output))
@@ -84,7 +84,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _test(options: argparse.Namespace) -> None:
     """Run the tests, which include ruff and mypy, in as many processes as there are cores, or as -n says; with -s, --pdb or
-    -p no:xdist in one. In a ComfyUI given: without ruff and mypy; nothing is written into it."""
+    -p no:xdist in one. With --comfyui: without ruff and mypy, and that ComfyUI is not changed."""
     some = _names_tests(options.pytest)
     where = _given(options, TEST_TOOLS) or prepare()
     spread = [] if any("no:xdist" in argument for argument in options.pytest) else ["-n", "logical", "--dist", "loadgroup"]

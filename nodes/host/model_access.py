@@ -182,7 +182,7 @@ METHODS_KEY = "density_guidance_derivatives"
 class DerivativeMethods(dict[Any, tuple[str, str]]):
     """What the first readout of a model found out, kept with that model so that later ones need no trial.
 
-    {kind of run: (method, reason)}; a clone of the model, which may carry another patch, begins anew.
+    {kind of run: (method, reason)}; a clone of the model, which may carry another patch, starts over.
     """
 
     def on_model_patcher_clone(self) -> "DerivativeMethods":
@@ -268,7 +268,7 @@ class Predict:
         batch: int,
         show: Callable[[torch.Tensor, torch.Tensor], None] = lambda x, denoised: None,
     ):
-        """Raises ValueError for a model whose patch returns old predictions in the place of new ones."""
+        """Raises ValueError for a model whose patch returns old predictions in place of new ones."""
         cache = extra_args["model_options"].get("transformer_options", {}).get(CACHE)
         if cache is not None:
             raise ValueError(

@@ -33,7 +33,7 @@ class GuidanceSettings:
     detail_shift: float = 0.0
     start_percent: float = 0.0
     end_percent: float = 1.0
-    quantiles: Sequence[float] | None = None  # one for each image, in the place of quantile
+    quantiles: Sequence[float] | None = None  # one for each image, in place of quantile
     detail_shifts: Sequence[float] | None = None  # likewise
     mask: torch.Tensor | None = field(default=None, compare=False)  # (N, height, width), from 0 to 1: where to guide
     curve: Sequence[float] | None = None  # strength from the beginning to the end of the guided range

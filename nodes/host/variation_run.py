@@ -90,7 +90,7 @@ class VariationSettings:
     variation_seed: int = 0
     correction: str = "expected"
     probes: int = 1
-    variation_index: Sequence[float] | None = None  # one for each image, in the place of its starting noise
+    variation_index: Sequence[float] | None = None  # one for each image, in place of its starting noise
 
     def __post_init__(self) -> None:
         check_fields(self, INPUTS)
