@@ -6,8 +6,8 @@ for each frequency, with a little of the others, and all phases equally likely) 
     p_s(y) = sum_tk w_tk N(y; m_t, c_k Lambda_t + v I),      v = floor^2 + s^2
 
 The contrasts c_k lie so closely that their typical sets overlap. As with photographs, the log-density then changes by several
-times what guidance adds. Lambda_t is diagonal in the Fourier domain but for its colours, so that log p, score, Laplacian and Hessian
-products are exact, at the cost of a Fourier transform.
+times what guidance adds. Lambda_t is diagonal in the Fourier domain except for its colours, so log p, score, Laplacian and
+Hessian products are exact, at the cost of a Fourier transform.
 
 symbol      name        meaning
 y, s        y, s        VE coordinates, see `schedule`
@@ -66,7 +66,7 @@ class ExactTextures:
     def __init__(self, photographs: torch.Tensor, contrasts: tuple[float, float] = CONTRASTS, floor: float = FLOOR):
         """photographs: (T, 3, size, size), each taken as periodic. contrasts: the lowest and the highest c.
 
-        Raises ValueError for photographs of another shape or with an odd size, and for contrasts that do not ascend or are not above 0.
+        Raises ValueError for photographs of another shape or with an odd size, and for contrasts that do not ascend from above 0.
         """
         shape = tuple(photographs.shape)
         if len(shape) != 4 or shape[1] != CHANNELS or shape[2] != shape[3] or shape[2] % 2 or shape[2] < 8:
