@@ -66,7 +66,7 @@ class ExactTextures:
     def __init__(self, photographs: torch.Tensor, contrasts: tuple[float, float] = CONTRASTS, floor: float = FLOOR):
         """photographs: (T, 3, size, size), each taken as periodic. contrasts: the lowest and the highest c.
 
-        Raises ValueError for photographs of another shape or with an odd size, and for contrasts that do not ascend from above 0.
+        Raises ValueError for photographs of another shape or with an odd size, and contrasts that do not ascend from above 0.
         """
         shape = tuple(photographs.shape)
         if len(shape) != 4 or shape[1] != CHANNELS or shape[2] != shape[3] or shape[2] % 2 or shape[2] < 8:
