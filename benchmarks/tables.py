@@ -58,8 +58,8 @@ def detail_shift_kinds(r):
         ["sampler", *r["measured_over_predicted"]],
         [
             kind("not connected: the own solver", lambda name: name == OWN),
-            kind("euler, ddim, deis, uni_pc", lambda name: name in ("euler", "ddim", "deis", "uni_pc")),
-            kind("heun, dpm_2", lambda name: name in ("heun", "dpm_2")),
+            kind("euler, ddim, deis, dpm_2, uni_pc", lambda name: name in ("euler", "ddim", "deis", "dpm_2", "uni_pc")),
+            kind("heun", lambda name: name == "heun"),
             kind("dpmpp_2m, res_multistep", lambda name: name in ("dpmpp_2m", "res_multistep")),
             kind("all that add noise: ancestral, sde, seeds, sa_solver, lcm, ddpm", adds_noise),
             kind("all `*_cfg_pp`", renoises),
