@@ -66,8 +66,8 @@ def text(check: Check, settings: CheckSettings) -> str:
     ]
     if check.stochastic:
         lines.append(
-            f"{check.stochastic} adds noise of its own at every step, which is not scaled: scaling the starting noise alone does "
-            "little with it. Connect a deterministic sampler to check the model"
+            f"{check.stochastic} adds noise of its own at every step, which is not scaled: scaling the starting noise alone "
+            "does little with it. Connect a deterministic sampler to check the model"
         )
     if check.steps < ENOUGH_STEPS:
         lines.append(
