@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .host.inputs import CATEGORY, schemas
-from .host.target_run import INPUTS, TargetSettings, target_sampler
+from .host.target_run import INPUTS, TargetSampler, TargetSettings
 
 
 class DensityTargetSampler(io.ComfyNode):
@@ -33,4 +33,4 @@ class DensityTargetSampler(io.ComfyNode):
     def execute(
         cls, target: str, value: float, reference_image: int, tolerance: float, max_passes: int, probes: int
     ) -> io.NodeOutput:
-        return io.NodeOutput(target_sampler(TargetSettings(target, value, reference_image, tolerance, max_passes, probes)))
+        return io.NodeOutput(TargetSampler(TargetSettings(target, value, reference_image, tolerance, max_passes, probes)))

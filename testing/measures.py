@@ -1,6 +1,5 @@
 """Measures that tests and benchmarks share: exact densities of runs in the host, and the nodes that are asked for them."""
 
-import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
@@ -45,7 +44,7 @@ def exact_divergence(sampler, model):
         trace = density.dim + s**2 * density.laplacian(y, s)
         return ld.Evaluation(density.denoised(y, s).float(), trace, torch.zeros_like(trace))
 
-    return comfy.samplers.KSAMPLER(sampler.sampler_function, {**sampler.extra_options, "new_evaluate": lambda: evaluate})
+    return dt.TargetSampler(sampler.settings, new_evaluate=lambda: evaluate)
 
 
 def guider(model, positive=None):

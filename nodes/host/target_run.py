@@ -1,5 +1,6 @@
 """Runs of the host that end at a wanted log-density: the settings, and the sampler function."""
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -124,9 +125,17 @@ class TargetResult:
         return cls(target, achieved, (reached.standard_error / (dim * math.log(2))).tolist(), unguided, s, reached)
 
 
-def target_sampler(settings: TargetSettings) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER of the host for explicit control."""
-    return comfy.samplers.KSAMPLER(sample_to_target, {"settings": settings})
+class TargetSampler(comfy.samplers.KSAMPLER):
+    """A SAMPLER of the host for explicit control. report, new_evaluate: see `sample_to_target`."""
+
+    def __init__(
+        self,
+        settings: TargetSettings,
+        report: Callable[[TargetResult], None] | None = None,
+        new_evaluate: Callable[[], Evaluate] | None = None,
+    ):
+        super().__init__(functools.partial(sample_to_target, settings=settings, report=report, new_evaluate=new_evaluate))
+        self.settings, self.new_evaluate = settings, new_evaluate
 
 
 def sample_to_target(

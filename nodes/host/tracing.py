@@ -21,7 +21,7 @@ from .inputs import samples_of
 from .model_access import Predict, middle_level, open_probe, path_of
 from .plots import blank_image, curves_image
 from .steering import sample_density_guided
-from .target_run import TargetResult, sample_to_target
+from .target_run import TargetResult, TargetSampler
 from .wrappers import WRAPPER_KEY, outermost
 
 PROBE_SEED_OFFSET = 0x3C6EF372FE94F82B
@@ -114,15 +114,14 @@ class TracedSampler(comfy.samplers.Sampler):
         **kwargs: Any,
     ) -> torch.Tensor:
         """As the host's `Sampler.sample`."""
-        function = function_of(self._sampler)
-        if function is sample_to_target and not innermost(self._sampler).extra_options["settings"].neutral:
-            # It tracks itself.
+        inner = innermost(self._sampler)
+        if isinstance(inner, TargetSampler) and not inner.settings.neutral:  # It tracks itself.
             return _reporting(self._sampler, self._report).sample(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
         path, schedule = path_of(guider.inner_model.model_sampling), sigmas.tolist()
         free = RunTrace(path, noise[0].numel())
         tracked = _Tracked.of_run(guider, extra_args, Schedule(path, schedule), noise) if self._exact else None
         # The pack's own solver corrects a state after the call, and reports the better one.
-        witness = None if function is sample_density_guided else _Witness()
+        witness = None if function_of(inner) is sample_density_guided else _Witness()
         steps: list[int] = []
         called: list[torch.Tensor] = []
 
@@ -174,14 +173,12 @@ class TracedSampler(comfy.samplers.Sampler):
 
 
 def _reporting(sampler: Any, report: Callable[[TargetResult], None]) -> Any:
-    """A copy of a sampler, guided or not, whose innermost one, a target sampler, gives its result to report."""
-    if hasattr(sampler, "sampler"):
-        outer = copy.copy(sampler)
-        outer.sampler = _reporting(sampler.sampler, report)
-        return outer
-    return comfy.samplers.KSAMPLER(
-        sampler.sampler_function, {**sampler.extra_options, "report": report}, sampler.inpaint_options
-    )
+    """A copy of a `TargetSampler`, guided or not, that gives its result to report."""
+    if isinstance(sampler, TargetSampler):
+        return TargetSampler(sampler.settings, report, sampler.new_evaluate)
+    outer = copy.copy(sampler)
+    outer.sampler = _reporting(sampler.sampler, report)
+    return outer
 
 
 class _Tracked:
