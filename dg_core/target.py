@@ -28,6 +28,7 @@ from .control import GuidedSteps
 from .log_density import Denoiser, Evaluate, Evaluation, LogDensityTrack, cos_log, read_log_density
 from .schedule import Schedule
 from .solver import solve
+from .units import bits_per_dim_to_nats
 
 # |eta - 1| beyond which a step is no small change of the flow any more.
 STRONGEST = 0.5
@@ -35,6 +36,8 @@ STRONGEST = 0.5
 AMPLIFICATION = 4.0
 # With 3 or fewer the loop oscillates where few steps decide; with 7 it converges on textures and on emojis.
 HORIZON = 7
+# Bits per dimension: a smaller difference between what was read and what was tracked may be the spacing of the noise levels.
+_LEAST_READ = 0.01
 # How far beyond two runs a target may lie, in units of their distance.
 _FARTHEST = 5.0
 
@@ -239,7 +242,7 @@ def reach(runs: TrackedRuns, target_of: Callable[[torch.Tensor], torch.Tensor], 
         gaps = torch.stack([(run.end - target).abs() for run in corrected])
         within = gaps <= tolerance
         if bool((new := ~read.known & (within[-1] | (len(done) == max_passes))).any()) and len(done) > 1:
-            read = read.updated(new, done[-1].end, *runs.read(done[-1]))
+            read = read.updated(new, done[-1].end, *runs.read(done[-1]), -bits_per_dim_to_nats(_LEAST_READ, runs.dim))
             continue
         first = (within.cumsum(0) == 0).sum(0)
         chosen = torch.where(first < len(done), first, gaps.nan_to_num(math.inf).argmin(0))
@@ -282,9 +285,11 @@ class Correction:
         zero = torch.zeros_like(unguided)
         return cls(unguided, unguided, zero, zero, torch.zeros_like(unguided, dtype=torch.bool))
 
-    def updated(self, new: torch.Tensor, at: torch.Tensor, log_prob: torch.Tensor, error: torch.Tensor) -> "Correction":
-        """With what was read of the images `new`, where it differs by more than its error explains."""
-        offset = torch.where((log_prob - at).abs() > 2 * error, log_prob - at, 0.0)
+    def updated(
+        self, new: torch.Tensor, at: torch.Tensor, log_prob: torch.Tensor, error: torch.Tensor, least: float
+    ) -> "Correction":
+        """With what was read of the images `new`, where it differs by more than `least` and than its error explains."""
+        offset = torch.where((log_prob - at).abs() > torch.clamp(2 * error, min=least), log_prob - at, 0.0)
         return Correction(
             self.unguided,
             torch.where(new, at, self.at),

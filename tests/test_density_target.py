@@ -174,6 +174,8 @@ def test_packed_parts_are_refused(monkeypatch):
 class _Passes:
     """Runs whose ends are given, (B,) each, with the number of the pass as image."""
 
+    dim = 1
+
     def __init__(self, *ends):
         self._ends, self._count = ends, 0
 
