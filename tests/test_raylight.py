@@ -1,4 +1,4 @@
-"""raylight sends a SAMPLER to workers that are other processes: what pickles here has to be found, and sample the same, there."""
+"""raylight sends a SAMPLER to workers that are other processes: it has to be found there, and to sample the same."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ else:
 runs = importlib.import_module("custom_nodes.density-guidance.testing.host_runs")
 model = runs.exact_model("eps")
 for name, sampler in made.items():
-    found = runs.sample(model, sampler, runs.schedule(model, 4))[0]
+    found = runs.sampled(model, sampler, runs.schedule(model, 4))
     print(name, hashlib.sha256(found.numpy().tobytes()).hexdigest())
 """
 
