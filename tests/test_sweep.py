@@ -1,10 +1,14 @@
 """Sweeps: what is asked for, the output folder, a worker on the real host; and one short sweep on Ray, where Ray is."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 from density_guidance.launcher import sweep, sweep_workers
 from density_guidance.launcher.environment import PACK, LauncherError
@@ -278,3 +282,88 @@ def test_a_prompt_whose_workers_end_runs_twice_and_is_a_row_then(worker, ends, o
             worker.row(key, prompt)
     row = worker.row(key, prompt)
     assert row["status"] == "failed" and "ended each of the 2 times" in row["error"] and worker.client.runs == 2
+
+
+# ------------------------------------------------------------ on Ray, where it is: `python3 run.py sweep` installs it
+
+PYTHONS = [PACK / ".host" / "sweep" / "venv" / "bin" / "python", Path(sys.executable)]
+RAY = [
+    p for p in PYTHONS if p.is_file() and not subprocess.run([p, "-c", "import ray, pyarrow"], capture_output=True).returncode
+]
+needs_ray = pytest.mark.skipif(not RAY, reason="Ray is not installed: python3 run.py sweep does that")
+PICKLED = """
+import sys, pickle, pyarrow, os
+from pyarrow import parquet
+from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
+class Evil:
+    def __reduce__(self):
+        return open, (sys.argv[2], "w")
+ids = ArrowPythonObjectArray.from_objects([Evil()])
+parquet.write_table(pyarrow.table({"id": ids}), sys.argv[1])
+"""
+
+
+def driver(out, count, **options):
+    out.with_suffix(".json").write_text(
+        json.dumps([{"id": f"{i:064x}", "settings": {"number": i}, "graph": {"sleep": 0.2}} for i in range(count)])
+    )
+    asked = {
+        "prompts": str(out.with_suffix(".json")),
+        "out": str(out),
+        "workers": 2,
+        "worker": "stand_in",
+        "comfyui": "",
+        "python": "",
+    }
+    command = [RAY[0], PACK / "testing" / "sweep_driver.py", json.dumps(asked | options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def listeners(process):
+    found = [process, *process.children(recursive=True)]
+    return {c.laddr.ip.removeprefix("::ffff:") for p in found for c in p.net_connections("inet") if c.status == "LISTEN"}
+
+
+@needs_ray
+@pytest.mark.skipif(os.name == "nt", reason="kill -9")
+def test_a_sweep_goes_on_after_its_worker_and_its_driver_were_killed(tmp_path):
+    out, count = tmp_path / "out", 40
+
+    def until(done):
+        give_up = time.monotonic() + 120
+        while len(list(sweep.read_rows(out)) if out.exists() else []) < done:
+            assert time.monotonic() < give_up and running.poll() is None
+            time.sleep(0.05)
+
+    with driver(out, count) as running:
+        until(5)
+        process = psutil.Process(running.pid)
+        assert listeners(process) == {"127.0.0.1"}
+        next(p for p in process.children(recursive=True) if "ray::MapWorker" in " ".join(p.cmdline())).kill()
+        until(20)
+        running.kill()
+    before = {row["id"] for row in sweep.read_rows(out)}
+    with driver(out, count) as running:
+        said, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, said
+    assert f"{count} prompts, of which {len(before)} have run" in said and 20 <= len(before) < count
+    rows = list(sweep.read_rows(out))
+    assert [row["id"] for row in rows] == [f"{i:064x}" for i in range(count)] and {row["status"] for row in rows} == {"done"}
+    assert all((out / row["id"] / "0-it.txt").read_text() == row["worker"] for row in rows)
+    code = "import sys, pyarrow.parquet as p; print(*sorted(p.read_table(sys.argv[1])['id'].to_pylist()), sep='\\n')"
+    table = subprocess.run([RAY[0], "-c", code, out / "table"], capture_output=True, text=True, check=True).stdout.split()
+    assert table == [row["id"] for row in rows]
+
+
+@needs_ray
+def test_a_pickle_in_the_table_is_not_read(tmp_path):
+    out = tmp_path / "out"
+    (out / "table").mkdir(parents=True)
+    made = subprocess.run(
+        [RAY[0], "-c", PICKLED, out / "table" / "0.parquet", tmp_path / "read"], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "read").unlink(missing_ok=True)
+    with driver(out, 0) as running:
+        running.communicate(timeout=120)
+    assert not (tmp_path / "read").exists()
