@@ -7,13 +7,11 @@ Writes docs/amplification.json. Half an hour on one core.
 
 import torch
 
-from ..dg_core.control import gain_of, guided_steps, predicted_shift
-from ..dg_core.schedule import Schedule
-from ..dg_core.units import nats_to_bits_per_dim
 from ..nodes.builtin import demo as demo_model
 from ..nodes.host.noise_path import path_of
 from ..nodes.host.scheduling import density_sigmas
 from ..testing.demo_runs import Demo
+from ..testing.measures import predicted_bits
 from .pages import digest, publish, still_true
 from .paper_experiments import guided
 
@@ -32,9 +30,8 @@ class Scheduled(Demo):
 
 def predicted(demo, quantile):
     """Bits per dimension that guidance itself adds at a quantile."""
-    sampling, dim = demo.model.get_model_object("model_sampling"), demo.latent["samples"][0].numel()
-    log_range = guided_steps(Schedule(path_of(sampling), demo.sigmas(EFFORTS[0]).tolist())).log_range
-    return nats_to_bits_per_dim(predicted_shift(gain_of(quantile, 0.0, dim, log_range)[0], log_range), dim)
+    path = path_of(demo.model.get_model_object("model_sampling"))
+    return predicted_bits(quantile, demo.latent["samples"][0].numel(), path, demo.sigmas(EFFORTS[0]))
 
 
 def main():

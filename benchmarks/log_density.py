@@ -12,14 +12,14 @@ import torch
 
 from ..dg_core import divergence
 from ..dg_core import log_density as ld
-from ..dg_core.exact_density import ExactDensity, idct
+from ..dg_core.exact_density import ExactDensity
 from ..dg_core.levels import noise_levels
 from ..dg_core.schedule import FLOW, VE
 from ..nodes.builtin import exact as exact_model
 from ..nodes.host import target_run as dt
 from ..testing import host_runs as h
 from ..testing.figures import figure
-from ..testing.measures import cut_schedule, exact_bits, exact_divergence, target_sampler
+from ..testing.measures import cut_schedule, exact_bits, exact_divergence, mean_image, target_sampler
 from .pages import DOCS, publish, still_true
 
 CODE = ["dg_core/*.py", "nodes/**/*.py"]
@@ -38,8 +38,7 @@ class Known:
 
     def __init__(self, size):
         self.density = ExactDensity.load(exact_model.WEIGHTS, size)
-        weights = self.density.log_weights.exp()
-        self._mean = idct((weights / weights.sum() @ self.density.means).view(1, 3, size, size))
+        self._mean = mean_image(self.density)
         self.dim = self.density.dim
 
     def draws(self, count, s, seed):

@@ -12,9 +12,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..dg_core.control import gain_of, guided_steps, predicted_shift
-from ..dg_core.schedule import Schedule
-from ..dg_core.units import nats_to_bits_per_dim
 from ..nodes import StochasticDetailVariation
 from ..nodes.builtin import demo
 from ..nodes.host.alignment_run import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
@@ -23,6 +20,7 @@ from ..nodes.host.sheet import draw_sheet
 from ..testing import held_out
 from ..testing.demo_runs import Demo, band_energy, high_energy, png_bytes, require_pictures
 from ..testing.figures import figure
+from ..testing.measures import predicted_bits
 from . import rivals
 from .pages import DOCS, digest, publish, still_true
 from .tables import FEW_QUANTILES, sem
@@ -111,12 +109,8 @@ def control():
 def predicted():
     """{quantile: bits per dimension that density guidance is predicted to add to those at 0.5}"""
     demo = Demo(1)
-    sampling = demo.model.get_model_object("model_sampling")
-    log_range = guided_steps(Schedule(path_of(sampling), demo.sigmas(STEPS).tolist())).log_range
-    dim = demo.latent["samples"].numel()
-    return {
-        str(q): nats_to_bits_per_dim(predicted_shift(gain_of(q, 0.0, dim, log_range)[0], log_range), dim) for q in QUANTILES
-    }
+    path, dim = path_of(demo.model.get_model_object("model_sampling")), demo.latent["samples"].numel()
+    return {str(q): predicted_bits(q, dim, path, demo.sigmas(STEPS)) for q in QUANTILES}
 
 
 def alignment():

@@ -5,7 +5,7 @@ import torch
 from density_guidance.benchmarks import architectures
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import tiny_models
-from density_guidance.testing.ways import STEERING, WAYS
+from density_guidance.testing.applied import APPLIED, STEERING
 
 ACCEPTED = [name for name in tiny_models.FAMILIES if name not in tiny_models.REFUSED]
 SLOW = ("sd2", "ace_step")  # in bf16 on a CPU
@@ -35,7 +35,7 @@ def test_every_family(name, dtype, node):
 
 
 def test_every_node_and_weight_type_is_among_them():
-    assert {(dtype, node) for _, dtype, node in RUNS} == {(dtype, node) for dtype in architectures.DTYPES for node in WAYS}
+    assert {(dtype, node) for _, dtype, node in RUNS} == {(dtype, node) for dtype in architectures.DTYPES for node in APPLIED}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from density_guidance.nodes import LoadDemoModel
 from density_guidance.nodes.builtin import demo as demo_model
 from density_guidance.nodes.builtin import packed_weights
-from density_guidance.nodes.builtin_models import ANY, CLASSES
+from density_guidance.nodes.builtin.demo import ANY, CLASSES
 from density_guidance.testing import host_runs as h
 
 STEPS, BATCH = 6, 2

@@ -7,8 +7,7 @@ import comfy.nested_tensor
 import comfy.samplers
 import pytest
 import torch
-from density_guidance.dg_core import divergence
-from density_guidance.dg_core import trace as run_trace
+from density_guidance.dg_core import record as run_record
 from density_guidance.dg_core.schedule import VE
 from density_guidance.nodes import DensityTargetSampler, DensityTrace
 from density_guidance.nodes.host import target_run as dt
@@ -233,8 +232,7 @@ def test_a_trace_of_a_target_takes_no_extra_calls():
         sampler = h.outputs(DensityTargetSampler, dt.SHIFT, 0.2, -1, 0.002, 1, 1)[0]
         traced(model, sampler, sigmas, 2, exact)
         calls.append(seen.calls - sum(calls))
-    # Only the first run finds out how to take derivatives.
-    assert calls[0] - calls[1] == divergence.TRIAL_CALLS
+    assert calls[0] == calls[1] > 0
 
 
 def test_numbers_that_json_has_not_are_null():
@@ -258,7 +256,7 @@ def test_predictions_may_be_overwritten_after_they_were_added():
     """Samplers do that to save memory."""
     rows = []
     for overwrite in (False, True):
-        recorded, generator = run_trace.RunTrace(VE, 16), torch.Generator().manual_seed(0)
+        recorded, generator = run_record.RunRecord(VE, 16), torch.Generator().manual_seed(0)
         for sigma in (8.0, 4.0, 2.0, 1.0):
             x, denoised = (torch.randn(1, 16, generator=generator) for _ in range(2))
             recorded.add(sigma * x, denoised, sigma)

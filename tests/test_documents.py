@@ -21,7 +21,7 @@ from density_guidance.benchmarks.mutations import MUTATIONS
 from density_guidance.dg_core.variation import CORRECTIONS
 from density_guidance.nodes.builtin.demo import WEIGHTS
 from density_guidance.testing import tiny_models
-from density_guidance.testing.ways import STEERING, WAYS
+from density_guidance.testing.applied import APPLIED, STEERING
 from density_guidance.training.demo_pictures import CLASSES
 from safetensors import safe_open
 
@@ -177,7 +177,7 @@ def test_tables_say_what_the_json_says(page, row, column, value):
 def test_measurements_are_of_what_is_there_today():
     """Of every family, method and class, and at the settings of the benchmarks."""
     families, methods = r["architectures"], r["composability"]
-    assert list(families["families"]) == list(tiny_models.FAMILIES) and families["nodes"] == list(WAYS)
+    assert list(families["families"]) == list(tiny_models.FAMILIES) and families["nodes"] == list(APPLIED)
     for name in (*families["nodes"], *families["readers"]):
         assert name in text("architectures")
     assert list(methods["methods"]) == list(composability.METHODS) and methods["nodes"] == STEERING

@@ -20,7 +20,7 @@ from density_guidance.nodes import (
     StochasticDetailVariation,
 )
 from density_guidance.nodes.builtin import exact
-from density_guidance.nodes.host import model_access, plots
+from density_guidance.nodes.host import plots
 from density_guidance.nodes.host.alignment_run import CheckSettings, examine
 from density_guidance.nodes.host.model_access import path_of
 from density_guidance.testing import host_runs as h
@@ -210,16 +210,6 @@ def test_caches_of_predictions_are_refused():
             0.1,
         )
     assert seen.calls == 0
-
-
-def test_a_control_has_its_derivative_tried_anew():
-    """The way that was found for a prompt says nothing of what a control puts into the network."""
-    model = h.exact_model("eps")
-    plain = check(model, steps=4)[2]
-    positive = [[c, {**extra, "control_apply_to_uncond": True}] for c, extra in h.conditioning()]
-    one, two = guider(model), guider(model, positive)
-    assert model_access.known_method(one) and model_access.known_method(two) is None
-    assert model_access.known_method(guider(model, h.conditioning("flow", 3))) and "forward-mode" in plain
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------
