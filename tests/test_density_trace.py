@@ -33,6 +33,14 @@ def exact_at_last_row(model, sampler, sigmas, batch=4):
     return model.model.density.bits_per_dim(model.model.process_latent_in(state.double()), s)
 
 
+def assert_tracked(model, sampler, sigmas):
+    """The tracked log-density of 8 images is the exact one, as far as its error says."""
+    _, rows, _, _ = traced(model, sampler, sigmas, 8, exact=True)
+    z = torch.tensor(rows[-1]["bits_per_dim"]) - exact_at_last_row(model, sampler, sigmas, 8)
+    z = z / torch.tensor(rows[-1]["standard_error"])
+    assert float(z.abs().max()) < 3.5 and 0.2 < float(z.square().mean().sqrt()) < 2
+
+
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "own"])
 def test_image_and_calls_are_those_without_it_and_there_is_a_plot(sampler):
     model, seen = h.recording(h.exact_model("flow"))
@@ -68,11 +76,7 @@ def test_exact_trace_is_the_exact_density(prediction, scheduler):
     """Decoded: log p tracked with one probe a step, against the exact value of the state."""
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, 33, scheduler)[:-1]
-    sampler = h.guided_sampler(0.3)
-    _, rows, _, _ = traced(model, sampler, sigmas, 8, exact=True)
-    exact = exact_at_last_row(model, sampler, sigmas, 8)
-    z = (torch.tensor(rows[-1]["bits_per_dim"]) - exact) / torch.tensor(rows[-1]["standard_error"])
-    assert float(z.abs().max()) < 3.5 and 0.2 < float(z.square().mean().sqrt()) < 2
+    assert_tracked(model, h.guided_sampler(0.3), sigmas)
 
 
 def test_the_free_density_of_an_sde_run_converges():
@@ -120,10 +124,7 @@ def test_exact_trace_of_a_guided_run_is_the_models_density(way):
     guided, sampler = (
         (model, h.guided_sampler(0.1, sampler="euler")) if way == "sampler" else (h.guided_model(model, 0.1), "euler")
     )
-    _, rows, _, _ = traced(guided, sampler, sigmas, 8, exact=True)
-    exact = exact_at_last_row(guided, sampler, sigmas, 8)
-    z = (torch.tensor(rows[-1]["bits_per_dim"]) - exact) / torch.tensor(rows[-1]["standard_error"])
-    assert float(z.abs().max()) < 3.5 and 0.2 < float(z.square().mean().sqrt()) < 2
+    assert_tracked(guided, sampler, sigmas)
 
 
 def test_a_run_is_guided_again_after_it_was_looked_at():
