@@ -27,7 +27,7 @@ def _built(name, dtype):
     return tiny_models.build(name, DTYPES[dtype])
 
 
-def picture(name, run):
+def sampled(name, run):
     """(samples, what the host asked of the model)."""
     family = tiny_models.FAMILIES[name]
     model, seen = h.recording(run.model)
@@ -49,7 +49,7 @@ def plain(name, dtype):
     """The run without the pack: (`Run`, samples, what was seen)."""
     h.forget_models()
     run = Run(h.kept(_built(name, dtype).clone()), h.core_sampler("euler"), h.random_noise())
-    return run, *picture(name, run)
+    return run, *sampled(name, run)
 
 
 def measure(name, dtype, node):
@@ -60,8 +60,8 @@ def measure(name, dtype, node):
     """
     applied = APPLIED[node]
     run, unguided, before = plain(name, dtype)
-    neutral, _ = picture(name, applied.apply(run, None))
-    guided, seen = picture(name, applied.apply(run, QUANTILE))
+    neutral, _ = sampled(name, applied.apply(run, None))
+    guided, seen = sampled(name, applied.apply(run, QUANTILE))
     sigmas = h.schedule(run.model, STEPS).tolist()
     result = {
         "neutral": torch.equal(neutral, unguided),
@@ -95,7 +95,7 @@ def read(name, dtype):
     )[0]
     finite = lambda samples: bool(torch.isfinite(samples).all())
     own, still, varied, target = (
-        picture(name, run._replace(sampler=sampler))[0]
+        sampled(name, run._replace(sampler=sampler))[0]
         for sampler in (
             h.guided_sampler(),
             variation(0.0, "expected"),
@@ -124,7 +124,7 @@ def refusal(name, node):
     run = APPLIED[node].apply(run, QUANTILE)
     model, seen = h.recording(run.model)
     try:
-        picture(name, run._replace(model=model))
+        sampled(name, run._replace(model=model))
     except ValueError as error:
         return str(error), seen.calls
     return "", seen.calls

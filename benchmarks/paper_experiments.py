@@ -2,7 +2,7 @@
 
     python3 run.py bench paper_experiments
 
-Needs the pictures of training/demo_pictures.py in .host/data/. Writes docs/paper_experiments.json after each part, .png in
+Needs the images of training/demo_images.py in .host/data/. Writes docs/paper_experiments.json after each part, .png in
 the end, and docs/paper_variation.png. About an hour of one core, half of it on two. Parts that the file has from the same
 weights, settings and code are not run again.
 """
@@ -18,7 +18,7 @@ from ..nodes.host.alignment_run import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSet
 from ..nodes.host.model_access import path_of
 from ..nodes.host.sheet import draw_sheet
 from ..testing import held_out
-from ..testing.demo_runs import Demo, band_energy, high_energy, png_bytes, require_pictures
+from ..testing.demo_runs import Demo, band_energy, high_energy, png_bytes, require_images
 from ..testing.figures import figure
 from ..testing.measures import predicted_bits
 from . import rivals
@@ -145,20 +145,20 @@ def alignment():
 
 
 def variation():
-    """Energy of the differences between variations of a picture, and between seeds, by band of spatial frequency."""
+    """Energy of the differences between variations of an image, and between seeds, by band of spatial frequency."""
     demo = Demo(STARTS * PER_START)
     start = torch.arange(STARTS).repeat_interleave(PER_START)
     demo.classes = demo.classes[start]
     seeds, noise = demo.run(guided(0.5), STEPS).samples, demo.noise(0.5)[::PER_START][start]
     plain = seeds[::PER_START]
 
-    def bands(pictures):
-        """Of groups of pictures (groups, n, ...)."""
-        apart = (pictures - pictures.mean(1, keepdim=True)).flatten(0, 1)
-        scale = pictures.shape[1] / (pictures.shape[1] - 1)
+    def bands(images):
+        """Of groups of images (groups, n, ...)."""
+        apart = (images - images.mean(1, keepdim=True)).flatten(0, 1)
+        scale = images.shape[1] / (images.shape[1] - 1)
         return [float(scale * band_energy(apart, low, high).mean()) for low, high in zip(RADII, RADII[1:])]
 
-    grouped = lambda pictures: pictures.view(STARTS, PER_START, *pictures.shape[1:])
+    grouped = lambda images: images.view(STARTS, PER_START, *images.shape[1:])
     rows, sheet = {"another seed": {"bands": bands(grouped(seeds))}}, []
     for vary in (EARLY, LATE):
         result = demo.run(varied(0.5, vary), STEPS, noise)
@@ -217,7 +217,7 @@ def plot(results):
 
 
 def main():
-    require_pictures()
+    require_images()
     results = still_true("paper_experiments", CODE, weights=digest([demo.WEIGHTS]), settings=SETTINGS)
 
     def varied_and_shown():

@@ -1,6 +1,6 @@
 """What a user would pick instead of density guidance, set to give as much detail, and how the results compare.
 
-Detail is the mean size of the pictures as PNG files. All runs have the same noises, the same number of model calls and,
+Detail is the mean size of the images as PNG files. All runs have the same noises, the same number of model calls and,
 where they leave the choice, the sampler euler.
 """
 
@@ -42,7 +42,7 @@ RIVALS = {
         (1.0, 1.5),
         lambda demo, steps, v: {"sampler": euler, "model": EpsilonScaling.execute(demo.model, v)[0]},
     ),
-    # it fails on more than one picture at once
+    # it fails on more than one image at once
     "TSR": (
         (1.0, 0.1),
         lambda demo, steps, v: {"sampler": euler, "batch": 1, "model": TemporalScoreRescaling.execute(demo.model, v, 1.0)[0]},
@@ -116,7 +116,7 @@ def compare(seeds, steps):
         "quantile": QUANTILE,
         "target": float(target),
         "rows": rows,
-        "held_out_pictures": held_out.pictures,
+        "held_out_images": held_out.images,
         "training_frechet": distance,
         "training_frechet_error": error,
         "seeds_apart": float((2 * same_class).mean().sqrt()),

@@ -54,7 +54,7 @@ def test_own_solver(name):
     run, _, _ = architectures.plain(name, "fp32")
     images = {}
     for quantile in (0.5, 0.2):
-        images[quantile], seen = architectures.picture(name, run._replace(sampler=h.guided_sampler(quantile)))
+        images[quantile], seen = architectures.sampled(name, run._replace(sampler=h.guided_sampler(quantile)))
         assert torch.isfinite(images[quantile]).all() and len(seen.x) == architectures.STEPS
     assert not torch.equal(images[0.5], images[0.2])
 

@@ -22,7 +22,7 @@ from density_guidance.dg_core.variation import CORRECTIONS
 from density_guidance.nodes.builtin.demo import WEIGHTS
 from density_guidance.testing import tiny_models
 from density_guidance.testing.applied import APPLIED, STEERING
-from density_guidance.training.demo_pictures import CLASSES
+from density_guidance.training.demo_images import CLASSES
 from safetensors import safe_open
 
 PAGES = {path.stem: path for path in (pages.PACK / "README.md", *sorted(pages.DOCS.glob("*.md")))}
@@ -96,9 +96,9 @@ CLAIMS = [  # page, words of its text
         f"{TRAINING['seconds'] / 60:.0f} minutes",
     ),
     ("demo_model", f"The loss at the end of the training is {TRAINING['loss'][-1][1]:.4f}"),
-    ("demo_model", f"the {r['demo_model']['held_out_pictures']} images held out"),
+    ("demo_model", f"the {r['demo_model']['held_out_images']} images held out"),
     ("demo_model", f"For {r['demo_model']['queries']} images of each kind"),
-    ("demo_model", f"any crop of the {r['demo_model']['training_pictures']} training images"),
+    ("demo_model", f"any crop of the {r['demo_model']['training_images']} training images"),
     ("detail_shift", f"quantile {r['detail_shift']['quantile']:g} against 0.5, {r['detail_shift']['steps']} steps"),
     ("detail_shift", f"nats per dimension: {r['detail_shift']['accuracy_steps']} steps"),
     ("detail_shift", f"bits per dimension over {r['detail_shift']['seeds']} seeds"),
@@ -122,7 +122,7 @@ CLAIMS = [  # page, words of its text
     ("paper_experiments", f"at quantile {RIVALS['quantile']:g}: {RIVALS['target']:.0f} bytes"),
     (
         "paper_experiments",
-        f"{SETTINGS['held_out_crops']} crops of the {RIVALS['held_out_pictures']} held-out images, in a "
+        f"{SETTINGS['held_out_crops']} crops of the {RIVALS['held_out_images']} held-out images, in a "
         f"space of {SETTINGS['features']} features (log energy in {SETTINGS['bands']} bands",
     ),
     (
@@ -143,7 +143,7 @@ CLAIMS = [  # page, words of its text
     ("variation", f'"fine details" at strength {r["variation"]["strength"]:g}'),
     ("variation", f"over {r['variation']['variations']} variations of one image"),
     ("variation", f"are {min(STRUCTURE):.0%} to {max(STRUCTURE):.0%} as far apart"),
-    ("variation", f"{variation.STIFF_PICTURES} images leave the range at CFG {variation.STIFF_CFG:g}"),
+    ("variation", f"{variation.STIFF_IMAGES} images leave the range at CFG {variation.STIFF_CFG:g}"),
 ]
 
 
@@ -218,12 +218,12 @@ def test_measured_claims_of_variation():
     assert round(max(at_strength_3) / math.log(2), 2) == 0.17  # web/docs/StochasticDetailVariation.md
     assert all(max(counts) == 0 for row, counts in ours.items() if row != "simple 6")
     assert all(n == 0 for name, n in eps["simple 6"].items() if name not in ("dpmpp_2m_sde", "hutchinson 3", "exact 3"))
-    assert all(flow[row]["euler"] == variation.STIFF_PICTURES for row in flow if row != "simple 12")
+    assert all(flow[row]["euler"] == variation.STIFF_IMAGES for row in flow if row != "simple 12")
 
 
 def test_the_demo_model_does_not_repeat_its_training_images():
     """Samples are no nearer to a training crop than images are that it never saw; training crops themselves are."""
     nearest = r["demo_model"]["nearest"]
-    found, held_out, training = (sorted(nearest[k]) for k in ("samples", "held-out pictures", "training pictures"))
+    found, held_out, training = (sorted(nearest[k]) for k in ("samples", "held-out images", "training images"))
     middle = len(found) // 2
     assert found[middle] < held_out[middle] + 0.1 and max(found[-1], held_out[-1]) < training[middle]

@@ -145,7 +145,7 @@ def test_more_probes_and_other_seeds_agree():
 
 
 def test_the_sample_is_a_finished_one():
-    """That of the converged flow: 32 of the scheduler's own steps may end at another picture."""
+    """That of the converged flow: 32 of the scheduler's own steps may end at another image."""
     model = h.exact_model("flow")
     latent = check(model)[4]
     converged, other = (h.sampled(model, h.guided_sampler(), h.schedule(model, 64), seed=s) for s in (h.SEED, h.SEED + 1))
