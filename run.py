@@ -4,6 +4,7 @@
     python3 run.py demo [--comfyui PATH [--python PATH]] [--output DIR]
     python3 run.py test [--comfyui PATH [--python PATH]] [pytest arguments...]
     python3 run.py bench NAME
+    python3 run.py sweep WORKFLOW.json --set NODE.INPUT=VALUES ... --out DIR
 
 Needs only Python 3.11 to 3.13 and a network connection to the package index on the first run.
 """

@@ -2,9 +2,8 @@
 
     python3 run.py bench paper_experiments
 
-Needs the images of training/demo_images.py in .host/data/. Writes docs/paper_experiments.json after each part, .png in
-the end, and docs/paper_variation.png. About an hour of one core, half of it on two. Parts that the file has from the same
-weights, settings and code are not run again.
+Writes docs/paper_experiments.json after each part, .png in the end, and docs/paper_variation.png. Over an hour of one core.
+Parts that the file has from the same weights, settings and code are not run again.
 """
 
 import numpy as np
@@ -12,58 +11,50 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..nodes import StochasticDetailVariation
+from ..nodes import DensityGuidanceSampler, StochasticDetailVariation
 from ..nodes.builtin import demo
 from ..nodes.host.alignment_run import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
 from ..nodes.host.model_access import path_of
 from ..nodes.host.sheet import draw_sheet
-from ..testing import held_out
-from ..testing.demo_runs import Demo, band_energy, high_energy, png_bytes, require_images
+from ..testing.demo_runs import Scheduled, band_energy, high_energy, png_bytes
 from ..testing.figures import figure
 from ..testing.measures import predicted_bits
-from . import rivals
 from .pages import DOCS, digest, publish, still_true
 from .tables import FEW_QUANTILES, sem
 
-SEEDS, STEPS, LEVELS = 64, 16, 8
+SEEDS, FEWER_SEEDS = 14, 7  # two of every class, and one
+STEPS = EVALUATIONS = 32
 ALIGNMENT_STEPS = 30  # fewer may give wrong numbers
-QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+QUANTILES = (0.05, 0.1, 0.3, 0.5, 0.7)  # what twice the steps and evaluations confirm
 STRENGTH = 1.0  # of the variation
 EARLY, LATE = "structure", "fine details"
-FEWER_SEEDS, BOTH_SEEDS = 32, 16
-STEP_COUNTS = (8, 12, 20, 50)
+STEP_COUNTS = (16, 20, 32, 64)
 PRECISIONS = {
     "float32": {},
     "float16 weights": {"dtype": torch.float16, "compute_dtype": torch.float32},
     "bfloat16 weights": {"dtype": torch.bfloat16, "compute_dtype": torch.float32},
     "bfloat16": {"dtype": torch.bfloat16},
 }
-STARTS, PER_START = 8, 8
+STARTS, PER_START = 4, 8
 RADII = [0.0, 0.06, 0.125, 0.25, 0.5, 1.42]  # of spatial frequency, Nyquist = 1
 SETTINGS = {
     "seeds": SEEDS,
     "steps": STEPS,
-    "levels": LEVELS,
+    "evaluations": EVALUATIONS,
     "alignment_steps": ALIGNMENT_STEPS,
     "strength": STRENGTH,
     "fewer_seeds": FEWER_SEEDS,
-    "both_seeds": BOTH_SEEDS,
     "starts": STARTS,
     "per_start": PER_START,
     "radii": RADII,
-    "held_out_crops": held_out.HELD_OUT_CROPS,
-    "features": held_out.FEATURES,
-    "bands": len(held_out.BANDS) - 1,
-    "low": held_out.LOW,
-    "bootstraps": held_out.BOOTSTRAPS,
 }
 # what results depend on, beside this file and the weights
-CODE = ["dg_core/*.py", "nodes/**/*.py", "testing/demo_runs.py", "testing/held_out.py", "benchmarks/rivals.py"]
+CODE = ["dg_core/*.py", "nodes/**/*.py", "testing/demo_runs.py"]
 
 
 def guided(quantile):
     """The pack's own solver at a quantile."""
-    return rivals.guided(0.0, quantile, None)
+    return lambda _: DensityGuidanceSampler.execute(quantile, 0.0, 0.0, 1.0)[0]
 
 
 def varied(quantile, vary, seed=1):
@@ -80,35 +71,36 @@ def detail(demo, result):
     }
 
 
+def read(demo, sampler, steps=STEPS, evaluations=EVALUATIONS, **arguments):
+    """{"bits", "png", "high": lists over the seeds, "bits_error": mean}"""
+    result = demo.run(sampler, steps, **arguments)
+    bits, errors = demo.bits(result, evaluations)
+    found = {"bits": [round(v, 4) for v in bits], "bits_error": float(f"{np.mean(errors):.2g}"), **detail(demo, result)}
+    print({key: f"{np.mean(v):.4g}" for key, v in found.items()}, flush=True)
+    return found
+
+
 def control():
-    """{method: {quantile: {"bits", "png", "high": lists over the seeds}}}"""
-    demo = Demo(SEEDS)
-    runs = {
-        "prior guidance": {q: {"sampler": guided(0.5), "noise": demo.noise(q)} for q in QUANTILES},
-        "density guidance": {q: {"sampler": guided(q)} for q in QUANTILES},
-        "stochastic, early noise": {q: {"sampler": varied(q, EARLY)} for q in FEW_QUANTILES},
-        "stochastic, late noise": {q: {"sampler": varied(q, LATE)} for q in FEW_QUANTILES},
+    """{method: {quantile: what `read` gives}}"""
+    demo, few = Scheduled(SEEDS), Scheduled(FEWER_SEEDS)
+    density = {str(q): read(demo, guided(q)) for q in QUANTILES}
+    prior = {str(q): density["0.5"] if q == 0.5 else read(demo, guided(0.5), noise=demo.noise(q)) for q in QUANTILES}
+    stochastic = {
+        f"stochastic, {name} noise": {str(q): read(few, varied(q, vary)) for q in FEW_QUANTILES}
+        for name, vary in (("early", EARLY), ("late", LATE))
     }
-    rows = {name: {} for name in runs}
-    for name, by in runs.items():
-        for q, arguments in by.items():
-            if name == "density guidance" and q == 0.5:  # the same run as that of prior guidance
-                rows[name]["0.5"] = rows["prior guidance"]["0.5"]
-                continue
-            result = demo.run(steps=STEPS, **arguments)
-            bits, errors = demo.bits(result, LEVELS)
-            rows[name][str(q)] = {
-                "bits": [round(v, 4) for v in bits],
-                "bits_error": float(f"{np.mean(errors):.2g}"),
-                **detail(demo, result),
-            }
-            print(name, q, {key: f"{np.mean(v):.4g}" for key, v in rows[name][str(q)].items()}, flush=True)
-    return rows
+    return {"prior guidance": prior, "density guidance": density, **stochastic}
+
+
+def converged():
+    """{quantile: what `read` gives for the first seeds, at twice the steps and evaluations}"""
+    few = Scheduled(FEWER_SEEDS)
+    return {str(q): read(few, guided(q), 2 * STEPS, 2 * EVALUATIONS) for q in QUANTILES}
 
 
 def predicted():
     """{quantile: bits per dimension that density guidance is predicted to add to those at 0.5}"""
-    demo = Demo(1)
+    demo = Scheduled(1)
     path, dim = path_of(demo.model.get_model_object("model_sampling")), demo.latent["samples"].numel()
     return {str(q): predicted_bits(q, dim, path, demo.sigmas(STEPS)) for q in QUANTILES}
 
@@ -117,7 +109,7 @@ def alignment():
     """Cosine of the score alignment of every seed at its end and on the way, and by both methods for the first ones."""
 
     def cosines(count, method):
-        demo, found = Demo(count), []
+        demo, found = Scheduled(count), []
         for part in tqdm(demo.parts(), f"score alignment, {method}"):
             latent = {"samples": demo.latent["samples"][part], "batch_index": part.tolist()}
             with torch.inference_mode():
@@ -129,7 +121,7 @@ def alignment():
         }
 
     log_snr, by = cosines(SEEDS, WITH_SCORE)
-    _, two = cosines(BOTH_SEEDS, BOTH)
+    _, two = cosines(FEWER_SEEDS, BOTH)
     profile = by[WITH_SCORE]
     return {
         "log_snr": log_snr,
@@ -146,7 +138,7 @@ def alignment():
 
 def variation():
     """Energy of the differences between variations of an image, and between seeds, by band of spatial frequency."""
-    demo = Demo(STARTS * PER_START)
+    demo = Scheduled(STARTS * PER_START)
     start = torch.arange(STARTS).repeat_interleave(PER_START)
     demo.classes = demo.classes[start]
     seeds, noise = demo.run(guided(0.5), STEPS).samples, demo.noise(0.5)[::PER_START][start]
@@ -173,7 +165,7 @@ def variation():
 
 def few_steps():
     """{number of steps: {quantile: measures of detail}}"""
-    demo = Demo(FEWER_SEEDS)
+    demo = Scheduled(FEWER_SEEDS)
     return {
         str(n): {str(q): detail(demo, demo.run(guided(q), n)) for q in FEW_QUANTILES} for n in tqdm(STEP_COUNTS, "few steps")
     }
@@ -183,7 +175,7 @@ def precision():
     """{precision: {quantile: measures of detail and distance to float32}}"""
     rows, reference = {}, {}
     for name, how in PRECISIONS.items():
-        demo, rows[name] = Demo(BOTH_SEEDS, **how), {}
+        demo, rows[name] = Scheduled(FEWER_SEEDS, **how), {}
         for q in FEW_QUANTILES:
             result = demo.run(guided(q), STEPS)
             reference.setdefault(q, result.samples)
@@ -217,7 +209,7 @@ def plot(results):
 
 
 def main():
-    require_images()
+    torch.set_num_threads(1)
     results = still_true("paper_experiments", CODE, weights=digest([demo.WEIGHTS]), settings=SETTINGS)
 
     def varied_and_shown():
@@ -228,9 +220,9 @@ def main():
     parts = {
         "predicted": predicted,
         "control": control,
+        "converged": converged,
         "alignment": alignment,
         "variation": varied_and_shown,
-        "rivals": lambda: rivals.compare(SEEDS, STEPS),
         "few_steps": few_steps,
         "precision": precision,
     }

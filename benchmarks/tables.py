@@ -67,8 +67,8 @@ def detail_shift_kinds(r):
     adds_noise = lambda name: not renoises(name) and any(word in name for word in noisy)
     kinds = {
         "not connected: the own solver": lambda name: name == OWN,
-        "euler, ddim, deis, uni_pc": lambda name: name in ("euler", "ddim", "deis", "uni_pc"),
-        "heun, dpm_2": lambda name: name in ("heun", "dpm_2"),
+        "euler, ddim, deis, dpm_2, uni_pc": lambda name: name in ("euler", "ddim", "deis", "dpm_2", "uni_pc"),
+        "heun": lambda name: name == "heun",
         "dpmpp_2m, res_multistep": lambda name: name in ("dpmpp_2m", "res_multistep"),
         "all that add noise: ancestral, sde, seeds, sa_solver, lcm, ddpm": adds_noise,
         "all `*_cfg_pp`": renoises,

@@ -1,4 +1,4 @@
-"""Multistep integration of a sum of smooth functions whose values come from the last evaluations, with an order limiter.
+"""Multistep integration of a sum of smooth functions, known at the last evaluations, with an order limiter.
 
 An exponential Adams method: each function is interpolated through its last values and integrated against its own weights (see
 `quadrature`). The step is a sum of terms, what one node gives and what each further node adds. Few steps at a high CFG are

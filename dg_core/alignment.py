@@ -242,7 +242,7 @@ def scale_for_shift(shift: float, alignment: torch.Tensor, dim: int) -> torch.Te
 
     Scaling by r changes the prior's own log-density by -||n||^2 (r^2 - 1) / 2, and to first order the final one by
     A / ||n||^2 times that, hence r = sqrt(1 - 2 shift_nats / A) (derived here; exact for centred Gaussian data).
-    Clamped to `SCALE_RANGE`; NaN where A <= 0: not aligned, no scale is to be trusted.
+    Clamped to `SCALE_RANGE`; NaN where A <= 0: not aligned, no scale works.
     """
     square = 1 - 2 * bits_per_dim_to_nats(shift, dim) / alignment
     low, high = SCALE_RANGE

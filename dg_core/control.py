@@ -1,6 +1,6 @@
 """Density guidance: what steers a run.
 
-Multiplying eps by eta steers log p along the sampling path at no extra model call (arXiv 2502.05807, section 5):
+Multiplying eps by eta steers log p along the sampling path, at no extra model call (arXiv 2502.05807, section 5):
 
     dy/ds = eta * eps,      eta = 1 + k / ||eps||^2,      k = sqrt(2 D) z,      z = Phi^-1(q)
 
@@ -84,7 +84,7 @@ def guided_steps(schedule: Schedule, sigma_high: float = math.inf, sigma_low: fl
 
 
 def gain_of(quantile: float, detail_shift: float, dim: float, log_range: float, peak: float = 1.0) -> tuple[float, bool]:
-    """(k, whether it was cut down to `SMOOTHEST`) for a quantile plus a wanted shift in bits per dimension, in nats per -ln s.
+    """(k in nats per -ln s, whether it was limited to `SMOOTHEST`) for a quantile plus a shift in bits per dimension.
 
     detail_shift > 0 means more detail, a lower log-density and so a smaller gain. dim: D; 0 of it gives 0. log_range: that of
     the `GuidedSteps`. peak: the largest value of a `strength_curve`.
@@ -95,8 +95,8 @@ def gain_of(quantile: float, detail_shift: float, dim: float, log_range: float, 
     limit = log_range / math.log(2) / peak
     if abs(detail_shift) > limit:
         raise ValueError(
-            f"detail_shift is {detail_shift}, but the guided part of the schedule is too short for it (ln(s_start / "
-            f"s_end) = {log_range:.3g}); it can shift by {limit:.3g} at most: guide a wider range, or ask for less"
+            f"detail_shift is {detail_shift}, but the guided part of the schedule is too short for it: it can shift by "
+            f"{limit:.3g} bits per dimension at most; guide a wider range (start_percent, end_percent), or ask for less"
         )
     wanted = (2 * dim) ** 0.5 * quantile_to_z(quantile) + bits_per_dim_to_nats(detail_shift, dim) / log_range
     smoothest = bits_per_dim_to_nats(SMOOTHEST, dim) / log_range
@@ -106,11 +106,11 @@ def gain_of(quantile: float, detail_shift: float, dim: float, log_range: float, 
 def strength_curve(values: Sequence[float]) -> tuple[float, ...]:
     """`values` scaled so that the curve through them, evenly spaced and joined by lines, has the mean 1.
 
-    They say how strongly guidance acts at each part of the guided range, which the mean leaves at the same predicted shift.
+    They say how strongly guidance acts in each part of the guided range; with mean 1 the predicted shift stays the same.
     Raises ValueError unless they are finite, not negative and not all zero.
     """
     if not all(math.isfinite(v) and v >= 0 for v in values) or not any(values):
-        raise ValueError(f"curve is {list(values)}; its numbers must be finite and not negative, and one must be above 0")
+        raise ValueError(f"curve is {list(values)}; its numbers must be finite and not negative, and at least one above 0")
     if len(values) == 1:
         return (1.0,)
     mean = (sum(values) - (values[0] + values[-1]) / 2) / (len(values) - 1)
@@ -144,7 +144,7 @@ class Steering(Protocol):
 class Control:
     """What steers a run by a gain that is known beforehand.
 
-    Its tensors are on the device of the run, so that a step copies nothing there.
+    Its tensors are on the device of the run, so a step copies nothing there.
 
     steps: the `GuidedSteps`. gain: k, one for all images or one for each, (B,). weights: None, or a number from 0 to 1 for
     each element, broadcastable to x: how strongly it is guided and how much it counts in D and ||eps||^2. The shift stays

@@ -7,7 +7,7 @@ v           probe         a Rademacher vector: independent signs, so <v, v> = D 
 
 The identity part of J is exact for every probe: div eps = tr J = (D - tr Dhat) / s, and only tr Dhat is estimated
 (M. F. Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix"). Forward-mode AD gives Dhat v to
-rounding at about twice the cost of a prediction; two-sided differences give it with two predictions more.
+rounding at about twice the cost of a prediction; two-sided finite differences take two more predictions.
 """
 
 from collections.abc import Callable, Iterable, Sequence

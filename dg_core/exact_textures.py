@@ -5,9 +5,9 @@ for each frequency, with a little of the others, and all phases equally likely) 
 
     p_s(y) = sum_tk w_tk N(y; m_t, c_k Lambda_t + v I),      v = floor^2 + s^2
 
-The contrasts c_k lie so closely that their typical sets overlap. As in photographs, log-density then changes by several times
-what guidance adds. Lambda_t is diagonal in the Fourier domain but for its colours, so that log p, score, Laplacian and Hessian
-products are exact, at the cost of a Fourier transform.
+The contrasts c_k lie so closely that their typical sets overlap. As with photographs, the log-density then changes by several
+times what guidance adds. Lambda_t is diagonal in the Fourier domain except for its colours, so log p, score, Laplacian and
+Hessian products are exact, at the cost of a Fourier transform.
 
 symbol      name        meaning
 y, s        y, s        VE coordinates, see `schedule`
@@ -74,7 +74,7 @@ class ExactTextures:
             raise ValueError(f"photographs have shape {shape}; expected (T, {CHANNELS}, size, size), even sizes from 8 on")
         low, high = contrasts
         if not 0 < low < high:
-            raise ValueError(f"contrasts are {contrasts}; they must ascend from above 0")
+            raise ValueError(f"contrasts are {contrasts}; they must ascend, and be above 0")
         photographs = photographs.double()
         size = shape[2]
         self.size, self.dim, self.textures, self.floor = size, CHANNELS * size**2, shape[0], floor

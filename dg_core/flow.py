@@ -1,4 +1,4 @@
-"""The guided flow as the evaluations along a path describe it.
+"""The guided flow, as known from the evaluations along a path.
 
 The state is the variance-preserving one, u = x / sqrt(alpha^2 + std^2), and the clock theta = atan(s), which is regular at
 both ends of a schedule (s = 0, and s = infinity where a flow model has sigma = 1):
@@ -41,7 +41,7 @@ Callback = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class Flow:
-    """The guided flow as the evaluations so far describe it."""
+    """The guided flow, as known from the evaluations so far."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Flow:
         self._add(x, denoised, level, step, History.add)
 
     def move(self, x: torch.Tensor, drift: torch.Tensor, denoised: torch.Tensor, level: Level, step: int) -> None:
-        """In place of the last evaluation, of x, what it tells about x + drift, without a call; see `TURNING`.
+        """Replace the last evaluation, of x, by an estimate at x + drift, without a call; see `TURNING`.
 
         Not in the first steps, of a lower order, whose errors lie elsewhere too.
         """
@@ -102,7 +102,7 @@ class Flow:
         return self.guide(u, theta_from, theta_to, step, correct)
 
     def guide(self, u: torch.Tensor, theta_from: float, theta_to: float, step: int, correct: bool = False) -> torch.Tensor:
-        """u (B, ...) and what guidance adds to it from theta_from to theta_to, as far as it is known."""
+        """u (B, ...) plus what guidance adds to it from theta_from to theta_to, as far as it is known."""
         if self._control is not None and self._control.steps.first <= step < self._control.steps.last:
             u = u + sum(self._guidance.terms(theta_from, theta_to, correct), start=torch.zeros(()))
         return u

@@ -1,4 +1,4 @@
-"""Which noise levels to evaluate, given a number of model evaluations.
+"""Where to place a given number of model evaluations among the noise levels.
 
 symbol     name         unit
 s          s            noise level in VE coordinates, see `schedule`
@@ -19,7 +19,7 @@ def clock(s: float, dim: int) -> float:
     """The clock ln s + ln(1 + s/R) - 2 ln(1 + s/S), finite at s = infinity.
 
     It is ln s far below R; between R and S, where few dimensions decide between images and densities have narrow features, it
-    runs up to twice as fast; above S it comes to a rest.
+    runs up to twice as fast; above S it slows to a halt.
     """
     merging, merged = _merging(dim)
     if math.isinf(s):
@@ -41,7 +41,7 @@ def noise_levels(s_low: float, s_high: float, count: int, dim: int) -> list[floa
     if count < 2:
         raise ValueError(f"steps is {count}; a log-density takes at least 2 model evaluations")
     if not 0 < s_low < s_high:
-        raise ValueError(f"the noise levels are {s_low:.4g} to {s_high:.4g}; they must ascend from above 0")
+        raise ValueError(f"the noise levels are {s_low:.4g} to {s_high:.4g}; they must ascend, and be above 0")
     merging, merged = _merging(dim)
     ticks = np.exp(np.linspace(clock(s_low, dim), clock(s_high, dim), count)[1:-1])
     # exp(clock) = s (1 + s/R) / (1 + s/S)^2, solved for s

@@ -7,7 +7,7 @@ u(theta), whatever chose it, the log-density p of u obeys the exact differential
     F = cos(theta) eps - sin(theta) denoised,
 
 in which F is the probability-flow ODE, -eps / sin(theta) the score of u, and the identity part of the divergence is
-integrated exactly. So errors of a solver do not count: the defect of its states against the flow is charged at the score.
+integrated exactly. So errors of a solver do not count: the defect of its states against the flow is corrected with the score.
 Source of the rate: arXiv 2502.05807, section 4; the form above and the end: derived here.
 
 symbol     name         unit
@@ -38,8 +38,8 @@ from .units import Amount, bits_per_dim_to_nats, error_bits_per_dim, nats_to_bit
 _DEFECT_NODES = 4
 # Richardson: a rule of second order, as that of the defect is, errs by a third of its difference to twice the spacing.
 _RICHARDSON = 1 / 3
-# Of the defect, as an error of a readout. On exact densities the defect is right and so small that it adds little; on a
-# network, whose eps is the gradient of no density off the flow, readouts at few evaluations erred by up to 4 times it.
+# Share of the defect in the error of a readout. On exact densities the correction is right, and so small that it adds little;
+# on a network, whose eps is no gradient off the flow, readouts at few evaluations erred by up to 4 times the defect.
 _DEFECT_SHARE = 2.0
 _COMPARABLE = 0.1, 10.0  # ratio of two traces, within which their diagonals are taken to have one shape
 
@@ -67,7 +67,7 @@ def trace_weights(levels: Sequence[float], dim: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation tells: denoised (B, ...); tr Dhat and the variance of its estimate, (B,)."""
+    """One evaluation of the model: denoised (B, ...); tr Dhat and the variance of its estimate, (B,)."""
 
     denoised: torch.Tensor
     trace: torch.Tensor
@@ -146,7 +146,7 @@ class _Node:
 class LogDensityTrack:
     """The change of log p along the states that a solver visits, upwards or downwards.
 
-    `add` takes them in order, and keeps copies of a few: u, eps and denoised of each. `change` and `error` are about the way so
+    `add` takes them in order, and keeps copies of a few: u, eps and denoised of each. `change` and `error` cover the path so
     far, (B,), in nats of u; `defect` is the part of `change` that comes from states off the flow. `s`, `traces` and
     `eps_energy` (||eps||^2 / D) list what was evaluated.
     """
@@ -166,7 +166,7 @@ class LogDensityTrack:
         self._half_defect = self._defect_at_half = torch.zeros(())
 
     def add(self, x: torch.Tensor, sigma: float, evaluation: Evaluation) -> None:
-        """A state x (B, ...) in the host's units, and what the model says of it. None of the tensors is kept.
+        """Add a state x (B, ...) in the host's units, and the model's evaluation there. None of the tensors is kept.
 
         Raises ValueError for a noise level that is not beyond the last, in the direction of the first two.
         """
@@ -209,8 +209,8 @@ class LogDensityTrack:
     def error(self) -> torch.Tensor:
         """Standard error of `change`, (B,), from the probes and from the spacing of the noise levels.
 
-        The second is `_RICHARDSON` of what changes if every other level is left out, less what the probes have in that. Both
-        are along the same states: what a network that is no gradient makes of states off its flow is not in it.
+        The second is `_RICHARDSON` times the change if every other level is left out, less the share of the probes in it. Both
+        use the same states: the error of a network whose eps is no gradient off its flow is not included.
         """
         probes = _weighted(trace_weights(self.s, self.dim) ** 2, self.variances)
         count = (len(self.s) - 1) // 2 * 2 + 1
@@ -294,7 +294,7 @@ def log_prior(
 
 @dataclass(frozen=True)
 class Readout:
-    """log_prob and standard_error of log p_s(y), (B,), in nats; and the way: noise levels s, and lists of (B,) per level."""
+    """log_prob and standard_error of log p_s(y), (B,), in nats; and the path: noise levels s, and lists of (B,) per level."""
 
     log_prob: torch.Tensor
     standard_error: torch.Tensor
@@ -347,8 +347,8 @@ def read_log_density(
     """The log-density of y (B, ...) at the first of the noise levels s, `levels`, ascending floats: a `Readout`.
 
     evaluate: called once at every level, for instance a `ProbedModel`; predict: called once more where the last level is
-    finite. The latent is carried up by an `_Ascent`, one evaluation a level; the defect of its states against the flow is
-    charged at the score. A network that is no gradient charges some of that wrongly, so the defect counts as an error too.
+    finite. An `_Ascent` carries the latent up, one evaluation per level; the defect of its states against the flow is corrected
+    with the score. Where a network's eps is no gradient that correction is partly wrong, so the defect counts as an error too.
     """
     track, ascent = LogDensityTrack(path, y[0].numel()), _Ascent()
     for call, s in enumerate(levels):

@@ -1,4 +1,4 @@
-"""What is known for free along a run of any sampler: from its states and the model's predictions there, nothing else.
+"""What a run of any sampler tells for free: from its states and the model's predictions there, nothing else.
 
 A step of the host's samplers goes from (y, s) to (y', s') with the unguided prediction `denoised` at y. With that held
 fixed over the step, eps' = (y' - denoised) / s' says what was done:

@@ -101,7 +101,7 @@ FLOW = NoisePath("flow")
 class Schedule:
     """Descending noise levels of one path.
 
-    sigmas: floats. A rise by a rounding of float32 is levelled. Raises ValueError where one is not finite,
+    sigmas: floats. A rise within float32 rounding is flattened. Raises ValueError where one is not finite,
     negative or beyond pure noise, or where they ascend.
     """
 
@@ -111,12 +111,12 @@ class Schedule:
             raise ValueError(f"sigmas are {shown}; they must be finite and not negative")
         if any(path.alpha(v) < -ROUNDING for v in sigmas):
             raise ValueError(
-                f"sigmas are {shown}; a flow model has none above 1, which is pure noise: connect a scheduler with this model"
+                f"sigmas are {shown}; a flow model has none above 1, which is pure noise: connect this model to the scheduler"
             )
         if any(b > a * (1 + ROUNDING) for a, b in itertools.pairwise(sigmas)):
             raise ValueError(
-                f"sigmas are {shown}; density guidance needs a schedule that only descends (for adding noise to an image, use "
-                "the sampler without it)"
+                f"sigmas are {shown}; density guidance needs a schedule that only descends: to add noise to an image "
+                "(unsampling), use a sampler without guidance"
             )
         self.path = path
         self.sigmas = list(itertools.accumulate(sigmas, min))

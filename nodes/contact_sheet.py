@@ -22,7 +22,7 @@ SIZE = Number(
     high=2048,
 )
 COLUMN_LABEL = Widget(
-    "column_label", "What differs between columns, written above with the number.", default="seed", optional=True
+    "column_label", "What differs between columns, written above each with its number.", default="seed", optional=True
 )
 
 
@@ -41,7 +41,7 @@ class DensityLevels(io.ComfyNode):
             "connect all_values to quantiles or detail_shifts: one run, a level for each image.",
             inputs=schemas(cls.INPUTS),
             outputs=[
-                io.Float.Output(display_name="value", is_output_list=True, tooltip="One number after the other: a run each."),
+                io.Float.Output(display_name="value", is_output_list=True, tooltip="The numbers one by one: a run for each."),
                 Floats.Output(
                     display_name="all_values", tooltip="All numbers at once: one for each image of a batch, in a single run."
                 ),

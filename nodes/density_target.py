@@ -17,8 +17,8 @@ class DensityTargetSampler(io.ComfyNode):
             node_id="DensityTargetSampler",
             display_name="Density Target Sampler",
             category=CATEGORY,
-            description="Gives images an exact amount of detail: a number, a change, or the same for a whole batch. Measures "
-            "while it samples, so a run costs several plain ones. A sampler: connect it to SamplerCustomAdvanced.",
+            description="Gives images a measured amount of detail: a number, a change, or the same for a whole batch. Takes "
+            "as long as several plain runs. A sampler: connect it to SamplerCustomAdvanced.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Sampler.Output(

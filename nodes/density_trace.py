@@ -22,8 +22,7 @@ class DensityTrace(io.ComfyNode):
         Socket("latent_image", "The latent to start from, without a noise mask.", io.Latent),
         Widget(
             "exact_trace",
-            "Off: records what is known for free. On: also the log-density at every step, at two to four times "
-            "the model's time.",
+            "Off: records what is known for free. On: also the log-density at every step; takes two to four times as long.",
             default=False,
             neutral=False,
         ),

@@ -19,8 +19,8 @@ class LogDensity(io.ComfyNode):
             node_id="LogDensity",
             display_name="Log-Density",
             category=CATEGORY,
-            description="Measures how much detail an image has for your model, in bits per dimension, with an error bar. Works "
-            "with every image that you can encode.",
+            description="Measures how much detail an image has under your model, in bits per dimension, with an error bar. "
+            "Works with every image that you can encode.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 Floats.Output(
@@ -29,7 +29,7 @@ class LogDensity(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="Each value with its standard error, the squared norm of eps over D, and how they were computed.",
+                    tooltip="Each value with its standard error, the squared norm of eps over D, and how it was computed.",
                 ),
                 io.Image.Output(display_name="plot", tooltip="Rate of log-density against log-SNR, a curve for each image."),
             ],

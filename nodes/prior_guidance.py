@@ -8,7 +8,7 @@ from .host.inputs import CATEGORY, Socket, schemas
 from .host.prior_run import INPUTS, PriorSettings, ScaledNoise, scaled_patch
 
 NOISE = Socket(
-    "noise", "The noise to scale, for instance of RandomNoise. Its seed is kept; DisableNoise stays as it is.", io.Noise
+    "noise", "The noise to scale, for instance of RandomNoise. Keeps its seed; DisableNoise stays as it is.", io.Noise
 )
 MODEL = Socket("model", "The model whose starting noise is scaled. Its weights are not changed.", io.Model)
 

@@ -22,8 +22,8 @@ class ScoreAlignmentCheck(io.ComfyNode):
             node_id="ScoreAlignmentCheck",
             display_name="Score Alignment Check",
             category=CATEGORY,
-            description="Does scaling the starting noise (prior guidance) change the detail, for your model, prompt and seed? "
-            "Says yes or no and by how much, and samples the image meanwhile.",
+            description="Checks whether scaling the starting noise (prior guidance) changes the detail, for your model, prompt "
+            "and seed, and by how much. Samples the image too.",
             inputs=schemas(cls.INPUTS),
             outputs=[
                 io.Boolean.Output(

@@ -15,6 +15,7 @@ from ..nodes import PriorGuidanceScale
 from ..nodes.builtin import demo
 from ..nodes.builtin.pixels import CHANNELS
 from ..nodes.host import readout
+from ..nodes.host.scheduling import density_sigmas
 
 IMAGES = PACK / ".host" / "data" / "pictures.safetensors"
 BATCH = 16
@@ -122,6 +123,13 @@ class Demo:
     def images(self, samples):
         """What VAEDecode makes of them, (n, H, W, 3) in [0, 1]."""
         return self.vae.decode(samples)
+
+
+class Scheduled(Demo):
+    """With the pack's own scheduler."""
+
+    def sigmas(self, steps):
+        return density_sigmas(self.model, steps, 1.0, self.latent)
 
 
 def png_bytes(images):

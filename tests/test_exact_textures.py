@@ -176,7 +176,7 @@ def test_guidance_amplifies(prediction):
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="size is 48; textures have sizes that divide 256"):
         exact.load("flow", 48, "textures")
-    with pytest.raises(ValueError, match="size is 128; the density has sizes from 8 to 64"):
+    with pytest.raises(ValueError, match="size is 128; the kind emoji has sizes 32, 48 and 64"):
         exact.load("flow", 128, "emoji")
 
 

@@ -132,7 +132,7 @@ def test_folder_that_is_no_comfyui_is_named_without_a_traceback(tmp_path):
 def test_commands_and_benchmarks_are_listed_and_no_others():
     result = run_py("foo")
     assert result.returncode == 2
-    assert "(choose from demo, test, bench)" in result.stderr.replace("'", "")
+    assert "(choose from demo, test, bench, sweep)" in result.stderr.replace("'", "")
     for arguments in (["bench"], ["bench", "nothing"]):
         result = run_py(*arguments)
         assert result.returncode == 2
@@ -335,7 +335,7 @@ def test_demo_in_a_comfyui_of_the_user(host_environment, tmp_path, monkeypatch, 
     workflow.write_text(json.dumps(made_small(api_workflow("detail_sweep"))))
     monkeypatch.setattr(demo, "WORKFLOWS", [workflow])
     given = environment.existing(comfyui, Path(sys.executable))
-    for name, value in cli._variables(given).items():
+    for name, value in environment.variables(given).items():
         monkeypatch.setenv(name, value)
     demo.run_demo(given, tmp_path / "output")
 

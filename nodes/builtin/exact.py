@@ -46,9 +46,12 @@ class NoiseRange:
 
 # Texture has 0.5, images are apart by 100 at 32 x 32.
 EMOJI_RANGE = NoiseRange(0.1, 160.0, 3.0, 96)
+LARGEST_EMOJI = 64
 
 
 def _emoji(size: int) -> tuple[ExactDensity, PixelLatent, NoiseRange]:
+    if size > LARGEST_EMOJI:
+        raise ValueError(f"size is {size}; the kind emoji has sizes 32, 48 and 64: choose one of them, or the kind textures")
     with safe_open(WEIGHTS, framework="pt") as f:
         latent_format = PixelLatent(f.get_tensor("shift").tolist(), float(f.get_tensor("scale")))
     return ExactDensity.load(WEIGHTS, size), latent_format, EMOJI_RANGE
@@ -113,13 +116,13 @@ PREDICTION = Choice(
 )
 SIZE = Choice(
     "size",
-    "Width and height of the images, in pixels: 32, 48 or 64 for emoji, 32, 64, 128 or 256 for textures.",
+    "Width and height of the images, in pixels: 32, 48 or 64 for emoji; 32, 64, 128 or 256 for textures.",
     options=("64", "48", "32", "128", "256"),
     default="64",
 )
 COMPONENT = Number(
     "component",
-    "What the conditioning asks for, like a prompt: the number of one of 128 emoji, or of one of the textures "
+    "What the conditioning asks for, like a prompt: the number of one of 128 emojis, or of one of the textures "
     f"{', '.join(f'{name} ({i})' for i, name in enumerate(TEXTURES))}. -1 asks for all.",
     default=-1,
     neutral=-1,
@@ -128,8 +131,8 @@ COMPONENT = Number(
 )
 KIND = Choice(
     "kind",
-    "emoji: every image is its own mode, and detail is grain. textures: detail is contrast, a small push at high noise changes "
-    "much, as with trained models.",
+    "emoji: 128 emojis; detail is grain, and changes by the number asked for. textures: photographed textures; detail is "
+    "contrast, and changes are amplified as by trained models.",
     options=tuple(KINDS),
     default=EMOJI,
     optional=True,
@@ -180,8 +183,8 @@ class ExactDensityNetwork(torch.nn.Module):
         weights = None if context is None else context.to(wide).sum(1)
         if weights is not None and weights.shape[-1] != density.components:
             raise ValueError(
-                f"conditioning has {weights.shape[-1]} components and the model {density.components}: take the one of the same "
-                "Load Exact Density Model"
+                f"conditioning has {weights.shape[-1]} components and the model has {density.components}: connect both from "
+                "the same Load Exact Density Model"
             )
         denoised = density.denoised(x / alpha.view(shape), sigma / alpha, weights)
         if self.prediction == "v":
@@ -212,8 +215,8 @@ class ExactDensityModel(comfy.model_base.BaseModel):
         own = type(self.model_sampling) in (_EPS, _V) or isinstance(self.model_sampling, comfy.model_sampling.CONST)
         if not own:
             raise ValueError(
-                f"model has its sampling patched to {type(self.model_sampling).__name__}; the exact-density model takes no "
-                "other than its own: choose eps, v or flow in its loader"
+                f"model has its sampling patched to {type(self.model_sampling).__name__}; the exact-density model needs its "
+                "own: remove the patch, and choose eps, v or flow in the loader"
             )
         return super().extra_conds(**kwargs)
 
@@ -270,6 +273,6 @@ def read(model: Any, samples: torch.Tensor, sigmas: Sequence[float], weights: to
         )
     s = path_of(model.get_model_object("model_sampling")).s(sigma)
     if not math.isfinite(s):
-        raise ValueError(f"sigmas end at {sigma}, pure noise of a flow model, which has no log-density; sample further down")
+        raise ValueError(f"sigmas end at {sigma}, where a flow model has pure noise and no log-density: sample further down")
     _require_shape(tuple(samples.shape[1:]), (CHANNELS, base.density.size, base.density.size))
     return base.density.bits_per_dim(base.process_latent_in(samples.cpu().double()), s, weights).tolist()

@@ -18,13 +18,13 @@ def advice(sampler_name: str, model_options: dict[str, Any]) -> list[str]:
     sentences = []
     if RENOISING.search(sampler_name):
         sentences.append(
-            f"{sampler_name} adds noise by a prediction that is not guided, so the change is not the one asked for "
-            "(measured from 0.4 to 43 times as much): ask for less, or take a sampler without CFG++"
+            f"{sampler_name} adds noise with a prediction that is not guided, so the change is not the one asked for "
+            "(measured: 0.4 to 43 times as much): use a sampler without CFG++"
         )
     elif STOCHASTIC.search(sampler_name):
         sentences.append(
             f"{sampler_name} adds noise at every step and forgets part of the guidance (measured: mostly 0.3 to 0.5 of the "
-            "asked-for change is left): deterministic samplers like euler, deis, uni_pc or the pack's own keep it"
+            "asked-for change is left): use euler, ddim, deis, dpm_2, uni_pc or the pack's own solver"
         )
     for function in model_options.get("sampler_post_cfg_function", ()):
         node = OVERLAPPING.get(getattr(function, "__qualname__", "").split(".")[0])

@@ -61,7 +61,7 @@ def text(check: Check, settings: CheckSettings) -> str:
                 ""
                 if gap < GAP
                 else ": too few steps or probes, or the prediction is not the score of its own flow's "
-                "density, as with a strong CFG; then only the number without the score is about that density"
+                "density, as with a strong CFG; then only the number without the score tells about that density"
             )
         )
     for name, cosine in check.cosines.items():
@@ -82,19 +82,19 @@ def text(check: Check, settings: CheckSettings) -> str:
     ]
     if check.stochastic:
         lines.append(
-            f"{check.stochastic} adds noise of its own at every step, which is not scaled: this is what scaling the "
-            "starting noise alone does with it, mostly little. Connect a deterministic sampler to ask about the model"
+            f"{check.stochastic} adds noise of its own at every step, which is not scaled: scaling the starting noise alone "
+            "does little with it. Connect a deterministic sampler to check the model"
         )
     if check.steps < ENOUGH_STEPS:
         lines.append(
             f"only {check.steps} steps: an image that changes early in the run may get a wrong number; "
-            f"take {ENOUGH_STEPS} or more"
+            f"use {ENOUGH_STEPS} or more"
         )
     if not check.aligned:
         lines += [
             "",
             "What to do: scaling the noise (Prior Guidance) does not change the detail of these images "
-            "steadily. Use the Density Guidance Sampler, which steers log-density along the whole run.",
+            "steadily. Use Density Guidance Sampler, which steers the log-density along the whole run.",
         ]
     return "\n".join(lines)
 

@@ -41,24 +41,24 @@ WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE = "with score", "without score", "
 ENOUGH_STEPS = 30
 FAR = 2.0  # times the noise level of end_percent: alignment is not read there
 GUIDER = Socket(
-    "guider", "Model, prompt and CFG, as for SamplerCustomAdvanced. Every patch counts, but not density guidance.", io.Guider
+    "guider", "Model, prompt and CFG, as for SamplerCustomAdvanced. Patches count; density guidance does not.", io.Guider
 )
-NOISE = Socket("noise", "The starting noise whose scaling is examined, for instance of RandomNoise.", io.Noise)
+NOISE = Socket("noise", "The starting noise whose scaling is checked, for instance of RandomNoise.", io.Noise)
 SAMPLER = Socket("sampler", "Only for finite scale: any sampler.", io.Sampler, unlinked="the pack's own solver")
 INPUTS = (
     GUIDER,
     NOISE,
-    Socket("latent_image", "The empty latent: size and number of images. Without a noise mask.", io.Latent),
+    Socket("latent_image", "The empty latent, which sets size and number of images; without a noise mask.", io.Latent),
     Socket(
         "sigmas",
         f"The schedule of noise levels sigma, from the model's maximum down; {ENOUGH_STEPS} steps are usually "
-        "enough. Between its ends noise levels are placed where the density changes; finite scale keeps the "
-        "schedule's own.",
+        "enough. The node places the levels between its ends where the density changes; finite scale keeps "
+        "those of the schedule.",
         io.Sigmas,
     ),
     Choice(
         "method",
-        "How scaling is examined. with score: follows the change along the run, about 3 model calls per step. "
+        "How scaling is checked. with score: follows the change along the run, about 3 model calls per step. "
         "without score: about 5, with random probes. both: compares the two. finite scale: a finite difference of two whole "
         "runs, with slightly less and slightly more noise; takes any sampler.",
         options=(WITH_SCORE, WITHOUT_SCORE, BOTH, FINITE_SCALE),
@@ -75,22 +75,22 @@ INPUTS = (
     ),
     replace(
         PROBES,
-        text="Number of random probes per step, for without score. The error falls with the square root of it; "
+        text="Number of random probes per step, for without score. The error falls with the square root of their number; "
         "each costs 4 model calls.",
     ),
-    Seed("seed", "Seed of the probes only; the noise has its own."),
+    Seed("seed", "Seed of the probes only; the noise has a seed of its own."),
     replace(
         DETAIL_SHIFT,
         default=0.02,
         step=0.01,
         round=0.0001,
         optional=True,
-        text="The change of detail that the output scale should make; positive: more. 0.1 at most is met well.",
+        text="The change of detail that the output scale should make; positive adds detail. Holds up to about 0.1.",
     ),
     Number(
         "scale_step",
-        "For finite scale: h, compares the noise times 1 - h and 1 + h. Smaller is closer to the derivative, "
-        "until rounding takes over: take 0.05 in float16 and bfloat16.",
+        "For finite scale: the step h of the finite difference; compares the noise times 1 - h with 1 + h. Smaller is closer "
+        "to the derivative, until rounding takes over: use 0.05 in float16 and bfloat16.",
         symbol="h",
         default=0.01,
         low=0.0001,
@@ -398,7 +398,7 @@ def _schedule(sigmas: torch.Tensor, model_sampling: Any, end_percent: float) -> 
     if sum(v > 0 for v in values) < 3:
         raise ValueError(
             f"sigmas are {shown}; score alignment needs at least three different noise levels above 0, "
-            f"that is three steps; {ENOUGH_STEPS} are usually enough"
+            f"so three steps; {ENOUGH_STEPS} are usually enough"
         )
     highest = float(model_sampling.sigma_max)
     if not math.isclose(highest, values[0], rel_tol=1e-5):
@@ -408,8 +408,8 @@ def _schedule(sigmas: torch.Tensor, model_sampling: Any, end_percent: float) -> 
             else "take sigmas that a scheduler made for this model"
         )
         raise ValueError(
-            f"sigmas begin at {values[0]:.6g} and the model's maximum is {highest:.6g}; scaling the noise is "
-            f"about images that start from pure noise: {advice}"
+            f"sigmas begin at {values[0]:.6g} and the model's maximum is {highest:.6g}; scaling the noise needs "
+            f"a run that starts from pure noise: {advice}"
         )
     level = float(model_sampling.percent_to_sigma(end_percent)) * (1 - 1e-6)
     stop = max(i for i, v in enumerate(values) if i == 0 or (v >= level and v > 0))
@@ -418,7 +418,7 @@ def _schedule(sigmas: torch.Tensor, model_sampling: Any, end_percent: float) -> 
         stop += 1
     if stop < 2:
         raise ValueError(
-            f"end_percent is {end_percent}: it leaves {stop + 1} of the noise levels {shown}; at least "
-            "three are needed: take a larger end_percent or more steps"
+            f"end_percent is {end_percent}; it leaves {stop + 1} of the noise levels {shown}, and at least "
+            "three are needed: use a larger end_percent or more steps"
         )
     return values, stop

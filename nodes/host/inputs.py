@@ -1,7 +1,7 @@
 """The inputs of the nodes, each declared once.
 
-From a declaration come the schema, the check of a value with its error, the tooltip and the English locale's, and the row of
-the help page. Inputs that several nodes share are declared below, others in the file of their node.
+A declaration gives the schema, the check of a value with its error, the tooltip (also that of the English locale) and the row
+of the help page. Inputs that several nodes share are declared below, others in the file of their node.
 """
 
 import math
@@ -86,7 +86,7 @@ WANTED = {  # what an object of each type has, and where to get one
 
 @dataclass(frozen=True, kw_only=True)
 class Widget(Input):
-    """An input with a value of its own: a switch where the default is a bool, else a text."""
+    """An input with a widget: a switch where the default is a bool, else a text."""
 
     default: Any  # a number, a text or a bool
     neutral: float | str | bool | None = None  # with which it does nothing
@@ -148,7 +148,7 @@ class Number(Widget):
 
 @dataclass(frozen=True, kw_only=True)
 class Seed(Number):
-    """A seed, which the page can draw anew after each run."""
+    """A seed, which the page can change after each run."""
 
     default: int = 0
     low: int = 0
@@ -267,7 +267,8 @@ def check_fields(settings: object, inputs: Iterable[Input]) -> None:
 
 QUANTILE = Number(
     "quantile",
-    "Below 0.5 adds detail, above 0.5 smooths, 0.5 does nothing. Acts less on larger images.",
+    "Below 0.5 adds detail, above 0.5 smooths, 0.5 does nothing. Acts less on larger images: from 1024 pixels on use "
+    "detail_shift.",
     symbol="q",
     default=0.5,
     neutral=0.5,
@@ -276,8 +277,9 @@ QUANTILE = Number(
 )
 DETAIL_SHIFT = Number(
     "detail_shift",
-    "Positive adds detail, negative smooths, on top of quantile. Means the same at every resolution. Trained models amplify "
-    "the change; use Density Target Sampler when the number matters. A short guided range allows only a small shift.",
+    "Positive adds detail, negative smooths; begin with 0.05 or -0.05. Adds to quantile. Means the same at every resolution. "
+    "Trained models amplify the change; use Density Target Sampler or Calibrate Detail when the number matters. A short guided "
+    "range allows only a small shift.",
     unit=BITS,
     default=0.0,
     neutral=0.0,
@@ -305,7 +307,7 @@ END_PERCENT = Number(
 )
 QUANTILES = Numbers(
     "quantiles",
-    "One quantile for each image of the batch, in place of quantile; a single number goes to all. Connect "
+    "One quantile for each image of the batch, in place of quantile; a single number holds for all. Connect "
     "all_values of Density Levels.",
     symbol="q",
     each=QUANTILE,
@@ -313,7 +315,7 @@ QUANTILES = Numbers(
 )
 DETAIL_SHIFTS = Numbers(
     "detail_shifts",
-    f"One shift for each image of the batch, in {BITS}, in place of detail_shift; a single number goes to all.",
+    f"One shift for each image of the batch, in {BITS}, in place of detail_shift; a single number holds for all.",
     each=DETAIL_SHIFT,
     unlinked="detail_shift holds for every image",
 )
@@ -326,17 +328,17 @@ MASK = Mask(
 )
 CURVE = Numbers(
     "curve",
-    "When guidance acts: its strength from the beginning to the end, evenly spaced over the guided range (in log-SNR). "
-    "Only ratios count; the whole shift stays the same. The node shows the curve as a plot.",
+    "When guidance acts: its strength from the beginning to the end of the guided range, in equal parts of log-SNR. 0, 1 "
+    "begins gently and ends strongly. Only ratios count; the total shift stays the same. The node plots the curve.",
     each=Number("curve", "", default=1.0, low=0.0, high=math.inf),
     item="point",
-    unlinked="evenly",
+    unlinked="constant strength",
 )
 PROBES = Number(
     "probes",
     "Number of random directions (probes) in which the model's response is measured at each evaluation. The error falls with "
-    "the square root of it. Each probe costs a model call with its derivative, about two plain calls; or three plain calls "
-    "where the model gives no derivative.",
+    "the square root of their number. Each probe costs a model call with its derivative, about two plain calls; or three plain "
+    "calls where the model has no derivative.",
     default=1,
     low=1,
     high=64,
@@ -366,7 +368,7 @@ def samples_of(name: str, latent: Any) -> Any:
 def require_no_mask(name: str, mask: Any, subject: str, instead: str = "") -> None:
     """Raise ValueError for a LATENT with a noise mask: subject, for instance "the trace", is about whole images."""
     if mask is not None:
-        raise ValueError(f"{name} has a noise mask; {subject} is about whole images: remove the mask{instead}")
+        raise ValueError(f"{name} has a noise mask; {subject} needs whole images: remove the mask{instead}")
 
 
 def parts_refusal(name: str, advice: str = "connect a single image or video latent") -> ValueError:
@@ -380,8 +382,8 @@ def batch_index_of(name: str, latent: dict[str, Any], count: int) -> list[int] |
     indices = latent.get("batch_index")
     if indices is not None and len(indices) != count:
         raise ValueError(
-            f"{name} has {count} images and a batch_index for {len(indices)}; it must number every image: "
-            "LatentFromBatch keeps the two together"
+            f"{name} has {count} images and a batch_index for {len(indices)}; it must number every image: take images out "
+            "of a batch with LatentFromBatch, which keeps the two together"
         )
     return indices
 

@@ -228,7 +228,7 @@ class GuiderDenoiser:
         batch: int,
         show: Callable[[torch.Tensor, torch.Tensor], None] = lambda x, denoised: None,
     ):
-        """Raises ValueError for a model whose patch returns old predictions in the place of new ones."""
+        """Raises ValueError for a model whose patch returns old predictions in place of new ones."""
         cache = extra_args["model_options"].get("transformer_options", {}).get(CACHE)
         if cache is not None:
             raise ValueError(

@@ -24,7 +24,7 @@ def figure_image(draw: Callable[[Any], None], size: tuple[float, float] = SIZE) 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        logging.warning("Density guidance: matplotlib is not installed, plots stay white (pip install matplotlib)")
+        logging.warning("Density guidance: matplotlib is not installed, plots stay blank (pip install matplotlib)")
         return blank_image(size)
     # Not pyplot: it keeps figures in a global list, and nodes run in a thread of their own.
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")

@@ -17,7 +17,7 @@ INPUTS = (
         QUANTILE,
         neutral="any, with match_quantile off",
         text="Quantile of the noise's own log-density, which sets the norm of the noise. Below 0.5: larger noise, more detail; "
-        "above 0.5: smaller noise, smoother. 0.5 is the median. A gentle control.",
+        "above 0.5: smaller noise, smoother. 0.5 is the median. Changes little; scale changes more.",
     ),
     Number(
         "scale",
@@ -31,7 +31,7 @@ INPUTS = (
     ),
     Widget(
         "match_quantile",
-        "On: the noise of every image gets the norm of the quantile, so that seeds start alike. Off: the "
+        "On: the noise of every image gets the norm of the quantile, the same for every seed. Off: the "
         "noise is only multiplied by scale.",
         default=True,
         neutral="off, with scale 1",

@@ -19,8 +19,8 @@ ENOUGH_LEVELS = 16  # below, the error of the steps is more than that of one pro
 SHOWN = 1e-4  # relative rounding of the noise levels that the widget and the error show
 GUIDER = Socket(
     "guider",
-    "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance in "
-    "it does not. With a CFG above 1 compare only numbers of the same settings.",
+    "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance "
+    "does not. With a CFG above 1 compare only numbers of the same settings.",
     io.Guider,
 )
 STEPS = Number(
@@ -33,7 +33,7 @@ STEPS = Number(
 )
 NOISE_FLOOR = Number(
     "noise_floor",
-    "Noise level s = sigma / alpha at which the density is read; images have none at 0. No noise is added. Must "
+    "Noise level s = sigma / alpha at which the density is read; at 0 images have no density. No noise is added. Must "
     "lie in the model's range.",
     default=0.05,
     low=0.0001,
@@ -139,7 +139,7 @@ def report_of(readout: Readout, lines: list[str]) -> str:
     few = sorted({round(k) for k in np.linspace(0, len(energy) - 1, 6)})
     if len(readout.s) < ENOUGH_LEVELS:
         lines = [
-            f"only {len(readout.s)} noise levels: the error bar is large and rough; take {ENOUGH_LEVELS} steps or more",
+            f"only {len(readout.s)} noise levels: the error bar is large and rough; use {ENOUGH_LEVELS} steps or more",
             *lines,
         ]
     if not readout.log_prob.isfinite().all():

@@ -12,9 +12,13 @@ from .noise_path import path_of
 LOWEST = 0.03  # s below which images hold nothing to see: SDXL and SD 1.5 end here, flow models far below
 _SIDE = 128  # of a latent, where none is connected: that of an image of 1024 x 1024
 
-MODEL = Socket("model", "The model that will be sampled. Its range of noise levels counts.", io.Model)
+MODEL = Socket("model", "The model that will be sampled; sets the range of noise levels.", io.Model)
 STEPS = Number(
-    "steps", "Number of steps N, one model call each with most samplers. 20 to 32 are enough.", default=20, low=2, high=1000
+    "steps",
+    "Number of steps N, one model call each with most samplers. 20 are enough, 32 for strong guidance.",
+    default=20,
+    low=2,
+    high=1000,
 )
 DENOISE = Number(
     "denoise",
@@ -26,7 +30,7 @@ DENOISE = Number(
 )
 LATENT = Socket(
     "latent_image",
-    "The latent that will be sampled. Larger images are decided at higher noise.",
+    "The latent that will be sampled. The detail of larger images is decided at higher noise.",
     io.Latent,
     unlinked=f"a latent of {_SIDE} x {_SIDE}",
 )

@@ -55,7 +55,7 @@ def _check_rows(images: list[torch.Tensor], bits_per_dim: list[list[float]] | No
         if bits_per_dim is not None and len(bits_per_dim[i]) != len(batch):
             raise ValueError(
                 f"bits_per_dim has {len(bits_per_dim[i])} numbers in row {i} and images has "
-                f"{len(batch)}; connect the log-density of the same latents"
+                f"{len(batch)}; connect the readout of the same latents"
             )
 
 

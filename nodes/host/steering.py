@@ -44,7 +44,7 @@ class GuidanceSettings:
     detail_shift: float = DETAIL_SHIFT.default
     start_percent: float = START_PERCENT.default
     end_percent: float = END_PERCENT.default
-    quantiles: Sequence[float] | None = None  # one for each image, in the place of quantile
+    quantiles: Sequence[float] | None = None  # one for each image, in place of quantile
     detail_shifts: Sequence[float] | None = None  # likewise
     mask: torch.Tensor | None = field(default=None, compare=False)  # (N, height, width), from 0 to 1: where to guide
     curve: Sequence[float] | None = None  # strength from the beginning to the end of the guided range
@@ -91,8 +91,8 @@ def control_of(
     steps = steps_of_percents(guider.inner_model.model_sampling, schedule, settings.start_percent, settings.end_percent)
     if steps is None:
         logging.warning(
-            "Density guidance: no step of this run of %d lies between start_percent %g and end_percent %g, the last step "
-            "to zero noise and pure noise not counted; nothing is guided.",
+            "Density guidance: none of the %d steps lies between start_percent %g and end_percent %g (the last step to zero "
+            "noise and pure noise do not count); nothing is guided.",
             schedule.steps,
             settings.start_percent,
             settings.end_percent,
@@ -102,8 +102,8 @@ def control_of(
     length, start, stop = longest_step([level.s for level in schedule.levels], latent[0].numel())
     if length > LONG_STEP:
         logging.warning(
-            "Density guidance: the step from noise level %.3g to %.3g (sigma / alpha) is long for what is decided there, and "
-            "the amount will be missed; take more steps, or the sigmas of Density Scheduler.",
+            "Density guidance: the step from noise level %.3g to %.3g (sigma / alpha) is too long: the amount of detail is "
+            "decided there and will be missed. Use more steps, or Density Scheduler.",
             start,
             stop,
         )
@@ -117,8 +117,8 @@ def control_of(
     gains = [gain_of(*image, dim, steps.log_range, max(curve or (1.0,))) for image, dim in zip(images, dims)]
     for quantile, detail_shift in dict.fromkeys(image for image, (_, cut) in zip(images, gains) if cut):
         logging.warning(
-            "Density guidance: quantile %g with detail_shift %g asks for an image smoother than the peak of a density; "
-            "guided to %g bits per dimension, the most that can be reached.",
+            "Density guidance: quantile %g with detail_shift %g asks for images beyond the peak of the density; guided to %g "
+            "bits per dimension, the smoothest that can be reached.",
             quantile,
             detail_shift,
             SMOOTHEST,

@@ -26,7 +26,7 @@ INPUTS = (
         "target",
         "What to reach at the last noise level above 0. 'bits per dimension': value is -log2 p / D itself. 'shift "
         "from the unguided run': value is the change from what the same noise gives without guidance. 'same for the whole "
-        "batch': every image gets one value.",
+        "batch': every image gets the same amount.",
         options=(ABSOLUTE, SHIFT, SAME),
         default=SHIFT,
         neutral=f"{SHIFT}, with value 0",
@@ -43,8 +43,8 @@ INPUTS = (
     ),
     Number(
         "reference_image",
-        "For 'same for the whole batch'. Number of the image, from 0, whose unguided value every image "
-        "gets; -1 takes the median of the batch.",
+        "For 'same for the whole batch'. Number of the image, from 0, whose unguided amount every image "
+        "gets; -1 is the median of the batch.",
         default=-1,
         neutral=-1,
         low=-1,
@@ -52,7 +52,7 @@ INPUTS = (
     ),
     Number(
         "tolerance",
-        "A pass that misses by more is followed by another one. The error of the tracked value comes on top; more "
+        "Another pass follows while an image misses by more than this. The measurement has an error of its own; more "
         "probes lower it.",
         unit=BITS,
         default=0.002,
@@ -63,8 +63,8 @@ INPUTS = (
     ),
     Number(
         "max_passes",
-        "Number of guided passes at most, after the unguided one. Each is a whole sampling run. The first only measures: "
-        "2 come near the target, 3 meet it.",
+        "Number of guided passes at most, after the unguided one. Each is a whole sampling run. The first one only measures: "
+        "2 come near the target, 3 usually meet it.",
         default=3,
         low=1,
         high=20,
@@ -196,8 +196,8 @@ def _check(settings: TargetSettings, schedule: Schedule, x: torch.Tensor, extra_
     steps = guided_steps(schedule)
     if steps is None:
         raise ValueError(
-            f"sigmas are {brief(schedule.sigmas)}; no step lies between two noise levels above 0: use more steps, or target "
-            f"'{SHIFT}' with value 0"
+            f"sigmas are {brief(schedule.sigmas)}; no step lies between two noise levels above 0: use more steps, or the "
+            f"target '{SHIFT}' with value 0"
         )
     if settings.target == SAME and settings.reference_image >= len(x):
         raise ValueError(
@@ -227,15 +227,14 @@ def _log(result: TargetResult, settings: TargetSettings) -> None:
         text = f"image {i}: {got:.4f} ± {error:.4f} bits per dimension at s = {result.s:.4g}, target {wanted:.4f}"
         if not abs(got - wanted) <= settings.tolerance:  # NaN is not reached either
             logging.warning(
-                "Density target not reached in %d passes; %s. That is the nearest that was: ask for less, "
-                "guide a longer schedule, or allow more passes.",
+                "Density target not reached in %d passes; nearest: %s. Ask for less, use more steps, or allow more passes.",
                 result.reached.passes,
                 text,
             )
         elif settings.target == ABSOLUTE and error > UNCERTAIN * settings.tolerance:
             logging.warning(
                 "Density target: %s. The number itself is uncertain: the schedule begins where the image still shows "
-                "(denoise below 1), or few probes read it. 'shift from the unguided run' does not need it.",
+                "(denoise below 1), or there are few probes. 'shift from the unguided run' does not depend on it.",
                 text,
             )
         else:

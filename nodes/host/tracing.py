@@ -48,7 +48,7 @@ def trace(
 
 
 def _without_nan(value: Any) -> Any:
-    """A record with None in the place of numbers that JSON has not: NaN and infinity."""
+    """A record with None in place of numbers that JSON does not have: NaN and infinity."""
     if isinstance(value, dict):
         return {key: _without_nan(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -57,7 +57,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def require_traceable(sampler: Any, latent_image: dict[str, Any]) -> None:
-    """Raise ValueError where there is no one density of the whole image at the noise levels of the schedule."""
+    """Raise ValueError where the whole image has no single density at the noise levels of the schedule."""
     require_no_mask("latent_image", latent_image.get("noise_mask"), "the trace", ", or sample with SamplerCustomAdvanced")
     if getattr(samples_of("latent_image", latent_image), "is_nested", False):
         raise parts_refusal("latent_image", "sample with SamplerCustomAdvanced")

@@ -45,14 +45,14 @@ VARIATION_INDEX = Numbers(
 VARY = Choice(
     "vary",
     "What changes. fine details: texture (noise late in the sampling). structure: composition and shapes (noise "
-    "early). everything: both. custom: from start_percent to end_percent.",
+    "early). everything: both. custom: noise from start_percent to end_percent.",
     options=(*WINDOWS, CUSTOM),
     default="fine details",
     neutral="any, with strength 0",
 )
 VARIATION_SEED = Seed(
     "variation_seed",
-    "Which variation: change it and keep the seed of the noise. Each image of a batch has noise of its own, "
+    "Which variation: change this and keep the seed of the noise. Each image of a batch gets noise of its own, "
     "from this seed and its starting noise.",
     neutral="any, with strength 0",
 )
@@ -74,16 +74,16 @@ INPUTS = (
     Choice(
         "correction",
         "How the change of detail by the noise is undone. expected: no extra model call, noise in every second "
-        "step. hutchinson: more exact; a step with noise takes one call, and one more for each noise piece. exact: more exact "
-        "still; two more for each noise piece.",
+        "step. hutchinson: more exact; one extra call for each noise piece. exact: more exact still; two extra calls for each "
+        "noise piece.",
         options=tuple(CORRECTIONS),
         default="expected",
         neutral="any, with strength 0",
     ),
     Number(
         "probes",
-        "Number of pieces into which hutchinson and exact cut the noise of a step, each corrected by itself and each "
-        "at the cost of model calls. 1 is enough up to strength 1.",
+        "Number of pieces into which hutchinson and exact cut the noise of a step. Each is corrected by itself and costs "
+        "model calls. 1 is enough up to strength 1.",
         shown="noise pieces",
         default=1,
         low=1,
@@ -91,7 +91,7 @@ INPUTS = (
     ),
     VARIATION_INDEX,
 )
-LATENT = Socket("latent", "The latent to vary; its first image is taken.", io.Latent)
+LATENT = Socket("latent", "The latent to vary; only its first image is used.", io.Latent)
 ROW_QUANTILES = NumberText(
     "quantiles", "The quantile of each row, separated by commas.", each=QUANTILE, default="0.3, 0.5, 0.7", neutral="0.5"
 )
@@ -111,7 +111,7 @@ class VariationSettings:
     variation_seed: int = _DEFAULT["variation_seed"]
     correction: str = _DEFAULT["correction"]
     probes: int = _DEFAULT["probes"]
-    variation_index: Sequence[float] | None = None  # one for each image, in the place of its starting noise
+    variation_index: Sequence[float] | None = None  # one for each image, in place of its starting noise
 
     def __post_init__(self) -> None:
         check_fields(self, INPUTS)
@@ -149,8 +149,8 @@ class VariationSettings:
         )
         if variation is None or not any(variation.raised_levels(schedule, i) for i in range(schedule.steps)):
             logging.warning(
-                "Stochastic detail variation: no step of this run of %d lies between %g and %g of the sampling (vary: %s), the "
-                "first step and the last one to zero noise not counted; nothing is varied.",
+                "Stochastic detail variation: none of the %d steps lies between %g and %g of the sampling (vary: %s; the first "
+                "step and the last one to zero noise do not count); nothing is varied.",
                 schedule.steps,
                 *percents,
                 self.vary,
