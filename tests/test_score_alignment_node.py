@@ -363,7 +363,7 @@ def test_bad_input_before_any_call():
         (["sampler is a str", "KSamplerSelect"], {"sampler": "euler"}),
         (["noise is zero", "DisableNoise"], {"noise": h.outputs(custom.DisableNoise)[0]}),
         (["noise is a int", "RandomNoise"], {"noise": 3}),
-        (["noise_mask"], {"latent": {**latent, "noise_mask": torch.ones(2, h.SIZE, h.SIZE)}}),
+        (["latent_image has a noise mask"], {"latent": {**latent, "noise_mask": torch.ones(2, h.SIZE, h.SIZE)}}),
         (["NaN"], {"latent": {"samples": latent["samples"] / 0}}),
         (["channels"], {"latent": {"samples": torch.ones(1, 5, h.SIZE, h.SIZE)}}),
         (["latent_image is a dict without samples", "LATENT"], {"latent": {}}),
