@@ -17,7 +17,7 @@ from ..launcher.environment import PACK
 from ..launcher.in_process import COMFYUI
 
 # file | before | after | the test files that should notice
-MUTATIONS = """
+TABLE = """
 # signs
 dg_core/control.py | eta = gain / eps_norm2 | eta = -gain / eps_norm2 | control
 dg_core/variation.py | a_1 = (-inner( | a_1 = (inner( | variation
@@ -48,6 +48,7 @@ dg_core/statistics.py | return torch.promote_types(dtype, torch.float32) | retur
 nodes/host/steering.py | change = self.unguided - self.guided | change = self.guided - self.unguided | host_sampling masks
 nodes/host/wrappers.py | {k: v for k, v in present.items() if k != WRAPPER_KEY} | present | model_access log_density
 """
+MUTATIONS = [line.split(" | ") for line in TABLE.splitlines() if " | " in line]
 
 
 def caught(file: str, before: str, after: str, tests: str, folder: Path) -> str:
@@ -69,15 +70,14 @@ def caught(file: str, before: str, after: str, tests: str, folder: Path) -> str:
 
 
 def main() -> None:
-    mutations = [line.split(" | ") for line in MUTATIONS.splitlines() if " | " in line]
     missed = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "pack"
         shutil.copytree(PACK, folder, ignore=shutil.ignore_patterns(".host", ".git", "__pycache__", "output"))
-        for mutation in mutations:
+        for mutation in MUTATIONS:
             test = caught(*mutation, folder)
             missed += not test
             print(f"{mutation[0]}: {mutation[2]!r}: {f'caught by {test}' if test else 'MISSED'}", flush=True)
-    print(f"{len(mutations) - missed} of {len(mutations)} caught")
+    print(f"{len(MUTATIONS) - missed} of {len(MUTATIONS)} caught")
     if missed:
         raise SystemExit(1)
