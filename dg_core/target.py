@@ -19,16 +19,15 @@ Source of explicit control: arXiv 2502.05807, section 5; passes and loop: derive
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from .control import GuidedSteps
-from .log_density import Evaluate, LogDensityTrack
+from .log_density import Denoiser, Evaluate, Evaluation, LogDensityTrack, cos_log, read_log_density
 from .schedule import Schedule
 from .solver import solve
-from .statistics import per_image
 
 # |eta - 1| beyond which a step is no small change of the flow any more.
 STRONGEST = 0.5
@@ -42,7 +41,10 @@ _FARTHEST = 5.0
 
 @dataclass(frozen=True)
 class Run:
-    """One pass: x at the end; eta - 1 and log p_u at each evaluation, by s; end, variance: log p_u at the last, (B,)."""
+    """One pass: x at the end; eta - 1 and log p_u at each evaluation, by s; end, variance: log p_u at the last, (B,).
+
+    state: the one at the last evaluation, (B, ...).
+    """
 
     x: torch.Tensor
     eta: dict[float, torch.Tensor]
@@ -50,6 +52,7 @@ class Run:
     end: torch.Tensor
     variance: torch.Tensor
     track: LogDensityTrack
+    state: torch.Tensor
 
     def room(self, steps: int | None = None) -> dict[float, torch.Tensor]:
         """{s: integral of ||eps||^2 dln(s) over the next `steps`, None: all, (B,)}, by the trapezoid rule, for finite s."""
@@ -138,21 +141,23 @@ class Feedback:
 class TrackedRuns:
     """Runs from one noise down one schedule, whose log-density is tracked.
 
-    new_evaluate() -> an `Evaluate` for a new pass (the same probes each time, so that passes are comparable). x: (B, ...) at
-    the first sigma. start: (log p_u of x there, its error), (B,). steps: those that are guided. callback(done, x, denoised):
-    after the `done`-th evaluation.
+    new_evaluate() -> an `Evaluate` for a new pass (the same probes each time, so that passes are comparable). predict(x, sigma)
+    -> denoised. x: (B, ...) at the first sigma. start: (log p_u of x there, its error), (B,). steps: those that are guided.
+    callback(done, x, denoised): after the `done`-th evaluation.
     """
 
     def __init__(
         self,
         new_evaluate: Callable[[], Evaluate],
+        predict: Denoiser,
         x: torch.Tensor,
         schedule: Schedule,
         steps: GuidedSteps,
         start: tuple[torch.Tensor, torch.Tensor],
         callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     ):
-        self._new_evaluate, self._x, self._schedule, self._steps = new_evaluate, x, schedule, steps
+        self._new_evaluate, self._predict = new_evaluate, predict
+        self._x, self._schedule, self._steps = x, schedule, steps
         self._start, self._start_error = start
         self._callback = callback
         self._done = 0
@@ -166,25 +171,45 @@ class TrackedRuns:
 
     def run(self, aim: Aim | None = None) -> Run:
         """A `Run` after an aim; unguided without one."""
-        evaluate, track = self._new_evaluate(), LogDensityTrack(self._schedule.path, self.dim)
+        evaluate, track = self._reported(), LogDensityTrack(self._schedule.path, self.dim)
         log_prob: dict[float, torch.Tensor] = {}
         eta: dict[float, torch.Tensor] = {}
+        state = self._x
 
         def model(x: torch.Tensor, sigma: float) -> torch.Tensor:
+            nonlocal state
             evaluation = evaluate(x, sigma, len(track.s))
             track.add(x, sigma, evaluation)
             log_prob[track.s[-1]] = self._start + track.change
             eta[track.s[-1]] = torch.zeros_like(self._start)
-            self._done += 1
-            if self._callback is not None:
-                self._callback(self._done, x, evaluation.denoised)
+            if sigma == self._last.sigma:
+                state = x.clone()
             return evaluation.denoised
 
         control = None if aim is None else Feedback(self._steps, track, log_prob, aim, eta)
         x = solve(model, self._x, self._schedule, control)
         if self._schedule.sigmas[-1] > 0:
             model(x, self._last.sigma)
-        return Run(x, eta, log_prob, log_prob[self.s_end], track.error**2 + self._start_error**2, track)
+        return Run(x, eta, log_prob, log_prob[self.s_end], track.error**2 + self._start_error**2, track, state)
+
+    def read(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log p_u of the last state of a run, its standard error), (B,), by the flow up the same noise levels."""
+        levels = [level.s for level in reversed(self._schedule.levels) if level.sigma > 0]
+        found = read_log_density(self._reported(), self._predict, run.state / self._last.alpha, levels, self._schedule.path)
+        return found.log_prob - self.dim * cos_log(self.s_end), found.standard_error
+
+    def _reported(self) -> Evaluate:
+        """A new `Evaluate` that tells the callback."""
+        evaluate = self._new_evaluate()
+
+        def reported(x: torch.Tensor, sigma: float, call: int) -> Evaluation:
+            evaluation = evaluate(x, sigma, call)
+            self._done += 1
+            if self._callback is not None:
+                self._callback(self._done, x, evaluation.denoised)
+            return evaluation
+
+        return reported
 
 
 @dataclass(frozen=True)
@@ -201,20 +226,75 @@ class Reached:
 
 
 def reach(runs: TrackedRuns, target_of: Callable[[torch.Tensor], torch.Tensor], tolerance: float, max_passes: int) -> Reached:
-    """Guided runs, at most `max_passes`, until every image's tracked end is within `tolerance` nats of its target.
+    """Guided runs, at most `max_passes`, until every image's end is within `tolerance` nats of its target.
 
     target_of(unguided) -> target: from the ends (B,) of the reference, one unguided run. Every image keeps the first pass
     within tolerance, whatever the others of the batch still need, or else the one that came nearest.
     """
     reference = runs.run()
     target = target_of(reference.end)
-    done, gap = [reference], (reference.end - target).abs()
-    x, achieved, variance = reference.x, reference.end, reference.variance
-    while len(done) <= max_passes and bool((gap > tolerance).any()):
-        last = runs.run(first_aim(reference, target) if len(done) == 1 else next_aim(done, target))
-        done.append(last)
-        better = (gap > tolerance) & ((last.end - target).abs() < gap)
-        x = torch.where(per_image(better, x.ndim), last.x, x)
-        achieved, variance = torch.where(better, last.end, achieved), torch.where(better, last.variance, variance)
-        gap = (achieved - target).abs()
-    return Reached(x, target, achieved, variance.sqrt(), reference.end, len(done) - 1, done[-1])
+    done, read = [reference], Correction.none(reference.end)
+    while True:
+        corrected = [replace(run, end=read.end(run.end)) for run in done]
+        gaps = torch.stack([(run.end - target).abs() for run in corrected])
+        within = gaps <= tolerance
+        if bool((new := ~read.known & (within[-1] | (len(done) == max_passes))).any()) and len(done) > 1:
+            read = read.updated(new, done[-1].end, *runs.read(done[-1]))
+            continue
+        first = (within.cumsum(0) == 0).sum(0)
+        chosen = torch.where(first < len(done), first, gaps.nan_to_num(math.inf).argmin(0))
+        if len(done) > max_passes or not bool((gaps.gather(0, chosen[None])[0] > tolerance).any()):
+            break
+        done.append(runs.run(first_aim(reference, target) if len(done) == 1 else next_aim(corrected, target)))
+
+    def kept(values: Iterable[torch.Tensor]) -> torch.Tensor:
+        rows = torch.stack(list(values))
+        return rows[chosen, torch.arange(len(chosen), device=rows.device)]
+
+    variance = torch.where(read.offset != 0, read.variance, kept(run.variance for run in done))
+    return Reached(
+        kept(run.x for run in done),
+        target,
+        kept(run.end for run in corrected),
+        variance.sqrt(),
+        reference.end,
+        len(done) - 1,
+        done[-1],
+    )
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What was read at the end of one guided pass, less what was tracked, (B,).
+
+    unguided, at: tracked ends of the reference and of the pass that was read. known: where one was.
+    """
+
+    unguided: torch.Tensor
+    at: torch.Tensor
+    offset: torch.Tensor
+    variance: torch.Tensor
+    known: torch.Tensor
+
+    @classmethod
+    def none(cls, unguided: torch.Tensor) -> "Correction":
+        """Before any was read."""
+        zero = torch.zeros_like(unguided)
+        return cls(unguided, unguided, zero, zero, torch.zeros_like(unguided, dtype=torch.bool))
+
+    def updated(self, new: torch.Tensor, at: torch.Tensor, log_prob: torch.Tensor, error: torch.Tensor) -> "Correction":
+        """With what was read of the images `new`, where it differs by more than its error explains."""
+        offset = torch.where((log_prob - at).abs() > 2 * error, log_prob - at, 0.0)
+        return Correction(
+            self.unguided,
+            torch.where(new, at, self.at),
+            torch.where(new, offset, self.offset),
+            torch.where(new, error**2, self.variance),
+            self.known | new,
+        )
+
+    def end(self, tracked: torch.Tensor) -> torch.Tensor:
+        """Log p_u (B,) of a pass that was tracked to `tracked`; the difference grows with what guidance changed."""
+        whole = self.at - self.unguided
+        share = torch.where(whole == 0, 0.0, (tracked - self.unguided) / torch.where(whole == 0, 1.0, whole)).clamp(0, 2)
+        return tracked + share * self.offset

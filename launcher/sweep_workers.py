@@ -34,7 +34,8 @@ class Worker:
             raise LauncherError(f"--out {out} is not there on {socket.gethostname()}: it has to be a folder of all machines.")
         command = [str(where.python), str(PACK / "run.py"), "in-host-python", "serve"]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        self.process = subprocess.Popen(command, env=variables(where), text=True, **streams)  # ends when its stdin does
+        env = {name: value for name, value in variables(where).items() if name != "PYTHONPATH"}  # which is for this process
+        self.process = subprocess.Popen(command, env=env, text=True, **streams)  # ends when its stdin does
         said = []
         for line in self.process.stdout:
             if line.startswith('{"url"'):
@@ -200,6 +201,8 @@ def _run(left, where, out, workers, address, cpus, limit_s, worker, table) -> No
     import ray.data
 
     local = {} if address else {"include_dashboard": False, "num_cpus": max((workers or 1) * cpus, os.cpu_count() or 1)}
+    # each machine has this pack at the same place, so that a worker finds its code
+    local["runtime_env"] = {"env_vars": {"PYTHONPATH": str(PACK)}}
     ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
     gpus = ray.cluster_resources().get("GPU", 0)
     workers = workers or int(gpus) or len(ray.nodes())

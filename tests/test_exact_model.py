@@ -317,5 +317,5 @@ def test_sampling_reaches_the_right_density(prediction):
 def test_conditioning_of_another_kind_is_refused():
     model = h.exact_model("flow")
     wrong = [[torch.ones(1, 1, 5), {}]]
-    with pytest.raises(ValueError, match="conditioning has 5 components and the model 128"):
+    with pytest.raises(ValueError, match="conditioning has 5 components and the model has 128"):
         h.sampled(model, h.guided_sampler(0.2), h.schedule(model, 4), h.empty_latent(1), positive=wrong)

@@ -170,12 +170,12 @@ def sample_to_target(
         start = log_start(predict, x, schedule.levels[0], new_evaluate()(x, schedule.sigmas[0], 0))
 
         def step_done(done: int, x: torch.Tensor, denoised: torch.Tensor) -> None:
-            step = min(steps - 1, int(done * steps / ((1 + settings.max_passes) * len(schedule.sigmas))))
+            step = min(steps - 1, int(done * steps / ((2 + settings.max_passes) * len(schedule.sigmas))))
             bar.update(step + 1 - bar.n)
             if callback is not None:
                 callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": denoised})
 
-        runs = TrackedRuns(new_evaluate, x, schedule, guided, start, step_done)
+        runs = TrackedRuns(new_evaluate, predict, x, schedule, guided, start, step_done)
         reached = reach(
             runs,
             lambda unguided: settings.target_of(unguided, dim, runs.s_end),
