@@ -15,7 +15,7 @@ from ..dg_core.prior import prior_norm
 from ..nodes import DensityTargetSampler, DensityTrace, LogDensity, ScoreAlignmentCheck, StochasticDetailVariation
 from ..testing import host_runs as h
 from ..testing import steering, tiny_models
-from ..testing.ways import WAYS, Run
+from ..testing.applied import APPLIED, Run
 from .pages import publish
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,7 +27,7 @@ def _built(name, dtype):
     return tiny_models.build(name, DTYPES[dtype])
 
 
-def picture(name, run):
+def sampled(name, run):
     """(samples, what the host asked of the model)."""
     family = tiny_models.FAMILIES[name]
     model, seen = h.recording(run.model)
@@ -49,7 +49,7 @@ def plain(name, dtype):
     """The run without the pack: (`Run`, samples, what was seen)."""
     h.forget_models()
     run = Run(h.kept(_built(name, dtype).clone()), h.core_sampler("euler"), h.random_noise())
-    return run, *picture(name, run)
+    return run, *sampled(name, run)
 
 
 def measure(name, dtype, node):
@@ -58,17 +58,17 @@ def measure(name, dtype, node):
     neutral: whether neutral settings leave every bit; finite; calls: model calls against the plain run; error: of the
     guidance (or of the noise's norm) against its definition, relative; eta: smallest and largest eta of the run.
     """
-    way = WAYS[node]
+    applied = APPLIED[node]
     run, unguided, before = plain(name, dtype)
-    neutral, _ = picture(name, way.apply(run, None))
-    guided, seen = picture(name, way.apply(run, QUANTILE))
+    neutral, _ = sampled(name, applied.apply(run, None))
+    guided, seen = sampled(name, applied.apply(run, QUANTILE))
     sigmas = h.schedule(run.model, STEPS).tolist()
     result = {
         "neutral": torch.equal(neutral, unguided),
         "finite": bool(torch.isfinite(guided).all()) and not torch.equal(guided, unguided),
         "calls": seen.calls - before.calls,
     }
-    if way.steers:
+    if applied.steers:
         error, shares = steering.deviation(run.model, seen, sigmas, QUANTILE)
         return {**result, "error": error, "eta": [1 + share for share in shares]}
     # The first state is the noise, scaled by the model's own factor.
@@ -95,7 +95,7 @@ def read(name, dtype):
     )[0]
     finite = lambda samples: bool(torch.isfinite(samples).all())
     own, still, varied, target = (
-        picture(name, run._replace(sampler=sampler))[0]
+        sampled(name, run._replace(sampler=sampler))[0]
         for sampler in (
             h.guided_sampler(),
             variation(0.0, "expected"),
@@ -121,10 +121,10 @@ def read(name, dtype):
 def refusal(name, node):
     """(message of the error, model calls before it) of a family that cannot be guided."""
     run = Run(h.kept(_built(name, "fp32").clone()), h.core_sampler("euler"), h.random_noise())
-    run = WAYS[node].apply(run, QUANTILE)
+    run = APPLIED[node].apply(run, QUANTILE)
     model, seen = h.recording(run.model)
     try:
-        picture(name, run._replace(model=model))
+        sampled(name, run._replace(model=model))
     except ValueError as error:
         return str(error), seen.calls
     return "", seen.calls
@@ -150,7 +150,7 @@ def main():
         else:
             families[name] |= {"runs": {}, "read": {}}
             for dtype in DTYPES:
-                families[name]["runs"][dtype] = {node: measure(name, dtype, node) for node in WAYS}
+                families[name]["runs"][dtype] = {node: measure(name, dtype, node) for node in APPLIED}
                 families[name]["read"][dtype] = read(name, dtype)
         print(name, json.dumps(families[name], default=str)[:160], flush=True)
     publish(
@@ -158,7 +158,7 @@ def main():
         {
             "steps": STEPS,
             "quantile": QUANTILE,
-            "nodes": list(WAYS),
+            "nodes": list(APPLIED),
             "readers": list(families["sd15"]["read"]["fp32"]),
             "families": families,
         },

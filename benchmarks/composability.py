@@ -12,8 +12,8 @@ import torch
 from ..dg_core.statistics import region_of
 from ..testing import host_runs as h
 from ..testing import steering, tiny_models
+from ..testing.applied import APPLIED, STEERING, Run
 from ..testing.host_methods import CFG, METHODS, Method, as_it_is
-from ..testing.ways import STEERING, WAYS, Run
 from .pages import publish
 from .tables import OWN
 
@@ -51,10 +51,10 @@ def inpaint_mask(method):
 def orders(method, node, quantile):
     """{order: `Run`} with the method and the node; both orders where the node patches the model, as the method does."""
     base = Run(h.kept(_built(method.family).clone()), h.core_sampler(method.sampler), h.random_noise())
-    first = WAYS[node].apply(base, quantile)
+    first = APPLIED[node].apply(base, quantile)
     runs = {"before": first._replace(model=h.kept(method.patch(first.model)))}
     if first.model is not base.model and method.patch is not as_it_is:
-        runs["after"] = WAYS[node].apply(base._replace(model=h.kept(method.patch(base.model))), quantile)
+        runs["after"] = APPLIED[node].apply(base._replace(model=h.kept(method.patch(base.model))), quantile)
     return runs
 
 
@@ -160,7 +160,7 @@ def two_stages():
         method = Method(family)
         base = Run(h.kept(_built(family).clone()), h.core_sampler("euler"), h.random_noise())
         for node in STEERING:
-            run = WAYS[node].apply(base, QUANTILE)
+            run = APPLIED[node].apply(base, QUANTILE)
             whole, _, sigmas = sample(method, run)
             high, low = h.core_node("SplitSigmas", sigmas=sigmas, step=3)
             half, _, _ = sample(method, run, high)

@@ -1,8 +1,8 @@
-"""How good is the demo model: its loss on pictures that it was not trained on, and whether it repeats those that it was.
+"""How good is the demo model: its loss on images that it was not trained on, and whether it repeats those that it was.
 
     python3 run.py bench demo_model
 
-Needs the pictures of training/demo_pictures.py in .host/data/. Writes docs/demo_model.json and
+Needs the images of training/demo_images.py in .host/data/. Writes docs/demo_model.json and
 .png. Ten minutes on one core.
 """
 
@@ -17,14 +17,14 @@ from ..dg_core.schedule import log_snr
 from ..launcher.environment import PACK
 from ..nodes import DensityGuidanceSampler
 from ..nodes.builtin import demo as demo_model
-from ..testing.demo_runs import PICTURES, Demo, require_pictures
+from ..testing.demo_runs import IMAGES, Demo, require_images
 from ..testing.figures import figure
-from ..training.demo_pictures import CROPS, SIZE, Pictures
+from ..training.demo_images import CROPS, SIZE, TrainingImages
 from .pages import DOCS, publish
 
 LEVELS, CROPS_PER_LEVEL = 12, 64
-QUERIES, STEPS = 21, 32  # pictures looked up of each kind, sampling steps
-SIDES = np.geomspace(*CROPS, 12)  # scales of the training pictures: each differs by 5% at most from one of these
+QUERIES, STEPS = 21, 32  # images looked up of each kind, sampling steps
+SIDES = np.geomspace(*CROPS, 12)  # scales of the training images: each differs by 5% at most from one of these
 PATCH = 40  # pixels of the middle that are looked up: less would be found anywhere, more nowhere at another scale
 SHOWN = 7
 
@@ -32,7 +32,7 @@ SHOWN = 7
 def loss_over_noise(demo):
     """Loss of v at noise levels from least to most: {"log_snr": ..., "training": ..., "held_out": ...}, and the errors.
 
-    v's error is that of the denoised picture times sqrt(1 + s^2) / s. Both kinds of pictures get the same noises.
+    v's error is that of the denoised image times sqrt(1 + s^2) / s. Both kinds of images get the same noises.
     """
     sigmas = demo.model.get_model_object("model_sampling").sigmas
     thetas = torch.linspace(float(sigmas[0].atan()), float(sigmas[-1].atan()), LEVELS)
@@ -40,7 +40,7 @@ def loss_over_noise(demo):
     rows = {"log_snr": [log_snr(s) for s in chosen]}
     for name, held_out in (("training", False), ("held_out", True)):
         generator = torch.Generator().manual_seed(3)
-        drawn, kinds = Pictures(PICTURES, held_out).draw(CROPS_PER_LEVEL, demo_model.SIZE, generator)
+        drawn, kinds = TrainingImages(IMAGES, held_out).draw(CROPS_PER_LEVEL, demo_model.SIZE, generator)
         latents, noise = drawn * demo_model.SCALE, torch.randn(drawn.shape, generator=torch.Generator().manual_seed(4))
         rows[name], rows[f"{name}_error"] = [], []
         for s in tqdm(chosen, f"loss, {name}"):
@@ -51,41 +51,41 @@ def loss_over_noise(demo):
     return rows
 
 
-def grey(pictures):
+def grey(images):
     """(n, 3, H, W) -> (n, H, W)"""
-    return pictures.float().mean(1)
+    return images.float().mean(1)
 
 
-def correlations(queries, picture):
-    """Normalised correlation of grey pictures (n, h, h) with every crop of one that repeats like a tile, (n, size, size)."""
-    size, count = picture.shape[-1], queries[0].numel()
+def correlations(queries, image):
+    """Normalised correlation of grey images (n, h, h) with every crop of one that repeats like a tile, (n, size, size)."""
+    size, count = image.shape[-1], queries[0].numel()
     queries = queries - queries.mean((1, 2), keepdim=True)
     box = torch.fft.rfft2(torch.ones_like(queries[:1]), (size, size)).conj()
 
     def window_sum(values):
         return torch.fft.irfft2(torch.fft.rfft2(values)[None] * box, (size, size))
 
-    picture = picture - picture.mean()
-    energy = window_sum(picture.square()) - window_sum(picture).square() / count
-    products = torch.fft.irfft2(torch.fft.rfft2(picture) * torch.fft.rfft2(queries, (size, size)).conj(), (size, size))
+    image = image - image.mean()
+    energy = window_sum(image.square()) - window_sum(image).square() / count
+    products = torch.fft.irfft2(torch.fft.rfft2(image) * torch.fft.rfft2(queries, (size, size)).conj(), (size, size))
     norms = queries.square().sum((1, 2)).sqrt()[:, None, None] * energy.clamp(min=1e-3 * count).sqrt()
     return products / norms
 
 
-def nearest(queries, pictures):
-    """The training crop most like the middle of each picture, at every place, mirrored or not, at several scales.
+def nearest(queries, images):
+    """The training crop most like the middle of each image, at every place, mirrored or not, at several scales.
 
-    queries: (n, 3, h, h); pictures: (m, 3, SIZE, SIZE) uint8. Returns (correlations (n,), crops (n, 3, h, h) in [-1, 1]).
+    queries: (n, 3, h, h); images: (m, 3, SIZE, SIZE) uint8. Returns (correlations (n,), crops (n, 3, h, h) in [-1, 1]).
     """
     h = queries.shape[-1]
     edge = (h - PATCH) // 2
     both = torch.cat([grey(queries), grey(queries.flip(3))])[:, edge : edge + PATCH, edge : edge + PATCH]
     best, crops = torch.full((len(queries),), -1.0), torch.zeros_like(queries)
-    for picture in tqdm(pictures, "nearest training pictures"):
+    for image in tqdm(images, "nearest training images"):
         for side in SIDES:
             size = round(SIZE * h / side)
             small = (
-                torch.nn.functional.interpolate(picture[None].float(), (size, size), mode="bilinear", antialias=True)[0] / 127.5
+                torch.nn.functional.interpolate(image[None].float(), (size, size), mode="bilinear", antialias=True)[0] / 127.5
                 - 1
             )
             found = correlations(both, small.mean(0)).flatten(1)
@@ -100,32 +100,32 @@ def nearest(queries, pictures):
 
 
 def measure():
-    """(results, pictures to show)."""
+    """(results, images to show)."""
     demo = Demo(QUERIES)
     sampled = demo.run(lambda _: DensityGuidanceSampler.execute(0.5, 0.0, 0.0, 1.0)[0], STEPS).samples.clamp(-1, 1)
     with torch.inference_mode():
         loss = loss_over_noise(demo)
-    training, held_out = Pictures(PICTURES, False), Pictures(PICTURES, True)
+    training, held_out = TrainingImages(IMAGES, False), TrainingImages(IMAGES, True)
     looked_up = {
         "samples": sampled,
-        "held-out pictures": held_out.draw(QUERIES, demo_model.SIZE, torch.Generator().manual_seed(5))[0],
-        "training pictures": training.draw(QUERIES, demo_model.SIZE, torch.Generator().manual_seed(6))[0],
+        "held-out images": held_out.draw(QUERIES, demo_model.SIZE, torch.Generator().manual_seed(5))[0],
+        "training images": training.draw(QUERIES, demo_model.SIZE, torch.Generator().manual_seed(6))[0],
     }
-    found, crop = nearest(torch.cat(list(looked_up.values())), training.pictures)
+    found, crop = nearest(torch.cat(list(looked_up.values())), training.images)
     results = {
         "loss": loss,
         "steps": STEPS,
         "queries": QUERIES,
-        "training_pictures": len(training.pictures),
-        "held_out_pictures": len(held_out.pictures),
+        "training_images": len(training.images),
+        "held_out_images": len(held_out.images),
         "nearest": dict(zip(looked_up, [v.tolist() for v in found.split(QUERIES)])),
         "training": json.loads((PACK / "training" / "demo_model.json").read_text()),
     }
     return results, torch.stack([sampled[:SHOWN], crop[:SHOWN]])
 
 
-def plot(results, pictures):
-    """pictures: (2, n, 3, H, W), samples and their nearest training crops."""
+def plot(results, images):
+    """images: (2, n, 3, H, W), samples and their nearest training crops."""
     record, loss = results["training"], results["loss"]
     mosaic = [["curve", "levels"], ["sheet", "sheet"]]
     with figure(DOCS / "demo_model.png", mosaic, figsize=(10, 7)) as (_, axes):
@@ -144,17 +144,17 @@ def plot(results, pictures):
             axis.set_yscale("log")
             axis.set_ylabel("loss of v")
             axis.legend()
-        rows = [torch.cat(list(row), 2) for row in pictures]
+        rows = [torch.cat(list(row), 2) for row in images]
         sheet.imshow(((torch.cat(rows, 1).movedim(0, 2) + 1) / 2).clamp(0, 1).numpy())
         sheet.set_axis_off()
         sheet.set_title(
             "samples, and the training crop most like each: "
-            + ", ".join(f"{v:.2f}" for v in results["nearest"]["samples"][: pictures.shape[1]])
+            + ", ".join(f"{v:.2f}" for v in results["nearest"]["samples"][: images.shape[1]])
         )
 
 
 def main():
-    require_pictures()
-    results, pictures = measure()
+    require_images()
+    results, images = measure()
     publish("demo_model", results)
-    plot(results, pictures)
+    plot(results, images)

@@ -14,6 +14,7 @@ from ..nodes.builtin.exact import PREDICTIONS
 from ..testing.exact_runs import Bench
 from ..testing.figures import figure
 from ..testing.gaussian_oracle import GaussianOracle
+from ..testing.measures import predicted_bits
 from .pages import DOCS, publish
 from .tables import OWN
 
@@ -31,7 +32,7 @@ def sampler_shifts(prediction):
     """Measured over predicted change of bits per dimension for every sampler: {name: ratio}."""
     bench = Bench(prediction, COMPONENT, 4)
     sigmas, noise = bench.sigmas("simple", STEPS), bench.noise()
-    predicted = bench.predicted(QUANTILE, sigmas)
+    predicted = predicted_bits(QUANTILE, bench.density.dim, bench.path, sigmas)
     ratios = {}
     for name in (OWN, *comfy.samplers.SAMPLER_NAMES):
         change = bench.bits(guided(name, QUANTILE), sigmas, noise) - bench.bits(guided(name, 0.5), sigmas, noise)
@@ -82,7 +83,7 @@ def mixture_levels(prediction, steps):
     return {
         "monotone": rising,
         "bits_per_dim": bits.mean(1).tolist(),
-        "predicted_shifts": [bench.predicted(q, sigmas) for q in LEVELS],
+        "predicted_shifts": [predicted_bits(q, bench.density.dim, bench.path, sigmas) for q in LEVELS],
     }
 
 

@@ -12,14 +12,14 @@ import torch
 
 from ..dg_core import divergence
 from ..dg_core import log_density as ld
-from ..dg_core.exact_density import ExactDensity, idct
+from ..dg_core.exact_density import ExactDensity
 from ..dg_core.levels import noise_levels
 from ..dg_core.schedule import FLOW, VE
 from ..nodes.builtin import exact as exact_model
 from ..nodes.host import target_run as dt
 from ..testing import host_runs as h
 from ..testing.figures import figure
-from ..testing.measures import cut_schedule, exact_bits, exact_divergence, target_sampler
+from ..testing.measures import cut_schedule, exact_bits, exact_divergence, mean_image, target_sampler
 from .pages import DOCS, publish, still_true
 
 CODE = ["dg_core/*.py", "nodes/**/*.py"]
@@ -27,7 +27,7 @@ EVALUATIONS = [16, 32, 64, 128]
 FLOOR = {"flow": 0.05, "eps": 0.1}
 TOP = {"flow": math.inf, "eps": exact_model.EMOJI_RANGE.sigma_max}
 PATHS = {"flow": FLOW, "eps": VE}
-SHOWING_TOP = 60.0  # 15 times the pictures' standard deviation, as in SD 1.5
+SHOWING_TOP = 60.0  # 15 times the images' standard deviation, as in SD 1.5
 AUTHORS_TOP = 1000.0  # where their log-SNR ends; the prior is exact to 1e-5 there
 OURS_PROBE, OURS_EXACT = "ours, one probe", "ours, exact divergence"
 AUTHORS_PROBE, AUTHORS_EXACT = "authors' scheme, one probe", "authors' scheme, exact divergence"
@@ -38,8 +38,7 @@ class Known:
 
     def __init__(self, size):
         self.density = ExactDensity.load(exact_model.WEIGHTS, size)
-        weights = self.density.log_weights.exp()
-        self._mean = idct((weights / weights.sum() @ self.density.means).view(1, 3, size, size))
+        self._mean = mean_image(self.density)
         self.dim = self.density.dim
 
     def draws(self, count, s, seed):

@@ -1,10 +1,10 @@
-"""Makes, from each template in workflows/ (the web page's format), its API copy and its picture.
+"""Makes, from each template in workflows/ (the web page's format), its API copy and its image.
 
     python3 run.py bench make_templates
 
 Each template first gets the pack's name and version on the pack's nodes, so that a page without the pack can say what is
 missing. It is opened in ComfyUI's own web page, which makes the API copy (workflows/api/NAME.json); that is queued, and what
-it saves becomes workflows/NAME.jpg. Edit a template in the web page, save it there, then run this. Some of the pictures are
+it saves becomes workflows/NAME.jpg. Edit a template in the web page, save it there, then run this. Some of the images are
 also shown by the nodes' documentation, which can only show what lies beside it.
 
 Needs the program chromium on PATH. Takes half a minute.
@@ -25,7 +25,7 @@ from ..testing.web_page import with_page
 
 WORKFLOWS = PACK / "workflows"
 IN_DOCUMENTATION = ("detail_sweep", "score_alignment", "vary_texture", "vary_structure")
-PICTURE = (512, 656)  # at most, in pixels
+SIZE = (512, 656)  # at most, in pixels
 MARGIN = 8
 
 
@@ -39,7 +39,7 @@ def main():
             text = json.dumps(api, indent=2, ensure_ascii=False) + "\n"
             (WORKFLOWS / "api" / path.name).write_text(text, encoding="utf-8")
             saved = host.saved_files(host.client.run(api))
-            picture(saved).save(path.with_suffix(".jpg"), quality=88, optimize=True)
+            preview(saved).save(path.with_suffix(".jpg"), quality=88, optimize=True)
             print(f"{path.stem}: {len(api)} nodes, {len(saved)} saved", flush=True)
     for name in IN_DOCUMENTATION:
         shutil.copy(WORKFLOWS / f"{name}.jpg", PACK / "web" / "docs")
@@ -74,21 +74,21 @@ async def convert(page, paths):
     return results
 
 
-def picture(files):
+def preview(files):
     """What was saved, small, on one sheet."""
     images = [Image.open(file).convert("RGB") for file in files]
     if len(images) == 1:
         small = images[0]
-        small.thumbnail(PICTURE, Image.LANCZOS)
+        small.thumbnail(SIZE, Image.LANCZOS)
         return small
-    # Sheets go below each other, single pictures in two columns.
+    # Sheets go below each other, single images in two columns.
     columns = 1 if max(image.width / image.height for image in images) > 1.5 else 2
-    width = (PICTURE[0] - (columns - 1) * MARGIN) // columns
+    width = (SIZE[0] - (columns - 1) * MARGIN) // columns
     height = round(width * images[0].height / images[0].width)
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (PICTURE[0], rows * (height + MARGIN) - MARGIN), "white")
+    sheet = Image.new("RGB", (SIZE[0], rows * (height + MARGIN) - MARGIN), "white")
     for i, image in enumerate(images):
-        # Small pictures stay pixels: smoothing would hide the detail that they are about.
+        # Small images stay pixels: smoothing would hide the detail that they are about.
         method = Image.NEAREST if image.width < width else Image.LANCZOS
         place = i % columns * (width + MARGIN), i // columns * (height + MARGIN)
         sheet.paste(image.resize((width, height), method), place)

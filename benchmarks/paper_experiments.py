@@ -11,9 +11,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..dg_core.control import gain_of, guided_steps, predicted_shift
-from ..dg_core.schedule import Schedule
-from ..dg_core.units import nats_to_bits_per_dim
 from ..nodes import DensityGuidanceSampler, StochasticDetailVariation
 from ..nodes.builtin import demo
 from ..nodes.host.alignment_run import BOTH, WITH_SCORE, WITHOUT_SCORE, CheckSettings, examine
@@ -21,6 +18,7 @@ from ..nodes.host.model_access import path_of
 from ..nodes.host.sheet import draw_sheet
 from ..testing.demo_runs import Scheduled, band_energy, high_energy, png_bytes
 from ..testing.figures import figure
+from ..testing.measures import predicted_bits
 from .pages import DOCS, digest, publish, still_true
 from .tables import FEW_QUANTILES, sem
 
@@ -103,12 +101,8 @@ def converged():
 def predicted():
     """{quantile: bits per dimension that density guidance is predicted to add to those at 0.5}"""
     demo = Scheduled(1)
-    sampling = demo.model.get_model_object("model_sampling")
-    log_range = guided_steps(Schedule(path_of(sampling), demo.sigmas(STEPS).tolist())).log_range
-    dim = demo.latent["samples"].numel()
-    return {
-        str(q): nats_to_bits_per_dim(predicted_shift(gain_of(q, 0.0, dim, log_range)[0], log_range), dim) for q in QUANTILES
-    }
+    path, dim = path_of(demo.model.get_model_object("model_sampling")), demo.latent["samples"].numel()
+    return {str(q): predicted_bits(q, dim, path, demo.sigmas(STEPS)) for q in QUANTILES}
 
 
 def alignment():
@@ -143,20 +137,20 @@ def alignment():
 
 
 def variation():
-    """Energy of the differences between variations of a picture, and between seeds, by band of spatial frequency."""
+    """Energy of the differences between variations of an image, and between seeds, by band of spatial frequency."""
     demo = Scheduled(STARTS * PER_START)
     start = torch.arange(STARTS).repeat_interleave(PER_START)
     demo.classes = demo.classes[start]
     seeds, noise = demo.run(guided(0.5), STEPS).samples, demo.noise(0.5)[::PER_START][start]
     plain = seeds[::PER_START]
 
-    def bands(pictures):
-        """Of groups of pictures (groups, n, ...)."""
-        apart = (pictures - pictures.mean(1, keepdim=True)).flatten(0, 1)
-        scale = pictures.shape[1] / (pictures.shape[1] - 1)
+    def bands(images):
+        """Of groups of images (groups, n, ...)."""
+        apart = (images - images.mean(1, keepdim=True)).flatten(0, 1)
+        scale = images.shape[1] / (images.shape[1] - 1)
         return [float(scale * band_energy(apart, low, high).mean()) for low, high in zip(RADII, RADII[1:])]
 
-    grouped = lambda pictures: pictures.view(STARTS, PER_START, *pictures.shape[1:])
+    grouped = lambda images: images.view(STARTS, PER_START, *images.shape[1:])
     rows, sheet = {"another seed": {"bands": bands(grouped(seeds))}}, []
     for vary in (EARLY, LATE):
         result = demo.run(varied(0.5, vary), STEPS, noise)

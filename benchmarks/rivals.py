@@ -3,7 +3,7 @@
     DETAIL_DAEMON=PATH python3 run.py bench rivals
 
 DETAIL_DAEMON: the folder of ComfyUI-Detail-Daemon; without it that rival is left out. Needs the images of
-training/demo_pictures.py in .host/data/. Writes docs/rivals.json after each method. About two hours of one core.
+training/demo_images.py in .host/data/. Writes docs/rivals.json after each method. About two hours of one core.
 
 Detail is the mean size of the images as PNG files. All runs have the same noises, steps and sampler, one whose unguided images
 no longer change with more steps.
@@ -18,7 +18,7 @@ from scipy.interpolate import PchipInterpolator
 
 from ..nodes import DensityGuidanceSampler
 from ..nodes.builtin import demo as demo_model
-from ..testing.demo_runs import Demo, png_bytes, require_pictures, spectrum
+from ..testing.demo_runs import Demo, png_bytes, require_images, spectrum
 from ..testing.held_out import HeldOut, composition_change
 from .cost import VARIABLE, detail_daemon
 from .pages import digest, publish, still_true
@@ -152,7 +152,7 @@ def converged(comparison):
 
 def main():
     torch.set_num_threads(1)
-    require_pictures()
+    require_images()
     folder = os.environ.get(VARIABLE)
     if not folder:
         print(f"{VARIABLE} is not set: Detail Daemon is left out. Set it to the folder of ComfyUI-Detail-Daemon.")

@@ -40,7 +40,7 @@ BENDING = (10.0, 16.0, 25.0)  # noise levels at which the density chooses betwee
 
 
 class Flow:
-    """The exact density of small pictures, its derivative in closed form, from one noise for all solvers."""
+    """The exact density of small images, its derivative in closed form, from one noise for all solvers."""
 
     def __init__(self, component):
         self.density = ExactDensity.load(WEIGHTS, SIZE)

@@ -1,4 +1,4 @@
-"""Variation: how well it keeps the log-density, and how different the pictures are, on the exact-density model.
+"""Variation: how well it keeps the log-density, and how different the images are, on the exact-density model.
 
     python3 run.py bench variation
 
@@ -22,7 +22,7 @@ from .tables import VARIATION_STRENGTHS
 
 STEPS, STRENGTH, VARIATIONS = 32, 0.5, 32
 STIFF = (("simple", 6), ("karras", 6), *(("exponential", n) for n in (8, 10, 12)), ("simple", 12), ("karras", 16))
-STIFF_CFG, STIFF_COMPONENT, STIFF_PICTURES, STIFF_STRENGTHS = 8.0, 3, 48, (0.5, 1.0, 2.0, 3.0)
+STIFF_CFG, STIFF_COMPONENT, STIFF_IMAGES, STIFF_STRENGTHS = 8.0, 3, 48, (0.5, 1.0, 2.0, 3.0)
 STRENGTHS, STARTS, PER_START = (0.125, 0.25, 0.5, 1.0, 2.0, 3.0), 8, 4
 HOST_SAMPLERS = {
     "euler_ancestral": lambda eta: comfy.samplers.ksampler("euler_ancestral", {"eta": eta}),
@@ -162,11 +162,11 @@ def strong(prediction):
 
 
 def out_of_range(prediction):
-    """{scheduler and steps: {sampler: pictures out of range}} with "everything" at a high CFG in few steps.
+    """{scheduler and steps: {sampler: images out of range}} with "everything" at a high CFG in few steps.
 
-    Out of range is a picture with an element beyond 1.5 times the largest of Euler's pictures at 100 steps.
+    Out of range is an image with an element beyond 1.5 times the largest of Euler's images at 100 steps.
     """
-    bench = Bench(prediction, STIFF_COMPONENT, STIFF_PICTURES)
+    bench = Bench(prediction, STIFF_COMPONENT, STIFF_IMAGES)
     negative = Bench(prediction, -1, 1).conditioning
     noise = bench.noise()
 

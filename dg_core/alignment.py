@@ -139,12 +139,6 @@ class Differentiate:
         return probes
 
 
-def calls_per_evaluation(method: str, probes: int = 0) -> int:
-    """Predictions that `Differentiate` asks for at each noise level; with forward-mode AD each costs about two."""
-    forward = method == divergence.FORWARD
-    return 1 + (2 if forward else 4) * probes if probes else 1 if forward else 3
-
-
 def trace_alignment(
     differentiate: Differentiate,
     predict: Denoiser,

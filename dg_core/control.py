@@ -14,7 +14,7 @@ z                 z                     1; standard normal quantile
 k                 gain                  nats per unit of -ln s; 0 is neutral
 eta - 1           eta_minus_one         1; 0 is neutral
 s_start, s_end    GuidedSteps           noise levels in VE coordinates
-shift             predicted_shift       nats, positive = smoother
+shift             -                     nats, positive = smoother
 """
 
 import math
@@ -101,11 +101,6 @@ def gain_of(quantile: float, detail_shift: float, dim: float, log_range: float, 
     wanted = (2 * dim) ** 0.5 * quantile_to_z(quantile) + bits_per_dim_to_nats(detail_shift, dim) / log_range
     smoothest = bits_per_dim_to_nats(SMOOTHEST, dim) / log_range
     return min(wanted, smoothest), wanted > smoothest
-
-
-def predicted_shift(gain: float, log_range: float) -> float:
-    """Log-density that a constant gain adds over the guided steps, in nats."""
-    return gain * log_range
 
 
 def strength_curve(values: Sequence[float]) -> tuple[float, ...]:

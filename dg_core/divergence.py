@@ -13,15 +13,15 @@ rounding at about twice the cost of a prediction; two-sided finite differences t
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
-import numpy as np
 import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .random_numbers import generator_of
 from .statistics import compute_dtype, image_sums, inner, per_image, squared_norm, sum_dtype
 
 # x (B, ...) -> denoised (B, ...), at a fixed noise level
-Predict = Callable[[torch.Tensor], torch.Tensor]
+LevelDenoiser = Callable[[torch.Tensor], torch.Tensor]
 
 FORWARD, DIFFERENCES = "forward", "differences"
 METHODS = (FORWARD, DIFFERENCES)
@@ -29,7 +29,7 @@ TRIAL_CALLS = 4  # of `method_of`, each on one batch
 
 
 def directional_derivative(
-    predict: Predict, x: torch.Tensor, v: torch.Tensor, method: str, step: torch.Tensor | float | None = None
+    predict: LevelDenoiser, x: torch.Tensor, v: torch.Tensor, method: str, step: torch.Tensor | float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(predict(x), D v) with D = d predict / d x, both of x's shape, in float32 or wider.
 
@@ -51,7 +51,7 @@ def directional_derivative(
         return _differences(predict, x, v, difference_step(x, v, x.dtype) if step is None else step)
 
 
-def _forward(predict: Predict, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(predict: LevelDenoiser, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no forward rule
         stack.enter_context(forward_ad.dual_level())
@@ -62,7 +62,7 @@ def _forward(predict: Predict, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.
 
 
 def _differences(
-    predict: Predict, x: torch.Tensor, v: torch.Tensor, step: torch.Tensor | float
+    predict: LevelDenoiser, x: torch.Tensor, v: torch.Tensor, step: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     value = predict(x).to(x.dtype)
     h = per_image(step.to(x) if isinstance(step, torch.Tensor) else x.new_full((len(x),), step), x.ndim)
@@ -70,8 +70,18 @@ def _differences(
     return value, (above - below) / (2 * h)
 
 
+def derivative_calls(method: str) -> int:
+    """Predictions that `directional_derivative` asks for; with "forward" it also carries a derivative."""
+    return 1 if method == FORWARD else 3
+
+
+def trace_calls(method: str, probes: int) -> int:
+    """Predictions that `trace_derivative` asks for; with "forward" each also carries a derivative."""
+    return 1 + (2 if method == FORWARD else 4) * probes
+
+
 def trace_derivative(
-    predict: Predict,
+    predict: LevelDenoiser,
     x: torch.Tensor,
     v: torch.Tensor,
     probes: Callable[[torch.Tensor | None], Iterable[torch.Tensor]],
@@ -164,7 +174,7 @@ def difference_step(
 
 
 def method_of(
-    predict: Predict,
+    predict: LevelDenoiser,
     x: torch.Tensor,
     v: torch.Tensor,
     dtype: torch.dtype = torch.float32,
@@ -212,9 +222,7 @@ def rademacher(x: torch.Tensor, seed: int, call: int, indices: Sequence[int] | N
 
 def _signs(shape: Sequence[int], key: Iterable[int]) -> torch.Tensor:
     with torch.inference_mode(False):
-        state = np.random.SeedSequence([int(k) % 2**64 for k in key]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state) & (2**63 - 1))
-        return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
+        return torch.randint(0, 2, shape, generator=generator_of(*key), dtype=torch.int8) * 2 - 1
 
 
 def stratified(probe: torch.Tensor, directions: Iterable[torch.Tensor], signs: Iterable[torch.Tensor]) -> torch.Tensor:

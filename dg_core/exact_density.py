@@ -26,6 +26,8 @@ import scipy.fft
 import torch
 from safetensors import safe_open
 
+from .units import nats_to_bits_per_dim
+
 # VE noise levels, one for each image or one for all
 Levels = torch.Tensor | float
 
@@ -45,11 +47,6 @@ def dct(x: torch.Tensor) -> torch.Tensor:
     return _transformed(x, [dct_matrix(n).to(x) for n in x.shape[-3:]])
 
 
-def idct(c: torch.Tensor) -> torch.Tensor:
-    """Inverse of `dct`."""
-    return _transformed(c, [dct_matrix(n).to(c).T for n in c.shape[-3:]])
-
-
 def _transformed(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     for dim, matrix in zip((-3, -2, -1), matrices):
         x = torch.movedim(torch.movedim(x, dim, -1) @ matrix.T, -1, dim)
@@ -63,6 +60,34 @@ def band_index(size: int) -> torch.Tensor:
     radial = torch.bucketize(radius, torch.tensor(BAND_EDGES[1:], dtype=torch.float64), right=True)
     bands = len(BAND_EDGES) - 1
     return radial[None] + bands * torch.arange(CHANNELS)[:, None, None]
+
+
+def require_images(y: torch.Tensor, size: int) -> None:
+    """Raise ValueError unless y is (B, 3, size, size)."""
+    if y.ndim != 4 or tuple(y.shape[1:]) != (CHANNELS, size, size):
+        raise ValueError(f"y has shape {tuple(y.shape)}; this density is defined on (B, {CHANNELS}, {size}, {size})")
+
+
+def levels_of(s: Levels, y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The noise level of every image of y (B, ...), (B,), on the device and in the dtype of `like`; ValueError for others."""
+    s = torch.as_tensor(s, dtype=like.dtype, device=like.device)
+    if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(y))):
+        raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} images")
+    return s.expand(len(y))
+
+
+def log_weights_of(weights: torch.Tensor | None, log_weights: torch.Tensor, batch: int) -> torch.Tensor:
+    """Logarithms of a mixture's weights, (B or 1, K): those that replace its own (B or 1, K), or its `log_weights` (K,).
+
+    A row of zeros, as from ConditioningZeroOut, asks for nothing in particular. Raises ValueError for another shape.
+    """
+    if weights is None:
+        return log_weights[None]
+    if weights.ndim != 2 or weights.shape[1] != len(log_weights) or len(weights) not in (1, batch):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; expected ({batch}, {len(log_weights)})")
+    weights = weights.to(log_weights)
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, log_weights.exp())
+    return weights.log() - weights.sum(1, keepdim=True).log()
 
 
 @dataclass
@@ -184,7 +209,7 @@ class ExactDensity:
 
     def bits_per_dim(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """-log2 p_s(y) / D, (B,): larger means more detail."""
-        return -self.log_prob(y, s, weights) / (self.dim * math.log(2))
+        return nats_to_bits_per_dim(self.log_prob(y, s, weights), self.dim)
 
     def score(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """grad log p_s(y), shape of y."""
@@ -194,7 +219,7 @@ class ExactDensity:
     def denoised(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """E[x0 | y] = y + s^2 score (Tweedie), shape of y."""
         e = self._evaluate(y, s, weights)
-        s2 = self._levels(y, s).square()[:, None]
+        s2 = levels_of(s, y, self.means).square()[:, None]
         return self._image(e.c + s2 * self._mean_gradient(e, e.resp), y)
 
     def laplacian(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -236,20 +261,9 @@ class ExactDensity:
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _evaluate(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None) -> _Evaluation:
-        if y.ndim != 4 or tuple(y.shape[1:]) != (CHANNELS, self.size, self.size):
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}; this density is defined on (B, {CHANNELS}, {self.size}, {self.size})"
-            )
-        level = self._noise_level(self._levels(y, s))
-        if weights is None:
-            log_w = self.log_weights
-        else:
-            weights = weights.to(self.means)
-            if weights.ndim != 2 or weights.shape[1] != self.components or len(weights) not in (1, len(y)):
-                raise ValueError(f"weights has shape {tuple(weights.shape)}; expected ({len(y)}, {self.components})")
-            # A row of zeros, as from ConditioningZeroOut, asks for nothing in particular.
-            weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, self.log_weights.exp())
-            log_w = weights.log() - weights.sum(1, keepdim=True).log()
+        require_images(y, self.size)
+        level = self._noise_level(levels_of(s, y, self.means))
+        log_w = log_weights_of(weights, self.log_weights, len(y))
         c = self._dct(y)
         pc = level.precision * c
         u = self._project(pc) - torch.einsum("bj,jkr->bkr", level.band_precision, self.factor_mean)
@@ -259,12 +273,6 @@ class ExactDensity:
         )
         joint = log_w - 0.5 * (distance + level.log_det + self.dim * math.log(2 * math.pi))
         return _Evaluation(c, level, a, joint.softmax(1), joint.logsumexp(1))
-
-    def _levels(self, y: torch.Tensor, s: Levels) -> torch.Tensor:
-        s = torch.as_tensor(s, dtype=self.means.dtype, device=self.means.device)
-        if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(y))):
-            raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} images")
-        return s.expand(len(y)) if s.ndim == 0 or len(s) == 1 else s
 
     def _noise_level(self, s: torch.Tensor) -> _NoiseLevel:
         levels, which = s.unique(return_inverse=True)

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .exact_density import CHANNELS, Levels
+from .exact_density import CHANNELS, Levels, levels_of, log_weights_of, require_images
+from .units import nats_to_bits_per_dim
 
 CONTRASTS = 0.3, 3.0  # lowest and highest factor of the variance
 FLOOR = 0.02  # standard deviation of the noise in every image; textures have about 0.8
@@ -131,7 +132,7 @@ class ExactTextures:
 
     def bits_per_dim(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """-log2 p_s(y) / D, (B,): larger means more detail."""
-        return -self.log_prob(y, s, weights) / (self.dim * math.log(2))
+        return nats_to_bits_per_dim(self.log_prob(y, s, weights), self.dim)
 
     def score(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None = None) -> torch.Tensor:
         """grad log p_s(y), shape of y."""
@@ -185,15 +186,9 @@ class ExactTextures:
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _evaluate(self, y: torch.Tensor, s: Levels, weights: torch.Tensor | None) -> _Evaluation:
-        if y.ndim != 4 or tuple(y.shape[1:]) != (CHANNELS, self.size, self.size):
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}; this density is defined on (B, {CHANNELS}, {self.size}, {self.size})"
-            )
-        log_w = self._log_weights(y, weights)
-        s = torch.as_tensor(s, dtype=self.dtype, device=self.means.device)
-        if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(y))):
-            raise ValueError(f"s has shape {tuple(s.shape)}; expected one noise level or one for each of {len(y)} images")
-        levels, level = s.expand(len(y)).unique(return_inverse=True)
+        require_images(y, self.size)
+        log_w = log_weights_of(weights, self.log_weights, len(y)).view(-1, self.textures, len(self.contrasts))
+        levels, level = levels_of(s, y, self.means).unique(return_inverse=True)
         v = self.floor**2 + levels.square()  # (S,)
         signal = self.contrasts[:, None] * self.variance[:, None]  # (T, K, J)
         total_variance = signal + v[:, None, None, None]
@@ -212,19 +207,6 @@ class ExactTextures:
         joint = log_w - 0.5 * (distance + log_det[level] + self.dim * math.log(2 * math.pi))
         resp = joint.flatten(1).softmax(1).view_as(joint)
         return _Evaluation(centred, z, energy, total, v, shrinkage, level, resp, joint.flatten(1).logsumexp(1))
-
-    def _log_weights(self, y: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """(B or 1, T, K)."""
-        if weights is None:
-            log_w = self.log_weights[None]
-        else:
-            weights = weights.to(self.means)
-            if weights.ndim != 2 or weights.shape[1] != self.components or len(weights) not in (1, len(y)):
-                raise ValueError(f"weights has shape {tuple(weights.shape)}; expected ({len(y)}, {self.components})")
-            # A row of zeros, as from ConditioningZeroOut, asks for nothing in particular.
-            weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, self.log_weights.exp())
-            log_w = weights.log() - weights.sum(1, keepdim=True).log()
-        return log_w.view(-1, self.textures, len(self.contrasts))
 
     def _score(self, e: _Evaluation) -> torch.Tensor:
         """Of the mixture, in the Fourier domain, (B, 3, F)."""

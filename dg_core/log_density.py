@@ -27,13 +27,13 @@ import torch
 from scipy.interpolate import CubicSpline
 
 from .adams import History, limited_sum
-from .divergence import FORWARD, difference_step, directional_derivative, probe_trace, rademacher
+from .divergence import difference_step, directional_derivative, probe_trace, rademacher
 from .flow import ORDER, Denoiser
 from .levels import clock, clock_rate
 from .quadrature import denoised_weights, eps_weights
 from .schedule import Level, NoisePath
 from .statistics import squared_norm, sum_dtype
-from .units import Amount, bits_per_dim_to_nats, nats_to_bits_per_dim
+from .units import Amount, bits_per_dim_to_nats, error_bits_per_dim, nats_to_bits_per_dim
 
 _DEFECT_NODES = 4
 # Richardson: a rule of second order, as that of the defect is, errs by a third of its difference to twice the spacing.
@@ -78,12 +78,6 @@ class Evaluate(Protocol):
     """x (B, ...) at sigma -> its `Evaluation`; call: number of the evaluation along a path."""
 
     def __call__(self, x: torch.Tensor, sigma: float, call: int, /) -> Evaluation: ...
-
-
-def calls_per_evaluation(method: str, probes: int = 1) -> int:
-    """Network calls on one batch that a `ProbedModel` takes at each call; with forward-mode AD each also carries a
-    derivative."""
-    return probes if method == FORWARD else 3 * probes
 
 
 class ProbedModel:
@@ -317,7 +311,7 @@ class Readout:
     @property
     def error_bits_per_dim(self) -> torch.Tensor:
         """Standard error of it, (B,)."""
-        return -nats_to_bits_per_dim(self.standard_error, self.dim)
+        return error_bits_per_dim(self.standard_error, self.dim)
 
     def rates(self) -> torch.Tensor:
         """d log p_y / d(log-SNR) / D at every level, (levels, B): (1 - tr Dhat / D) / 2, with lambda = -2 ln s."""
@@ -377,4 +371,4 @@ def rounding_cost(one: torch.Tensor, other: torch.Tensor, levels: Sequence[float
     noise level, is not seen.
     """
     per_level = float((one - other).square().mean().sqrt()) / 2**0.5
-    return -nats_to_bits_per_dim(per_level * float((trace_weights(levels, dim) ** 2).sum()) ** 0.5, dim)
+    return error_bits_per_dim(per_level * float((trace_weights(levels, dim) ** 2).sum()) ** 0.5, dim)

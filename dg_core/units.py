@@ -52,6 +52,11 @@ def nats_to_bits_per_dim(log_density: Amount, dim: float) -> Amount:
     return -log_density / (dim * math.log(2))
 
 
+def error_bits_per_dim(error: Amount, dim: float) -> Amount:
+    """A standard error in nats of one image, in bits per dimension."""
+    return error / (dim * math.log(2))
+
+
 def bits_per_dim_to_nats(bits: Amount, dim: float) -> Amount:
     """Inverse of `nats_to_bits_per_dim`."""
     return -bits * dim * math.log(2)

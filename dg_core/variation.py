@@ -32,11 +32,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from .control import GuidedSteps
 from .flow import Denoiser, Flow
+from .random_numbers import generator_of
 from .schedule import Schedule
 from .statistics import inner
 from .units import require_number, require_whole
@@ -201,14 +201,9 @@ class ImageNoise:
 
     def __init__(self, seed: int, indices: Sequence[float]):
         """seed: int. indices: one int for each image."""
-        self._generators = [torch.Generator().manual_seed(_state(seed, index)) for index in indices]
+        self._generators = [generator_of(_SALT, seed, index) for index in indices]
 
     def __call__(self, like: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False):
             images = [torch.randn(like.shape[1:], generator=g) for g in self._generators]
             return torch.stack(images).to(like)
-
-
-def _state(seed: int, index: float) -> int:
-    key = [_SALT, *(int(k) % 2**64 for k in (seed, index))]
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) & (2**63 - 1)

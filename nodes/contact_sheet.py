@@ -21,6 +21,9 @@ SIZE = Number(
     low=32,
     high=2048,
 )
+COLUMN_LABEL = Widget(
+    "column_label", "What differs between columns, written above each with its number.", default="seed", optional=True
+)
 
 
 class DensityLevels(io.ComfyNode):
@@ -65,9 +68,7 @@ class DensityContactSheet(io.ComfyNode):
         Socket("levels", "The levels of the sweep, which label the rows.", io.Float, unlinked="rows are numbered"),
         Widget("label", "What the levels are, written before each: q for quantiles, shift for shifts.", default="q"),
         SIZE,
-        Widget(
-            "column_label", "What differs between columns, written above each with its number.", default="seed", optional=True
-        ),
+        COLUMN_LABEL,
     )
 
     @classmethod
@@ -92,7 +93,7 @@ class DensityContactSheet(io.ComfyNode):
         picture_size: list[int],
         bits_per_dim: list[list[float]] | None = None,
         levels: list[float] | None = None,
-        column_label: Sequence[str] = ("seed",),
+        column_label: Sequence[str] = (COLUMN_LABEL.default,),
     ) -> io.NodeOutput:
         size = SIZE.check(picture_size[0])
         sheet, table = contact_sheet(images, label[0], column_label[0], size, bits_per_dim, levels)

@@ -4,23 +4,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .host.inputs import CATEGORY, PROBES, Floats, Seed, Socket, batch_index_of, samples_of, schemas
-from .host.readout import GUIDER, NOISE_FLOOR, STEPS, levels_of, plot_of, read, report_of
-
-SEED = Seed("seed", "Seed of the probes. Changing it changes the estimate slightly.")
+from .host.inputs import CATEGORY, Floats, schemas
+from .host.readout import INPUTS, log_density
 
 
 class LogDensity(io.ComfyNode):
     """Bits per dimension of any LATENT under a guider's model: see `host.readout`."""
 
-    INPUTS = (
-        GUIDER,
-        Socket("latent", "The images to read, from VAEEncode or a sampler. A mask is ignored.", io.Latent),
-        STEPS,
-        PROBES,
-        SEED,
-        NOISE_FLOOR,
-    )
+    INPUTS = INPUTS
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -48,10 +39,4 @@ class LogDensity(io.ComfyNode):
     def execute(
         cls, guider: Any, latent: dict[str, Any], steps: int, probes: int, seed: int, noise_floor: float
     ) -> io.NodeOutput:
-        steps, probes, seed = STEPS.check(steps), PROBES.check(probes), SEED.check(seed)
-        samples = samples_of("latent", latent)
-        levels = levels_of(guider, samples, noise_floor, steps)
-        indices = batch_index_of("latent", latent, len(samples))
-        readout, how = read(guider, samples, levels, probes, seed, indices)
-        report = report_of(readout, [*how, f"steps {steps}, probes {probes}, seed {seed}, noise floor {levels[0]:.4g}"])
-        return io.NodeOutput(readout.bits_per_dim.tolist(), report, plot_of(readout))
+        return io.NodeOutput(*log_density(guider, latent, steps, probes, seed, noise_floor))

@@ -5,29 +5,16 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..dg_core import alignment
-from .host import alignment_report
-from .host.alignment_run import ENOUGH_STEPS, GUIDER, INPUTS, NOISE, SAMPLER, CheckSettings, examine, finished_latent
-from .host.inputs import CATEGORY, Floats, Socket, schemas
+from ..dg_core.alignment import SCALE_RANGE
+from .host.alignment_report import score_alignment
+from .host.alignment_run import INPUTS, CheckSettings
+from .host.inputs import CATEGORY, Floats, schemas
 
 
 class ScoreAlignmentCheck(io.ComfyNode):
     """Whether scaling the noise changes the detail of a sample: see `host.alignment_run`."""
 
-    INPUTS = (
-        GUIDER,
-        NOISE,
-        Socket("latent_image", "The empty latent, which sets size and number of images; without a noise mask.", io.Latent),
-        Socket(
-            "sigmas",
-            f"The schedule of noise levels sigma, from the model's maximum down; {ENOUGH_STEPS} steps are usually "
-            "enough. The node places the levels between its ends where the density changes; finite scale keeps "
-            "those of the schedule.",
-            io.Sigmas,
-        ),
-        *INPUTS,
-        SAMPLER,
-    )
+    INPUTS = INPUTS
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -58,7 +45,7 @@ class ScoreAlignmentCheck(io.ComfyNode):
                     display_name="scale",
                     tooltip="The noise scale that makes detail_shift, for Prior Guidance Scale with match_quantile off; the "
                     "mean over the batch. 1 if an image is not aligned or no scale from "
-                    f"{alignment.SCALE_RANGE[0]:g} to {alignment.SCALE_RANGE[1]:g} reaches it.",
+                    f"{SCALE_RANGE[0]:g} to {SCALE_RANGE[1]:g} reaches it.",
                 ),
                 Floats.Output(
                     display_name="response", tooltip="Predicted change in bits per dimension for 1% more noise, for each image."
@@ -77,18 +64,9 @@ class ScoreAlignmentCheck(io.ComfyNode):
         end_percent: float,
         probes: int,
         seed: int,
-        detail_shift: float = 0.02,
-        scale_step: float = 0.01,
+        detail_shift: float = CheckSettings.detail_shift,
+        scale_step: float = CheckSettings.scale_step,
         sampler: Any = None,
     ) -> io.NodeOutput:
         settings = CheckSettings(method, end_percent, probes, seed, detail_shift, scale_step)
-        check = examine(guider, noise, latent_image, sigmas, settings, sampler)
-        return io.NodeOutput(
-            check.aligned,
-            float(torch.nan_to_num(check.final_cosine, nan=-1.0).min()),
-            alignment_report.text(check, settings),
-            alignment_report.plot(check),
-            finished_latent(latent_image, check.samples),
-            check.common_scale(detail_shift),
-            check.response.tolist(),
-        )
+        return io.NodeOutput(*score_alignment(guider, noise, latent_image, sigmas, settings, sampler))

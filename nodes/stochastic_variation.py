@@ -5,14 +5,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from .host.inputs import CATEGORY, DETAIL_SHIFTS, LEVELS, MASK, QUANTILE, QUANTILES, Floats, Number, NumberText, Socket, schemas
+from .host.inputs import CATEGORY, DETAIL_SHIFTS, LEVELS, MASK, QUANTILES, Floats, schemas
 from .host.steering import GuidanceSettings, solver_sampler
-from .host.variation_run import INPUTS, VARIATION_INDEX, VariationSettings, grid_of
-
-ROW_QUANTILES = NumberText(
-    "quantiles", "The quantile of each row, separated by commas.", each=QUANTILE, default="0.3, 0.5, 0.7", neutral="0.5"
-)
-VARIATIONS = Number("variations", "Number of variations in each row.", default=4, low=1, high=64)
+from .host.variation_run import GRID_INPUTS, INPUTS, VARIATION_INDEX, VariationSettings, variation_grid
 
 
 class StochasticDetailVariation(io.ComfyNode):
@@ -56,20 +51,15 @@ class StochasticDetailVariation(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         settings = GuidanceSettings(quantile, detail_shift, quantiles=quantiles, detail_shifts=detail_shifts, mask=mask)
-        return io.NodeOutput(
-            solver_sampler(
-                settings,
-                VariationSettings(
-                    vary, strength, start_percent, end_percent, variation_seed, correction, probes, variation_index
-                ),
-            )
-        )
+        window = start_percent, end_percent
+        variation = VariationSettings(vary, strength, *window, variation_seed, correction, probes, variation_index)
+        return io.NodeOutput(solver_sampler(settings, variation))
 
 
 class VariationGrid(io.ComfyNode):
-    """The batch for a grid of variations, out of one LATENT: see `variation_run.grid_of`."""
+    """The batch for a grid of variations, out of one LATENT: see `variation_run.variation_grid`."""
 
-    INPUTS = (Socket("latent", "The latent to vary; only its first image is used.", io.Latent), ROW_QUANTILES, VARIATIONS)
+    INPUTS = GRID_INPUTS
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -100,12 +90,5 @@ class VariationGrid(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent: dict[str, Any], quantiles: list[float], variations: int) -> io.NodeOutput:
-        rows, variations = ROW_QUANTILES.check(quantiles), VARIATIONS.check(variations)
-        return io.NodeOutput(
-            grid_of(latent, len(rows) * variations),
-            [q for q in rows for _ in range(variations)],
-            [float(i) for _ in rows for i in range(variations)],
-            rows,
-            variations,
-        )
+    def execute(cls, latent: dict[str, Any], quantiles: str, variations: int) -> io.NodeOutput:
+        return io.NodeOutput(*variation_grid(latent, quantiles, variations))

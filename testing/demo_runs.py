@@ -1,4 +1,4 @@
-"""Runs of the demo model in the host, in small batches, and measures of detail of its pictures."""
+"""Runs of the demo model in the host, in small batches, and measures of detail of its images."""
 
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,21 +17,21 @@ from ..nodes.builtin.pixels import CHANNELS
 from ..nodes.host import readout
 from ..nodes.host.scheduling import density_sigmas
 
-PICTURES = PACK / ".host" / "data" / "pictures.safetensors"
+IMAGES = PACK / ".host" / "data" / "pictures.safetensors"
 BATCH = 16
 # Apart: on a CPU the first noise that a sampler draws from the seed of the starting noise would be that noise.
 NOISE_SEED, SAMPLER_SEED = 11, 1_000_003
 
 
-def require_pictures():
-    """Raise FileNotFoundError, with the way to make them, where the training pictures are not on this machine."""
-    if not PICTURES.is_file():
-        raise FileNotFoundError(f"{PICTURES} is missing: make it with training/demo_pictures.py from 0 A.D.'s public.zip")
+def require_images():
+    """Raise FileNotFoundError, with the way to make them, where the training images are not on this machine."""
+    if not IMAGES.is_file():
+        raise FileNotFoundError(f"{IMAGES} is missing: make it with training/demo_images.py from 0 A.D.'s public.zip")
 
 
 @dataclass(frozen=True)
 class Result:
-    """samples: finished pictures (n, 3, H, W) in [-1, 1]; states: the latents before the last step, at noise `sigma`."""
+    """samples: finished images (n, 3, H, W) in [-1, 1]; states: the latents before the last step, at noise `sigma`."""
 
     samples: torch.Tensor
     states: torch.Tensor
@@ -133,7 +133,7 @@ class Scheduled(Demo):
 
 
 def png_bytes(images):
-    """Size of each picture (n, H, W, 3) as a PNG file: an array."""
+    """Size of each image (n, H, W, 3) as a PNG file: an array."""
     sizes = []
     for image in images:
         file = BytesIO()
@@ -150,7 +150,7 @@ def spectrum(samples):
 
 
 def band_energy(samples, low, high):
-    """Energy per element of each picture at radii in [low, high) of the Nyquist frequency, (n,)."""
+    """Energy per element of each image at radii in [low, high) of the Nyquist frequency, (n,)."""
     energy, radius = spectrum(samples)
     return energy[:, (radius >= low) & (radius < high)].sum(1) / radius.numel()
 

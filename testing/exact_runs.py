@@ -3,9 +3,6 @@
 import comfy.samplers
 import torch
 
-from ..dg_core.control import gain_of, guided_steps, predicted_shift
-from ..dg_core.schedule import Schedule
-from ..dg_core.units import nats_to_bits_per_dim
 from ..nodes import LoadExactDensityModel
 from ..nodes.builtin.exact import read
 from ..nodes.host.model_access import path_of
@@ -29,12 +26,6 @@ class Bench:
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds(self.conditioning, self.conditioning)
         return guider.sample(noise, self.latent["samples"], sampler, sigmas, seed=11, disable_pbar=True, callback=callback)
-
-    def predicted(self, quantile, sigmas):
-        """The shift of bits per dimension against quantile 0.5 that guidance over the whole schedule is to give."""
-        log_range = guided_steps(Schedule(self.path, sigmas.tolist())).log_range
-        dim = self.density.dim
-        return nats_to_bits_per_dim(predicted_shift(gain_of(quantile, 0.0, dim, log_range)[0], log_range), dim)
 
     def noise(self):
         return torch.randn(self.latent["samples"].shape, generator=torch.Generator().manual_seed(5))

@@ -38,7 +38,7 @@ class GaussianOracle:
         self.dim = density.dim
 
     def coefficients(self, y):
-        """Pictures (B, 3, N, N) in the eigenbasis, centred: (B, D)."""
+        """Images (B, 3, N, N) in the eigenbasis, centred: (B, D)."""
         return dct(y.double()).flatten(1) @ self.basis - self.mean
 
     def log_prob(self, centred, s):

@@ -5,8 +5,8 @@ import scipy.linalg
 import torch
 
 from ..nodes.builtin import demo
-from ..training.demo_pictures import Pictures
-from .demo_runs import PICTURES, band_energy
+from ..training.demo_images import TrainingImages
+from .demo_runs import IMAGES, band_energy
 
 HELD_OUT_CROPS = 1024
 BANDS = np.geomspace(0.03, 1.42, 9)  # radii, Nyquist = 1
@@ -16,7 +16,7 @@ FEATURES = len(BANDS) - 1 + 2 * 3
 
 
 def features(samples):
-    """Fixed numbers of pictures (n, 3, H, W) in [-1, 1], (n, FEATURES): texture by scale, and colour.
+    """Fixed numbers of images (n, 3, H, W) in [-1, 1], (n, FEATURES): texture by scale, and colour.
 
     Logarithms of the energy in the bands of spatial frequency; mean and standard deviation of each channel.
     """
@@ -33,17 +33,17 @@ def frechet(a, b):
 
 
 class HeldOut:
-    """Features of held-out pictures, scaled to unit variance, to measure the distance of others to them."""
+    """Features of held-out images, scaled to unit variance, to measure the distance of others to them."""
 
     def __init__(self, count=HELD_OUT_CROPS):
         values = features(self.draw(True, count, 7))
-        self.pictures = len(Pictures(PICTURES, True).pictures)
+        self.images = len(TrainingImages(IMAGES, True).images)
         self.mean, self.std = values.mean(0), values.std(0)
         self.values = (values - self.mean) / self.std
 
     @staticmethod
     def draw(held_out, count, seed):
-        return Pictures(PICTURES, held_out).draw(count, demo.SIZE, torch.Generator().manual_seed(seed))[0]
+        return TrainingImages(IMAGES, held_out).draw(count, demo.SIZE, torch.Generator().manual_seed(seed))[0]
 
     def distance(self, samples):
         """(Frechet distance, its standard deviation over bootstraps of the samples)."""
@@ -53,11 +53,11 @@ class HeldOut:
 
 
 def low_frequencies(samples):
-    """The pictures' composition: below the radius LOW."""
+    """The images' composition: below the radius LOW."""
     f = 2 * torch.fft.fftfreq(samples.shape[-1], dtype=torch.float64)
     return torch.fft.ifft2(torch.fft.fft2(samples.double()) * (torch.hypot(f[:, None], f[None, :]) < LOW)).real
 
 
 def composition_change(samples, plain):
-    """Root mean square difference below the radius LOW between pairs of pictures."""
+    """Root mean square difference below the radius LOW between pairs of images."""
     return float((low_frequencies(samples) - low_frequencies(plain)).square().mean().sqrt())

@@ -6,7 +6,9 @@ from comfy_extras import nodes_custom_sampler as custom
 from torch.autograd import forward_ad
 
 from ..dg_core import log_density as ld
-from ..dg_core.exact_density import idct
+from ..dg_core.control import gain_of, guided_steps
+from ..dg_core.schedule import Schedule
+from ..dg_core.units import nats_to_bits_per_dim
 from ..nodes import DensityTargetSampler, ScoreAlignmentCheck
 from ..nodes.host import target_run as dt
 from ..nodes.host.model_access import path_of
@@ -29,11 +31,21 @@ def target_sampler(target=dt.SHIFT, value=0.0, reference_image=-1, tolerance=0.0
     return h.outputs(DensityTargetSampler, target, value, reference_image, tolerance, max_passes, probes)[0]
 
 
+def mean_image(density):
+    """The mean of an exact density, (1, 3, size, size): its prediction where the noise is all there is."""
+    return density.denoised(torch.zeros(1, 3, density.size, density.size, dtype=torch.float64), 1e9)
+
+
+def predicted_bits(quantile, dim, path, sigmas):
+    """Bits per dimension that guidance itself adds at a quantile over the whole schedule."""
+    log_range = guided_steps(Schedule(path, sigmas.tolist())).log_range
+    return nats_to_bits_per_dim(gain_of(quantile, 0.0, dim, log_range)[0] * log_range, dim)
+
+
 def exact_divergence(sampler, model):
     """The same sampler with the exact trace in place of probes."""
     density, path = model.model.density, path_of(model.model.model_sampling)
-    mean = (density.log_weights.exp() / density.log_weights.exp().sum())[None] @ density.means
-    pure = idct(mean.view(-1, 3, density.size, density.size)).float()
+    pure = mean_image(density).float()
 
     def evaluate(x, sigma, call):
         alpha, s = path.alpha(sigma), path.s(sigma)

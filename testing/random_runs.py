@@ -16,29 +16,11 @@ from ..nodes.host.variation_run import VARIATION_SEED, VARY
 from . import host_runs as h
 from . import tiny_models
 
-FAMILIES = [
-    "sd2",
-    "sd3",
-    "flux",
-    "wan21",
-    "qwen_image",
-    "cosmos_predict2",
-    "stable_audio",
-    "hunyuan3d",
-    "chroma_radiance",
-    "lotus",
-]
+FAMILIES = "sd2 sd3 flux wan21 qwen_image cosmos_predict2 stable_audio hunyuan3d chroma_radiance lotus".split()
 INPUTS = (
-    "quantile",
-    "detail_shift",
-    "start_percent",
-    "end_percent",
-    "scale",
-    "curve",
-    "mask",
-    "sampling type",
-    "sigmas are",
-    "reference_image",
+    "quantile, detail_shift, start_percent, end_percent, scale, curve, mask, sampling type, sigmas are, reference_image".split(
+        ", "
+    )
 )
 OWN_SAMPLERS = ("StochasticDetailVariation", "DensityTargetSampler")
 

@@ -252,5 +252,5 @@ def conditioning(name, seed):
     return [[torch.randn(1, 8, family.text, generator=generator), entries]]
 
 
-# No Gaussian path from noise to picture: guidance of the prediction is refused by name.
+# No Gaussian path from noise to image: guidance of the prediction is refused by name.
 REFUSED = {"lotus": "IMG_TO_IMG"}

@@ -5,7 +5,7 @@ import torch
 from density_guidance.benchmarks import architectures
 from density_guidance.testing import host_runs as h
 from density_guidance.testing import tiny_models
-from density_guidance.testing.ways import STEERING, WAYS
+from density_guidance.testing.applied import APPLIED, STEERING
 
 ACCEPTED = [name for name in tiny_models.FAMILIES if name not in tiny_models.REFUSED]
 SLOW = ("sd2", "ace_step")  # in bf16 on a CPU
@@ -35,7 +35,7 @@ def test_every_family(name, dtype, node):
 
 
 def test_every_node_and_weight_type_is_among_them():
-    assert {(dtype, node) for _, dtype, node in RUNS} == {(dtype, node) for dtype in architectures.DTYPES for node in WAYS}
+    assert {(dtype, node) for _, dtype, node in RUNS} == {(dtype, node) for dtype in architectures.DTYPES for node in APPLIED}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_own_solver(name):
     run, _, _ = architectures.plain(name, "fp32")
     images = {}
     for quantile in (0.5, 0.2):
-        images[quantile], seen = architectures.picture(name, run._replace(sampler=h.guided_sampler(quantile)))
+        images[quantile], seen = architectures.sampled(name, run._replace(sampler=h.guided_sampler(quantile)))
         assert torch.isfinite(images[quantile]).all() and len(seen.x) == architectures.STEPS
     assert not torch.equal(images[0.5], images[0.2])
 

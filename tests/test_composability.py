@@ -2,8 +2,8 @@
 
 import pytest
 from density_guidance.benchmarks import composability
+from density_guidance.testing.applied import STEERING
 from density_guidance.testing.host_methods import COMPILED
-from density_guidance.testing.ways import STEERING
 
 # torch.compile takes a C++ compiler and half a minute: it is in docs/composability.md.
 METHODS = [(name, STEERING[i % 2]) for i, name in enumerate(composability.METHODS) if name != COMPILED]

@@ -7,7 +7,7 @@ import torch
 from density_guidance.nodes import LoadDemoModel
 from density_guidance.nodes.builtin import demo as demo_model
 from density_guidance.nodes.builtin import packed_weights
-from density_guidance.nodes.builtin_models import ANY, CLASSES
+from density_guidance.nodes.builtin.demo import ANY, CLASSES
 from density_guidance.testing import host_runs as h
 
 STEPS, BATCH = 6, 2
@@ -19,7 +19,7 @@ def demo():
     return h.outputs(LoadDemoModel, "rock", BATCH)
 
 
-def picture(demo, model=None, sampler="euler", steps=STEPS, **kwargs):
+def sampled(demo, model=None, sampler="euler", steps=STEPS, **kwargs):
     own, _, positive, negative, latent = demo
     model = h.kept(model or own.clone())
     sigmas = h.schedule(model, steps, "karras")
@@ -28,7 +28,7 @@ def picture(demo, model=None, sampler="euler", steps=STEPS, **kwargs):
 
 @pytest.fixture(scope="module")
 def plain(demo):
-    return picture(demo)
+    return sampled(demo)
 
 
 def high_energy(samples):
@@ -65,8 +65,8 @@ def test_latents_are_scaled_pixels(demo):
     assert torch.equal(base.process_latent_in(x), 2 * x) and torch.equal(base.process_latent_out(2 * x), x)
 
 
-def test_it_predicts_its_own_pictures_from_noise(demo, plain):
-    """Its denoised is nearer to a picture than what is best without knowing pictures: white noise of their variance."""
+def test_it_predicts_its_own_images_from_noise(demo, plain):
+    """Its denoised is nearer to an image than what is best without knowing images: white noise of their variance."""
     model, _, positive, *_ = demo
     clean, sigma = demo_model.SCALE * plain, 0.3
     x = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
@@ -83,8 +83,8 @@ def test_it_predicts_its_own_pictures_from_noise(demo, plain):
     assert (denoised - clean).square().mean() < 0.8 * (white - clean).square().mean()
 
 
-def test_ksampler_makes_pictures_of_the_class(demo):
-    """Snow is brighter than undergrowth; the pictures are smooth beside noise, and within their range."""
+def test_ksampler_makes_images_of_the_class(demo):
+    """Snow is brighter than undergrowth; the images are smooth beside noise, and within their range."""
     import nodes as host_nodes
 
     bright = {}
@@ -103,8 +103,8 @@ def test_ksampler_makes_pictures_of_the_class(demo):
 
 
 def test_cfg_is_neutral_at_one(demo, plain):
-    assert torch.equal(picture(demo, negative=demo[3], cfg=1.0), plain)
-    assert (picture(demo, negative=demo[3], cfg=3.0) - plain).abs().mean() > 0.01
+    assert torch.equal(sampled(demo, negative=demo[3], cfg=1.0), plain)
+    assert (sampled(demo, negative=demo[3], cfg=3.0) - plain).abs().mean() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_cfg_is_neutral_at_one(demo, plain):
     ],
 )
 def test_attention_guidance_of_the_host_works(demo, plain, node, inputs):
-    patched = picture(demo, h.core_node(node, model=demo[0], **inputs), negative=demo[3])
+    patched = sampled(demo, h.core_node(node, model=demo[0], **inputs), negative=demo[3])
     assert patched.isfinite().all() and (patched - plain).abs().mean() > 1e-5
 
 
@@ -130,13 +130,13 @@ def test_lora_patches_the_weights(demo, plain, strength):
         f"diffusion_model.{key}.lora_down.weight": torch.randn(4, into, generator=generator),
     }
     model, _ = comfy.sd.load_lora_for_models(demo[0], None, lora, strength, 0.0)
-    change = (picture(demo, model) - plain).abs().mean()
+    change = (sampled(demo, model) - plain).abs().mean()
     assert change > 1e-3 if strength else change == 0
 
 
 def test_guidance_turns_the_detail_of_every_image(demo):
     less, plain, more = (
-        high_energy(picture(demo, steps=12, sampler=h.guided_sampler(q, sampler="euler"))) for q in (0.8, 0.5, 0.2)
+        high_energy(sampled(demo, steps=12, sampler=h.guided_sampler(q, sampler="euler"))) for q in (0.8, 0.5, 0.2)
     )
     print(less.tolist(), plain.tolist(), more.tolist())
     assert (less < plain).all() and (plain < more).all()
@@ -144,8 +144,8 @@ def test_guidance_turns_the_detail_of_every_image(demo):
 
 @pytest.mark.parametrize("dtype, compute_dtype", [(torch.float16, torch.float32), (torch.bfloat16, None)])
 def test_weights_of_less_precision_give_the_same_images(demo, dtype, compute_dtype):
-    reduced = picture(demo, demo_model.load(dtype, compute_dtype)[0], steps=1)
-    difference = (reduced - picture(demo, steps=1)).square().mean().sqrt()
+    reduced = sampled(demo, demo_model.load(dtype, compute_dtype)[0], steps=1)
+    difference = (reduced - sampled(demo, steps=1)).square().mean().sqrt()
     assert difference <= (0 if dtype == torch.float16 else 0.005)  # its numbers are float16
 
 

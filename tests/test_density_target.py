@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from density_guidance.dg_core.target import Run, reach
+from density_guidance.dg_core.target import Run, first_aim, reach
 from density_guidance.nodes import DensityTrace, LogDensity
 from density_guidance.nodes.host import target_run as dt
 from density_guidance.testing import host_runs as h
@@ -119,12 +119,7 @@ def test_the_last_step_to_zero_is_taken():
     [
         ({"target": "more"}, ["target", "'more'"]),
         ({"value": math.nan}, ["value"]),
-        ({"max_passes": 0}, ["max_passes is 0"]),
-        ({"tolerance": -1}, ["tolerance is -1"]),
-        ({"probes": 0}, ["probes is 0"]),
         ({"probes": 1.5}, ["probes is 1.5", "whole"]),
-        ({"max_passes": 1.5}, ["max_passes is 1.5", "whole"]),
-        ({"reference_image": 0.5}, ["reference_image is 0.5", "whole"]),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -194,6 +189,11 @@ class _Run(Run):
 
     def room(self, steps=None):
         return {1.0: torch.ones_like(self.end)}
+
+
+def test_the_first_pass_goes_towards_the_target():
+    reference = _Passes([0.0, 0.0]).run()
+    assert first_aim(reference, torch.tensor([0.4, -0.4]).double()).eta[1.0].tolist() == pytest.approx([0.1, -0.1])
 
 
 def test_an_image_within_tolerance_is_left_alone():

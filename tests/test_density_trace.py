@@ -7,8 +7,7 @@ import comfy.nested_tensor
 import comfy.samplers
 import pytest
 import torch
-from density_guidance.dg_core import divergence
-from density_guidance.dg_core import trace as run_trace
+from density_guidance.dg_core import record as run_record
 from density_guidance.dg_core.schedule import VE
 from density_guidance.nodes import DensityTargetSampler, DensityTrace
 from density_guidance.nodes.host import target_run as dt
@@ -32,6 +31,14 @@ def exact_at_last_row(model, sampler, sigmas, batch=4):
     state = h.sampled(model, sampler, sigmas[:-1], h.empty_latent(batch))
     s = path_of(model.model.model_sampling).s(float(sigmas[-2]))
     return model.model.density.bits_per_dim(model.model.process_latent_in(state.double()), s)
+
+
+def assert_tracked(model, sampler, sigmas):
+    """The tracked log-density of 8 images is the exact one, as far as its error says."""
+    _, rows, _, _ = traced(model, sampler, sigmas, 8, exact=True)
+    z = torch.tensor(rows[-1]["bits_per_dim"]) - exact_at_last_row(model, sampler, sigmas, 8)
+    z = z / torch.tensor(rows[-1]["standard_error"])
+    assert float(z.abs().max()) < 3.5 and 0.2 < float(z.square().mean().sqrt()) < 2
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "own"])
@@ -69,11 +76,7 @@ def test_exact_trace_is_the_exact_density(prediction, scheduler):
     """Decoded: log p tracked with one probe a step, against the exact value of the state."""
     model = h.exact_model(prediction)
     sigmas = h.schedule(model, 33, scheduler)[:-1]
-    sampler = h.guided_sampler(0.3)
-    _, rows, _, _ = traced(model, sampler, sigmas, 8, exact=True)
-    exact = exact_at_last_row(model, sampler, sigmas, 8)
-    z = (torch.tensor(rows[-1]["bits_per_dim"]) - exact) / torch.tensor(rows[-1]["standard_error"])
-    assert float(z.abs().max()) < 3.5 and 0.2 < float(z.square().mean().sqrt()) < 2
+    assert_tracked(model, h.guided_sampler(0.3), sigmas)
 
 
 def test_the_free_density_of_an_sde_run_converges():
@@ -121,10 +124,7 @@ def test_exact_trace_of_a_guided_run_is_the_models_density(way):
     guided, sampler = (
         (model, h.guided_sampler(0.1, sampler="euler")) if way == "sampler" else (h.guided_model(model, 0.1), "euler")
     )
-    _, rows, _, _ = traced(guided, sampler, sigmas, 8, exact=True)
-    exact = exact_at_last_row(guided, sampler, sigmas, 8)
-    z = (torch.tensor(rows[-1]["bits_per_dim"]) - exact) / torch.tensor(rows[-1]["standard_error"])
-    assert float(z.abs().max()) < 3.5 and 0.2 < float(z.square().mean().sqrt()) < 2
+    assert_tracked(guided, sampler, sigmas)
 
 
 def test_a_run_is_guided_again_after_it_was_looked_at():
@@ -233,8 +233,7 @@ def test_a_trace_of_a_target_takes_no_extra_calls():
         sampler = h.outputs(DensityTargetSampler, dt.SHIFT, 0.2, -1, 0.002, 1, 1)[0]
         traced(model, sampler, sigmas, 2, exact)
         calls.append(seen.calls - sum(calls))
-    # Only the first run finds out how to take derivatives.
-    assert calls[0] - calls[1] == divergence.TRIAL_CALLS
+    assert calls[0] == calls[1] > 0
 
 
 def test_numbers_that_json_has_not_are_null():
@@ -258,7 +257,7 @@ def test_predictions_may_be_overwritten_after_they_were_added():
     """Samplers do that to save memory."""
     rows = []
     for overwrite in (False, True):
-        recorded, generator = run_trace.RunTrace(VE, 16), torch.Generator().manual_seed(0)
+        recorded, generator = run_record.RunRecord(VE, 16), torch.Generator().manual_seed(0)
         for sigma in (8.0, 4.0, 2.0, 1.0):
             x, denoised = (torch.randn(1, 16, generator=generator) for _ in range(2))
             recorded.add(sigma * x, denoised, sigma)

@@ -6,23 +6,14 @@ import math
 import re
 
 import pytest
-from density_guidance.benchmarks import (
-    composability,
-    long_queue,
-    pages,
-    paper_experiments,
-    rivals,
-    robustness,
-    tables,
-    variation,
-)
+from density_guidance.benchmarks import composability, long_queue, pages, paper_experiments, robustness, tables, variation
 from density_guidance.benchmarks import detail_shift as samplers
 from density_guidance.benchmarks.mutations import MUTATIONS
 from density_guidance.dg_core.variation import CORRECTIONS
 from density_guidance.nodes.builtin.demo import WEIGHTS
 from density_guidance.testing import tiny_models
-from density_guidance.testing.ways import STEERING, WAYS
-from density_guidance.training.demo_pictures import CLASSES
+from density_guidance.testing.applied import APPLIED, STEERING
+from density_guidance.training.demo_images import CLASSES
 from safetensors import safe_open
 
 PAGES = {path.stem: path for path in (pages.PACK / "README.md", *sorted(pages.DOCS.glob("*.md")))}
@@ -51,7 +42,9 @@ def test_every_benchmark_can_be_imported(name):
 
 
 def test_every_mutation_finds_its_text():
-    assert {m.before for m in MUTATIONS if (pages.PACK / m.file).read_text(encoding="utf-8").count(m.before) != 1} == set()
+    assert [
+        before for file, before, *_ in MUTATIONS if (pages.PACK / file).read_text(encoding="utf-8").count(before) != 1
+    ] == []
 
 
 def test_no_text_of_a_page_stands_in_a_benchmark():
@@ -72,7 +65,7 @@ def test_the_readme_is_short():
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 r = MEASURED
-SETTINGS, RIVALS = r["paper_experiments"]["settings"], r["paper_experiments"]["rivals"]
+SETTINGS = r["paper_experiments"]["settings"]
 TRAINING = r["demo_model"]["training"]
 STRUCTURE = [
     by["structure"][str(c)]["low"] / by["seeds"]["low"]
@@ -96,9 +89,9 @@ CLAIMS = [  # page, words of its text
         f"{TRAINING['seconds'] / 60:.0f} minutes",
     ),
     ("demo_model", f"The loss at the end of the training is {TRAINING['loss'][-1][1]:.4f}"),
-    ("demo_model", f"the {r['demo_model']['held_out_pictures']} images held out"),
+    ("demo_model", f"the {r['demo_model']['held_out_images']} images held out"),
     ("demo_model", f"For {r['demo_model']['queries']} images of each kind"),
-    ("demo_model", f"any crop of the {r['demo_model']['training_pictures']} training images"),
+    ("demo_model", f"any crop of the {r['demo_model']['training_images']} training images"),
     ("detail_shift", f"quantile {r['detail_shift']['quantile']:g} against 0.5, {r['detail_shift']['steps']} steps"),
     ("detail_shift", f"nats per dimension: {r['detail_shift']['accuracy_steps']} steps"),
     ("detail_shift", f"bits per dimension over {r['detail_shift']['seeds']} seeds"),
@@ -119,22 +112,6 @@ CLAIMS = [  # page, words of its text
         f"{sum(READOUTS) / len(READOUTS):.2g}",
     ),
     ("paper_experiments", f"{SETTINGS['starts']} images, {SETTINGS['per_start']} variations each"),
-    ("paper_experiments", f"at quantile {RIVALS['quantile']:g}: {RIVALS['target']:.0f} bytes"),
-    (
-        "paper_experiments",
-        f"{SETTINGS['held_out_crops']} crops of the {RIVALS['held_out_pictures']} held-out images, in a "
-        f"space of {SETTINGS['features']} features (log energy in {SETTINGS['bands']} bands",
-    ),
-    (
-        "paper_experiments",
-        f"of {SETTINGS['bootstraps']} bootstraps over the seeds. {SETTINGS['seeds']} crops of training "
-        f"images are {RIVALS['training_frechet']:.2f} ± {RIVALS['training_frechet_error']:.2f} away",
-    ),
-    (
-        "paper_experiments",
-        f"below {SETTINGS['low']:g} of the Nyquist frequency, images in [-1, 1]. Two seeds of a class are "
-        f"{RIVALS['seeds_apart']:.3f} apart",
-    ),
     ("paper_experiments", f"## Few steps {SETTINGS['fewer_seeds']} seeds"),
     ("paper_experiments", f"## Precision {SETTINGS['both_seeds']} seeds"),
     ("robustness", f"{r['long_queue']['prompts']} prompts of mixed nodes"),
@@ -143,7 +120,7 @@ CLAIMS = [  # page, words of its text
     ("variation", f'"fine details" at strength {r["variation"]["strength"]:g}'),
     ("variation", f"over {r['variation']['variations']} variations of one image"),
     ("variation", f"are {min(STRUCTURE):.0%} to {max(STRUCTURE):.0%} as far apart"),
-    ("variation", f"{variation.STIFF_PICTURES} images leave the range at CFG {variation.STIFF_CFG:g}"),
+    ("variation", f"{variation.STIFF_IMAGES} images leave the range at CFG {variation.STIFF_CFG:g}"),
 ]
 
 
@@ -159,7 +136,6 @@ def test_numbers_in_the_text_are_the_measured_ones(page, words):
         ("detail_shift", "beta", "v, euler", f"{r['detail_shift']['scheduler_errors']['v']['beta']['euler']:.1e}"),
         ("log_density", "64", "ours, one probe", f"{r['log_density']['curves']['32']['ours, one probe']['64']['rms']:.1e}"),
         ("variation", "er_sde", "eps: distance", f"{r['variation']['host_samplers']['eps']['er_sde']['distance']:.3f}"),
-        ("paper_experiments", "TSR", "PNG bytes", f"{RIVALS['rows']['TSR']['png']:.0f}"),
         ("architectures", "Wan 2.1", "class in ComfyUI, sampling", r["architectures"]["families"]["wan21"]["class"]),
         ("composability", "APG", "own solver", f"{r['composability']['methods']['APG']['own solver']['error']:.0e}"),
     ],
@@ -177,14 +153,14 @@ def test_tables_say_what_the_json_says(page, row, column, value):
 def test_measurements_are_of_what_is_there_today():
     """Of every family, method and class, and at the settings of the benchmarks."""
     families, methods = r["architectures"], r["composability"]
-    assert list(families["families"]) == list(tiny_models.FAMILIES) and families["nodes"] == list(WAYS)
+    assert list(families["families"]) == list(tiny_models.FAMILIES) and families["nodes"] == list(APPLIED)
     for name in (*families["nodes"], *families["readers"]):
         assert name in text("architectures")
     assert list(methods["methods"]) == list(composability.METHODS) and methods["nodes"] == STEERING
     assert tables.OWN_STATE == tuple(n for n, m in composability.METHODS.items() if m.own_state)
     for method in composability.METHODS.values():
         assert tiny_models.FAMILIES[method.family].title.split(" (")[0] in " ".join(text("composability").split())
-    assert list(rivals.RIVALS) == list(tables.RIVAL_SETTINGS) and tables.DEMO_CLASSES == len(CLASSES)
+    assert tables.DEMO_CLASSES == len(CLASSES)
     with safe_open(WEIGHTS, "pt") as weights:  # measured before they were packed, which docs/demo_model.md says
         assert r["paper_experiments"]["weights"] in (paper_experiments.digest([WEIGHTS]), weights.metadata()["packed_from"])
     assert r["robustness"]["examples"] == robustness.EXAMPLES and r["long_queue"]["prompts"] == long_queue.PROMPTS
@@ -218,12 +194,12 @@ def test_measured_claims_of_variation():
     assert round(max(at_strength_3) / math.log(2), 2) == 0.17  # web/docs/StochasticDetailVariation.md
     assert all(max(counts) == 0 for row, counts in ours.items() if row != "simple 6")
     assert all(n == 0 for name, n in eps["simple 6"].items() if name not in ("dpmpp_2m_sde", "hutchinson 3", "exact 3"))
-    assert all(flow[row]["euler"] == variation.STIFF_PICTURES for row in flow if row != "simple 12")
+    assert all(flow[row]["euler"] == variation.STIFF_IMAGES for row in flow if row != "simple 12")
 
 
 def test_the_demo_model_does_not_repeat_its_training_images():
     """Samples are no nearer to a training crop than images are that it never saw; training crops themselves are."""
     nearest = r["demo_model"]["nearest"]
-    found, held_out, training = (sorted(nearest[k]) for k in ("samples", "held-out pictures", "training pictures"))
+    found, held_out, training = (sorted(nearest[k]) for k in ("samples", "held-out images", "training images"))
     middle = len(found) // 2
     assert found[middle] < held_out[middle] + 0.1 and max(found[-1], held_out[-1]) < training[middle]

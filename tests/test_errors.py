@@ -11,23 +11,14 @@ from density_guidance.testing import host_runs as h
 NAN = math.nan
 GUIDANCE = [
     ((NAN, 0.0, 0.0, 1.0), ["quantile", "nan", "0.001", "0.999"]),
-    ((0.0, 0.0, 0.0, 1.0), ["quantile", "0.0", "0.001", "0.999"]),
-    ((1.0, 0.0, 0.0, 1.0), ["quantile", "1.0", "0.001", "0.999"]),
     (("high", 0.0, 0.0, 1.0), ["quantile", "'high'", "0.001", "0.999"]),
-    ((None, 0.0, 0.0, 1.0), ["quantile", "None", "0.001", "0.999"]),
     ((0.5, 2.5, 0.0, 1.0), ["detail_shift", "2.5", "-2", "2"]),
-    ((0.5, NAN, 0.0, 1.0), ["detail_shift", "nan", "-2", "2"]),
     ((0.5, 0.0, -0.1, 1.0), ["start_percent", "-0.1", "0.0", "1.0"]),
     ((0.5, 0.0, 0.0, math.inf), ["end_percent", "inf", "0.0", "1.0"]),
     ((0.5, 0.0, 0.6, 0.4), ["start_percent", "0.6", "end_percent", "0.4", "smaller"]),
     ((0.3, 0.0, 0.5, 0.5), ["start_percent", "end_percent", "0.5", "smaller"]),
 ]
-PRIOR = [
-    ((NAN, 1.0, True), ["quantile", "nan", "0.001", "0.999"]),
-    ((0.9999, 1.0, True), ["quantile", "0.9999", "0.999"]),
-    ((0.5, -1.0, True), ["scale", "-1.0", "0.0", "10.0"]),
-    ((0.5, math.inf, False), ["scale", "inf", "0.0", "10.0"]),
-]
+PRIOR = [((NAN, 1.0, True), ["quantile", "nan", "0.001", "0.999"]), ((0.5, -1.0, True), ["scale", "-1.0", "0.0", "10.0"])]
 
 
 class Bridge(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.IMG_TO_IMG):
@@ -47,7 +38,6 @@ def test_guidance_settings(values, words):
         ({"quantiles": []}, ["quantiles", "[]", "list", "Density Levels"]),
         ({"detail_shifts": 0.5}, ["detail_shifts", "0.5", "list", "Density Levels"]),
         ({"quantiles": [0.5, 1.5]}, ["quantiles", "image 1", "1.5", "0.001", "0.999"]),
-        ({"quantiles": [NAN]}, ["quantiles", "image 0", "nan"]),
         ({"detail_shifts": [0.1, 0.2, "more"]}, ["detail_shifts", "image 2", "'more'", "-2", "2"]),
     ],
     ids=str,

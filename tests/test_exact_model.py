@@ -15,7 +15,7 @@ EVERY_KIND = pytest.mark.parametrize("prediction", h.PREDICTIONS)
 
 @pytest.fixture(scope="module")
 def small():
-    """8 x 8 pictures: D = 192, so that dense matrices are cheap."""
+    """8 x 8 images: D = 192, so that dense matrices are cheap."""
     return ExactDensity.load(exact.WEIGHTS, 8)
 
 
@@ -114,7 +114,7 @@ def test_noise_levels_and_weights_go_with_their_image(small):
 
 @pytest.mark.parametrize("size, full", [(32, 64), (16, 32), (48, 64)])
 def test_a_smaller_size_is_the_exact_marginal(size, full):
-    """The low DCT frequencies, in the units of the smaller picture: means, covariances and spectrum."""
+    """The low DCT frequencies, in the units of the smaller image: means, covariances and spectrum."""
     small, large = (ExactDensity.load(exact.WEIGHTS, n) for n in (size, full))
     keep = torch.arange(3 * full**2).view(3, full, full)[:, :size, :size].flatten()
     unit = size / full
@@ -249,26 +249,26 @@ def test_a_latent_of_the_wrong_shape_is_refused_before_any_call(prediction, shap
     assert seen.calls == 0
 
 
-def test_vae_turns_latents_into_pictures_and_back():
+def test_vae_turns_latents_into_images_and_back():
     vae = h.exact_vae()
-    picture = torch.rand(2, h.SIZE, h.SIZE, 3, generator=torch.Generator().manual_seed(2))
+    image = torch.rand(2, h.SIZE, h.SIZE, 3, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        latent = vae.encode(picture)
+        latent = vae.encode(image)
         assert latent.shape == (2, 3, h.SIZE, h.SIZE)
-        torch.testing.assert_close(latent, picture.movedim(-1, 1) * 2 - 1, rtol=0, atol=1e-6)
-        torch.testing.assert_close(vae.decode(latent), picture, rtol=0, atol=1e-6)
+        torch.testing.assert_close(latent, image.movedim(-1, 1) * 2 - 1, rtol=0, atol=1e-6)
+        torch.testing.assert_close(vae.decode(latent), image, rtol=0, atol=1e-6)
 
 
 def test_latent_format_is_invertible_and_centred(density):
     model = h.exact_model("flow").model
     latent = torch.rand(2, 3, h.SIZE, h.SIZE, dtype=torch.float64) * 2 - 1
     torch.testing.assert_close(model.process_latent_out(model.process_latent_in(latent)), latent)
-    pictures = model.process_latent_out(density.sample(64, 0.0, torch.Generator().manual_seed(3)))
-    assert pictures.abs().quantile(0.99) < 1.3 and pictures.std() > 0.2
+    images = model.process_latent_out(density.sample(64, 0.0, torch.Generator().manual_seed(3)))
+    assert images.abs().quantile(0.99) < 1.3 and images.std() > 0.2
 
 
-def test_previews_show_the_picture():
-    """The host's preview of a latent in the model's units is the decoded picture, to a level of grey."""
+def test_previews_show_the_image():
+    """The host's preview of a latent in the model's units is the decoded image, to a level of grey."""
     model = h.exact_model("flow")
     x0 = model.model.density.sample(1, 0.0, torch.Generator().manual_seed(3)).float()
     latent_format = model.model.latent_format
@@ -292,7 +292,7 @@ def test_ksampler_makes_an_image_on_every_scheduler(scheduler, prediction):
     result = h.ksampler(model, "euler", 12, scheduler, positive=condition)
     density = model.model.density
     y = model.model.process_latent_in(result.double())
-    # ||y - m||^2 of a draw is the trace of the component's covariance, give or take; of another picture far more.
+    # ||y - m||^2 of a draw is the trace of the component's covariance, give or take; of another image far more.
     mean = scipy.fft.idctn(density.means[17].view(3, h.SIZE, h.SIZE).numpy(), norm="ortho")
     distance = (y - torch.from_numpy(mean)).flatten(1).norm(dim=1)
     trace = (density.band_variance @ density.band_count + density.factors[17].square().sum()) ** 0.5
@@ -301,7 +301,7 @@ def test_ksampler_makes_an_image_on_every_scheduler(scheduler, prediction):
 
 @pytest.mark.parametrize("prediction", h.KINDS)
 def test_sampling_reaches_the_right_density(prediction):
-    """A fine run of the host's own sampler gives typical pictures: log-density within the spread of exact draws."""
+    """A fine run of the host's own sampler gives typical images: log-density within the spread of exact draws."""
     model = h.exact_model(prediction)
     schedule = h.schedule(model, 40, "karras" if prediction != "flow" else "simple")[:-1]
     condition = h.conditioning(prediction, 17)

@@ -125,12 +125,6 @@ def test_euler_is_the_closed_form_scheme(prediction, settings):
     assert 11 not in guided and (0 not in guided or prediction != "flow")
 
 
-def test_every_seed_of_a_run_starts_from_its_own_noise():
-    model = h.exact_model("flow")
-    a, b = (h.sampled(model, h.guided_sampler(0.3), h.schedule(model, 4), seed=s) for s in (1, 2))
-    assert not torch.equal(a, b) and not torch.equal(a[0], a[1])
-
-
 # --- the model patch ---------------------------------------------------------------------------------------------
 
 
@@ -418,16 +412,6 @@ def test_part_of_a_schedule(prediction, sampler, stretch):
     if schedule[-1] > 0:
         assert (bits.diff(dim=0) < 0).all()
     assert not torch.equal(more, neutral)
-
-
-@pytest.mark.parametrize("prediction, name", [("eps", "euler"), ("flow", "dpmpp_2m")])
-def test_ksampler_img2img(prediction, name):
-    """KSampler at denoise 0.5 equals the wrapped sampler on the second half of the schedule."""
-    model, latent = h.exact_model(prediction), {"samples": run("flow", "euler")[0]}
-    patched = h.ksampler(h.guided_model(model, 0.2), name, 4, latent=latent, denoise=0.5)
-    wrapped = h.sampled(model, h.guided_sampler(0.2, sampler=name), h.schedule(model, 8)[-5:], latent)
-    assert torch.equal(patched, wrapped)
-    assert not torch.equal(patched, h.ksampler(model, name, 4, latent=latent, denoise=0.5))
 
 
 @KINDS

@@ -54,9 +54,9 @@ def test_the_model_is_the_one_that_samplers_get(make):
 
 def test_the_latent_arrives_in_the_models_space():
     model = h.exact_model("flow")
-    pictures = torch.rand(2, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(0))
-    x = run(basic(model, h.conditioning()), lambda m: m.x, pictures)
-    torch.testing.assert_close(x, model.model.process_latent_in(pictures))
+    images = torch.rand(2, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(0))
+    x = run(basic(model, h.conditioning()), lambda m: m.x, images)
+    torch.testing.assert_close(x, model.model.process_latent_in(images))
     assert not x.is_inference()
 
 
@@ -85,8 +85,8 @@ def test_density_guidance_of_the_model_is_left_out():
 def test_prior_guidance_of_the_model_is_left_out():
     model = h.exact_model("eps")
     patched = h.outputs(PriorGuidanceModel, model, 0.5, 2.0, True)[0]
-    pictures = torch.rand(2, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(*(run(basic(m, h.conditioning()), lambda m: m.x, pictures) for m in (model, patched)))
+    images = torch.rand(2, 3, h.SIZE, h.SIZE, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(*(run(basic(m, h.conditioning()), lambda m: m.x, images) for m in (model, patched)))
 
 
 def test_patches_see_the_noise_levels_that_come():

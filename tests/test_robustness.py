@@ -20,7 +20,7 @@ EXAMPLES = 60
 
 
 def test_random_runs():
-    """A clear error before any model call, or a finite picture; the host stays as it was."""
+    """A clear error before any model call, or a finite image; the host stays as it was."""
     seen = robustness.explore(EXAMPLES, 0)
     assert sum(seen.values()) >= EXAMPLES * 0.98
     assert seen["finite"] > EXAMPLES / 2 and seen["refused with a reason"] > 0, seen

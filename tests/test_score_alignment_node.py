@@ -20,7 +20,7 @@ from density_guidance.nodes import (
     StochasticDetailVariation,
 )
 from density_guidance.nodes.builtin import exact
-from density_guidance.nodes.host import model_access, plots
+from density_guidance.nodes.host import plots
 from density_guidance.nodes.host.alignment_run import CheckSettings, examine
 from density_guidance.nodes.host.model_access import path_of
 from density_guidance.testing import host_runs as h
@@ -145,7 +145,7 @@ def test_more_probes_and_other_seeds_agree():
 
 
 def test_the_sample_is_a_finished_one():
-    """That of the converged flow: 32 of the scheduler's own steps may end at another picture."""
+    """That of the converged flow: 32 of the scheduler's own steps may end at another image."""
     model = h.exact_model("flow")
     latent = check(model)[4]
     converged, other = (h.sampled(model, h.guided_sampler(), h.schedule(model, 64), seed=s) for s in (h.SEED, h.SEED + 1))
@@ -210,16 +210,6 @@ def test_caches_of_predictions_are_refused():
             0.1,
         )
     assert seen.calls == 0
-
-
-def test_a_control_has_its_derivative_tried_anew():
-    """The way that was found for a prompt says nothing of what a control puts into the network."""
-    model = h.exact_model("eps")
-    plain = check(model, steps=4)[2]
-    positive = [[c, {**extra, "control_apply_to_uncond": True}] for c, extra in h.conditioning()]
-    one, two = guider(model), guider(model, positive)
-    assert model_access.known_method(one) and model_access.known_method(two) is None
-    assert model_access.known_method(guider(model, h.conditioning("flow", 3))) and "forward-mode" in plain
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------
@@ -373,7 +363,7 @@ def test_bad_input_before_any_call():
         (["sampler is a str", "KSamplerSelect"], {"sampler": "euler"}),
         (["noise is zero", "DisableNoise"], {"noise": h.outputs(custom.DisableNoise)[0]}),
         (["noise is a int", "RandomNoise"], {"noise": 3}),
-        (["noise_mask"], {"latent": {**latent, "noise_mask": torch.ones(2, h.SIZE, h.SIZE)}}),
+        (["latent_image has a noise mask"], {"latent": {**latent, "noise_mask": torch.ones(2, h.SIZE, h.SIZE)}}),
         (["NaN"], {"latent": {"samples": latent["samples"] / 0}}),
         (["channels"], {"latent": {"samples": torch.ones(1, 5, h.SIZE, h.SIZE)}}),
         (["latent_image is a dict without samples", "LATENT"], {"latent": {}}),

@@ -48,8 +48,8 @@ def log_density_run(prediction, vary, strength, correction):
     sigmas = schedule(model)
     plain = h.sampled(model, h.guided_sampler(), sigmas, same_noise(1))
     seen.calls = 0
-    pictures = h.sampled(model, h.varied(vary, strength, correction), sigmas, same_noise(VARIATIONS))
-    change = nats_per_dim(model, pictures, sigmas) - nats_per_dim(model, plain, sigmas)
+    images = h.sampled(model, h.varied(vary, strength, correction), sigmas, same_noise(VARIATIONS))
+    change = nats_per_dim(model, images, sigmas) - nats_per_dim(model, plain, sigmas)
     return change, seen.calls
 
 
@@ -126,21 +126,21 @@ def test_noise_from_the_first_step_on_keeps_what_guidance_adds(prediction, corre
 
 @KIND_AND_CORRECTION
 def test_a_mask_keeps_the_log_density(prediction, correction):
-    """Soft edges, one mask for each half of the batch: bias and spread as without, where the pictures differ enough."""
+    """Soft edges, one mask for each half of the batch: bias and spread as without, where the images differ enough."""
     model = h.exact_model(prediction, LARGER)
     sigmas = schedule(model)
     mask = torch.cat([h.soft_disc(64)] * 5 + [h.soft_disc(64, 0.3, 0.7, 0.25)] * 5)
     plain = h.sampled(model, h.guided_sampler(), sigmas, same_noise(1))
-    pictures = h.sampled(model, h.varied(correction=correction, mask=mask), sigmas, same_noise(10))
-    change = nats_per_dim(model, pictures, sigmas) - nats_per_dim(model, plain, sigmas)
+    images = h.sampled(model, h.varied(correction=correction, mask=mask), sigmas, same_noise(10))
+    change = nats_per_dim(model, images, sigmas) - nats_per_dim(model, plain, sigmas)
     error = change.std(ddof=1) / math.sqrt(len(change))
     allowed = 2 if correction == "expected" else 1
     assert abs(change.mean()) + 3 * error <= allowed * 5e-3 and change.std(ddof=1) <= allowed * 2e-3
-    inside = h.resized(mask, pictures.shape) == 1
-    outside = h.resized(mask, pictures.shape) == 0
-    difference = (pictures - plain).abs()
+    inside = h.resized(mask, images.shape) == 1
+    outside = h.resized(mask, images.shape) == 0
+    difference = (images - plain).abs()
     assert float(difference[inside].mean()) > 5 * float(difference[outside].mean())
-    for half in (pictures[:5], pictures[5:]):
+    for half in (images[:5], images[5:]):
         assert float(half.std(0).max()) > 0.02
 
 

@@ -24,9 +24,9 @@ def seen(server):
     """What the page makes of each template, and shows of the documentation: one start of Chromium for all tests."""
 
     async def look(page):
-        found = {"pictures": {}, "templates": {}, "help": {}}
+        found = {"images": {}, "templates": {}, "help": {}}
         for path in TEMPLATES:  # an empty profile is greeted with the templates
-            found["pictures"][path.stem] = await width_of_picture(page, path.stem)
+            found["images"][path.stem] = await width_of_image(page, path.stem)
         for path in TEMPLATES:
             missing = await page.load(read(path))
             found["templates"][path.stem] = {"missing": missing, "api": await page.to_api()}
@@ -38,8 +38,8 @@ def seen(server):
     return with_page(server.client.url, look)
 
 
-async def width_of_picture(page, name):
-    """Of a template's card; the page has the pictures only of those cards that are scrolled into view."""
+async def width_of_image(page, name):
+    """Of a template's card; the page has the images only of those cards that are scrolled into view."""
     card = f"document.querySelector('[data-testid=\"template-workflow-{name}\"]')"
     await page.wait_for(f"Boolean({card})")
     await page.evaluate(f"{card}.scrollIntoView({{behavior: 'instant', block: 'center'}})")
@@ -47,7 +47,7 @@ async def width_of_picture(page, name):
 
 
 async def curve_in_the_node(page):
-    """Sizes of the pictures in two guidance nodes, the first with a curve and the second without, after a run."""
+    """Sizes of the images in two guidance nodes, the first with a curve and the second without, after a run."""
     graph = mixed_run(1)
     sampler = graph["sampler"]["inputs"]
     graph |= {
@@ -63,12 +63,12 @@ async def curve_in_the_node(page):
     graph["sampled"]["inputs"]["sampler"] = ["even", 0]
     await page.evaluate(f"app.loadApiJson({json.dumps(graph)}, 'curve')")
     await page.evaluate("app.queuePrompt(0)")
-    pictures = (
+    images = (
         "app.graph.nodes.filter(node => node.type === '{}').flatMap(node => node.imgs ?? [])"
         ".filter(img => img.complete && img.naturalWidth)"
     ).format
-    await page.wait_for(f"{pictures('PreviewImage')}.length && {pictures('DensityGuidanceSampler')}.length")
-    return await page.evaluate(f"{pictures('DensityGuidanceSampler')}.map(img => [img.naturalWidth, img.naturalHeight])")
+    await page.wait_for(f"{images('PreviewImage')}.length && {images('DensityGuidanceSampler')}.length")
+    return await page.evaluate(f"{images('DensityGuidanceSampler')}.map(img => [img.naturalWidth, img.naturalHeight])")
 
 
 async def show_help(page, name):
@@ -100,9 +100,9 @@ def test_page_opens_the_template_and_makes_its_api_copy(path, seen):
     assert copy == read(WORKFLOWS / "api" / path.name)
 
 
-def test_page_shows_the_pictures_of_the_templates(seen):
-    assert set(seen["pictures"]) == {path.stem for path in TEMPLATES}
-    assert all(width > 200 for width in seen["pictures"].values())
+def test_page_shows_the_images_of_the_templates(seen):
+    assert set(seen["images"]) == {path.stem for path in TEMPLATES}
+    assert all(width > 200 for width in seen["images"].values())
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,6 @@ def test_page_shows_the_documentation(name, words, seen):
 
 
 def test_node_shows_its_curve(seen):
-    """One of two nodes has a curve, and that one a picture."""
+    """One of two nodes has a curve, and that one an image."""
     height, width = curve_image((0.0, 2.0, 1.0)).shape[1:3]
     assert seen["curve"] == [[width, height]]

@@ -97,11 +97,11 @@ def test_api_copy_is_that_of_the_template(name, object_info):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_template_has_a_picture_and_a_note(name):
+def test_template_has_an_image_and_a_note(name):
     path = WORKFLOWS / f"{name}.jpg"
     assert path.stat().st_size < 150_000
-    with Image.open(path) as picture:
-        assert picture.format == "JPEG" and min(picture.size) > 200
+    with Image.open(path) as image:
+        assert image.format == "JPEG" and min(image.size) > 200
     assert any(node["type"] in NOTES for node in read(name)["nodes"])
 
 
@@ -165,7 +165,7 @@ def last_noise_level(prediction, steps):
 
 
 def exact_bits(samples, s):
-    """Bits per dimension of pictures in [-1, 1] plus noise; a linear scaling of them is undone as the file says."""
+    """Bits per dimension of images in [-1, 1] plus noise; a linear scaling of them is undone as the file says."""
     from safetensors import safe_open
 
     density = ExactDensity.load(exact.WEIGHTS, samples.shape[-1])

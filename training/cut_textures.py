@@ -1,6 +1,6 @@
 """Cut the photographs of the exact textures: `python training/cut_textures.py public.zip`, into `models/textures`.
 
-Data: terrain textures of the game 0 A.D., as in `demo_pictures.py`. Needs Pillow.
+Data: terrain textures of the game 0 A.D., as in `demo_images.py`. Needs Pillow.
 """
 
 import argparse

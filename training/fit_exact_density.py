@@ -1,4 +1,4 @@
-"""Fit the exact-density model to the pictures of an emoji font and write `models/exact_density.safetensors`.
+"""Fit the exact-density model to the images of an emoji font and write `models/exact_density.safetensors`.
 
     python training/fit_exact_density.py NotoColorEmoji.ttf
 
@@ -6,7 +6,7 @@ Data: the bitmaps of Noto Color Emoji (SIL Open Font License 1.1), e.g. Debian's
 Needs torch, scipy, Pillow, safetensors and fonttools; takes about a minute on two cores. The result depends on nothing
 but the font file.
 
-Each cluster of similar pictures becomes one component: its mean, its main directions of variation, and a texture
+Each cluster of similar images becomes one component: its mean, its main directions of variation, and a texture
 spectrum that all components share. Standard deviations are held within a range that every noise schedule of the host
 resolves: the exact model is there to measure, and a measurement needs a truth that 32 steps can reach.
 """
@@ -27,20 +27,20 @@ spec = importlib.util.spec_from_file_location("exact_density", ROOT / "dg_core" 
 exact_density = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(exact_density)
 
-SIZE = 64  # largest picture
+SIZE = 64  # largest image
 LOW = 32  # the factors cover the lowest 32 frequencies
 CLUSTERS = 256
 COMPONENTS = 128  # the clusters that their mean and main directions describe best
 MIN_MEMBERS = 12
 RANK = 12
-SCALE = 8.0  # latent units per unit of a picture in [-1, 1]
+SCALE = 8.0  # latent units per unit of an image in [-1, 1]
 MIN_STD = 0.52  # of the texture, latent units at 32x32
 MAX_STD = 4.0  # of a direction of variation, latent units at 32x32
 
 
 def read_font(path):
     """Distinct bitmaps of the font on white, mirrored ones too: (N, 3, SIZE, SIZE) in [-1, 1]."""
-    pictures, seen = [], set()
+    images, seen = [], set()
     for strike in TTFont(path)["CBDT"].strikeData:
         for _, glyph in sorted(strike.items()):
             data = getattr(glyph, "imageData", None)
@@ -51,8 +51,8 @@ def read_font(path):
             side = max(bitmap.size)
             square = Image.new("RGBA", (side, side), "white")
             square.alpha_composite(bitmap, ((side - bitmap.width) // 2, (side - bitmap.height) // 2))
-            pictures.append(np.asarray(square.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)))
-    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).double() / 127.5 - 1
+            images.append(np.asarray(square.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)))
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).double() / 127.5 - 1
     return torch.cat([x, x.flip(-1)])
 
 
@@ -87,7 +87,7 @@ def fit(c, generator):
         rest = members - mean
         low = rest[..., :LOW, :LOW].flatten(1)
         _, value, direction = torch.linalg.svd(low, full_matrices=False)
-        # Few pictures say little about many directions.
+        # Few images say little about many directions.
         rank = min(RANK, n // 2)
         std = torch.zeros(RANK, dtype=torch.float64)
         std[:rank] = (value[:rank] / (n - 1) ** 0.5).clamp(max=grow * MAX_STD)
@@ -118,9 +118,9 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "models" / "exact_density.safetensors")
     args = parser.parse_args()
 
-    pictures = read_font(args.font)
-    shift = pictures.mean((0, 2, 3))
-    tables = fit(exact_density.dct((pictures - shift[:, None, None]) * SCALE), torch.Generator().manual_seed(0))
+    images = read_font(args.font)
+    shift = images.mean((0, 2, 3))
+    tables = fit(exact_density.dct((images - shift[:, None, None]) * SCALE), torch.Generator().manual_seed(0))
     tables["shift"] = shift
     tables["scale"] = torch.tensor(SCALE, dtype=torch.float64)
     save_file(
@@ -131,7 +131,7 @@ def main():
             "script": "training/fit_exact_density.py",
         },
     )
-    print(f"{len(pictures)} pictures, {COMPONENTS} components, {args.output.stat().st_size / 1e6:.1f} MB -> {args.output}")
+    print(f"{len(images)} images, {COMPONENTS} components, {args.output.stat().st_size / 1e6:.1f} MB -> {args.output}")
 
 
 if __name__ == "__main__":

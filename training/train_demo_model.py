@@ -1,6 +1,6 @@
 """Train the demo model: `.host/venv/bin/python training/train_demo_model.py pictures.safetensors --config small`.
 
-Needs the ComfyUI that `python3 run.py demo` prepares, whose UNet it trains, and the pictures of `demo_pictures.py`. Resumes
+Needs the ComfyUI that `python3 run.py demo` prepares, whose UNet it trains, and the images of `demo_images.py`. Resumes
 from its last checkpoint when run again, and ends with `models/demo_model.safetensors` (the averaged weights, packed) and
 `training/demo_model.json` (what was run, and the loss).
 
@@ -29,7 +29,7 @@ in_process.import_host()
 in_process.import_pack()
 from density_guidance.nodes.builtin import demo
 from density_guidance.nodes.builtin.packed_weights import pack
-from density_guidance.training.demo_pictures import CLASSES, Pictures
+from density_guidance.training.demo_images import CLASSES, TrainingImages
 
 CONFIGS = {
     "small": {"size": "small", "batch": 32, "steps": 4300, "rate": 6e-4, "average": 0.998},
@@ -84,17 +84,17 @@ class Trainer:
             out = self.unet(x, timesteps.float(), context=self.context[kinds][:, None])
         return (out.float() - (noise - s * latents) / radius).square().flatten(1).mean(1)
 
-    def draw(self, pictures, count, generator):
-        drawn, kinds = pictures.draw(count, demo.SIZE, generator)
+    def draw(self, images, count, generator):
+        drawn, kinds = images.draw(count, demo.SIZE, generator)
         latents = drawn * demo.SCALE
         noise = torch.randn(latents.shape, generator=generator)
         uniform = (torch.rand(1, generator=generator) + torch.arange(count) / count) % 1  # stratified
         return [t.to(self.device) for t in (latents, kinds, noise, self.levels(uniform))]
 
-    def train(self, pictures):
+    def train(self, images):
         """One step; every step has a generator of its own, so that a resumed run sees what an unbroken one does."""
         generator = torch.Generator().manual_seed(self.step)
-        latents, kinds, noise, timesteps = self.draw(pictures, self.config["batch"], generator)
+        latents, kinds, noise, timesteps = self.draw(images, self.config["batch"], generator)
         dropped = torch.rand(len(kinds), generator=generator).to(self.device) < NO_CLASS
         kinds = torch.where(dropped, len(self.context) - 1, kinds)
         decay = 0.02 + 0.98 * math.cos(self.step / self.config["steps"] * math.pi / 2) ** 2
@@ -116,14 +116,14 @@ class Trainer:
         return dict(zip(names, self.average)), self.average[-1]
 
     @torch.no_grad()
-    def held_out_loss(self, pictures):
+    def held_out_loss(self, images):
         """Loss of the averaged weights in `HELD_OUT_BINS` equal parts of theta, from the least noise to the most."""
         kept = [p.detach().clone() for p in self.parameters]
         for p, average in zip(self.parameters, self.average):
             p.copy_(average)
         generator, total, count = torch.Generator().manual_seed(1), torch.zeros(HELD_OUT_BINS), torch.zeros(HELD_OUT_BINS)
         for _ in range(8):
-            latents, kinds, noise, timesteps = self.draw(pictures, 64, generator)
+            latents, kinds, noise, timesteps = self.draw(images, 64, generator)
             losses = self.loss(latents, kinds, noise, timesteps).cpu()
             part = (self.sigmas[timesteps].atan().cpu() / (math.pi / 2) * HELD_OUT_BINS).long().clamp(max=HELD_OUT_BINS - 1)
             total.index_add_(0, part, losses)
@@ -171,14 +171,14 @@ def export(trainer, classes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", type=Path, help="the file that demo_pictures.py wrote")
+    parser.add_argument("images", type=Path, help="the file that demo_images.py wrote")
     parser.add_argument("--config", choices=CONFIGS, default="small", help="small: for a CPU; large: for a GPU")
     parser.add_argument("--checkpoint", type=Path, default=PACK / "training" / "checkpoint.pt", help="to resume from")
     parser.add_argument("--note", default="", help="what the record should say of this run")
     options = parser.parse_args()
     config = CONFIGS[options.config]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, held_out = Pictures(options.pictures, False), Pictures(options.pictures, True)
+    train, held_out = TrainingImages(options.images, False), TrainingImages(options.images, True)
     trainer = Trainer(config, len(CLASSES), device)
     record = {
         "config": {"name": options.config, **config},

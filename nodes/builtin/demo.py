@@ -11,11 +11,22 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
+from ..host.inputs import Choice
 from .packed_weights import unpack
-from .pixels import CHANNELS, PixelLatent, pixel_vae
+from .pixels import BATCH_SIZE, CHANNELS, PixelLatent, empty_latent, pixel_vae
 
 WEIGHTS = Path(__file__).resolve().parent.parent.parent / "models" / "demo_model.safetensors"
 SIZE = 64  # pixels
+CLASSES = ["paving", "snow", "rock", "undergrowth", "grass", "sand", "earth"]  # in the order of the weights' file
+ANY = "any"
+CLASS_NAME = Choice(
+    "class_name",
+    "The kind of ground that the output positive asks for. 'any': no particular one.",
+    options=(*CLASSES, ANY),
+    default="rock",
+    neutral=ANY,
+)
+INPUTS = CLASS_NAME, BATCH_SIZE
 SCALE = 2.0  # gives the images nearly unit variance
 CONTEXT_DIM = 128
 # Arguments of the host's `UNetModel`, the architecture of Stable Diffusion.
@@ -85,3 +96,12 @@ def load(
         model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     )
     return patcher, pixel_vae(), json.loads(metadata["classes"]), context[:, None]
+
+
+def loaded(class_name: str, batch_size: int) -> tuple[Any, Any, list[Any], list[Any], dict[str, torch.Tensor]]:
+    """(MODEL, VAE, positive, negative, empty LATENT) of the host: what Load Demo Model gives."""
+    chosen = CLASS_NAME.options.index(CLASS_NAME.check(class_name))
+    latent = empty_latent(batch_size, SIZE)
+    model, vae, _, context = load()
+    positive, negative = ([[context[i : i + 1], {}]] for i in (chosen, len(CLASSES)))
+    return model, vae, positive, negative, latent

@@ -13,15 +13,16 @@ import comfy.model_sampling
 import comfy.supported_models_base
 import numpy as np
 import torch
+from comfy_api.latest import io
 from PIL import Image
 from safetensors import safe_open
 
 from ...dg_core.exact_density import CHANNELS, ExactDensity
 from ...dg_core.exact_textures import ExactTextures
 from ...dg_core.statistics import sum_dtype
-from ..host.inputs import require
+from ..host.inputs import Choice, Number, Socket, require, samples_of, sigmas_of
 from ..host.model_access import path_of
-from .pixels import PixelLatent, pixel_vae
+from .pixels import BATCH_SIZE, PixelLatent, empty_latent, pixel_vae
 
 MODELS = Path(__file__).resolve().parent.parent.parent / "models"
 WEIGHTS = MODELS / "exact_density.safetensors"
@@ -104,6 +105,49 @@ PREDICTIONS = {
     "v": (comfy.model_base.ModelType.V_PREDICTION_EDM, lambda levels: _continuous(_V, levels)),
     "flow": (comfy.model_base.ModelType.FLOW, _flow),
 }
+
+PREDICTION = Choice(
+    "prediction",
+    "Which kind of model it pretends to be: eps (like SD1.5, SDXL), v (like SD2) or flow (like SD3, Flux). The "
+    "density is the same.",
+    options=tuple(PREDICTIONS),
+    default="flow",
+    neutral="any",
+)
+SIZE = Choice(
+    "size",
+    "Width and height of the images, in pixels: 32, 48 or 64 for emoji; 32, 64, 128 or 256 for textures.",
+    options=("64", "48", "32", "128", "256"),
+    default="64",
+)
+COMPONENT = Number(
+    "component",
+    "What the conditioning asks for, like a prompt: the number of one of 128 emojis, or of one of the textures "
+    f"{', '.join(f'{name} ({i})' for i, name in enumerate(TEXTURES))}. -1 asks for all.",
+    default=-1,
+    neutral=-1,
+    low=-1,
+    high=127,
+)
+KIND = Choice(
+    "kind",
+    "emoji: 128 emojis; detail is grain, and changes by the number asked for. textures: photographed textures; detail is "
+    "contrast, and changes are amplified as by trained models.",
+    options=tuple(KINDS),
+    default=EMOJI,
+    optional=True,
+)
+INPUTS = PREDICTION, SIZE, COMPONENT, BATCH_SIZE, KIND
+READ_INPUTS = (
+    Socket("model", "The model of Load Exact Density Model, patched or not.", io.Model),
+    Socket("latent", "What a sampler returned for the sigmas below.", io.Latent),
+    Socket(
+        "sigmas",
+        "The noise levels sigma that made the latent. The density is read at the last one, which must be "
+        "above 0: cut the last step off with SplitSigmas.",
+        io.Sigmas,
+    ),
+)
 
 
 class ExactDensityNetwork(torch.nn.Module):
@@ -193,6 +237,22 @@ def load(prediction: str, size: int, kind: str = EMOJI) -> tuple[comfy.model_pat
         model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     )
     return patcher, pixel_vae()
+
+
+def loaded(
+    prediction: str, size: str, component: int, batch_size: int, kind: str
+) -> tuple[Any, Any, list[Any], dict[str, torch.Tensor]]:
+    """(MODEL, VAE, CONDITIONING, empty LATENT) of the host: what Load Exact Density Model gives."""
+    model, vae = load(PREDICTION.check(prediction), int(SIZE.check(size)), KIND.check(kind))
+    component, density = COMPONENT.check(component), model.model.density
+    weights = density.log_weights.exp()[None] if component < 0 else density.one_hot(component)
+    return model, vae, [[weights.float()[:, None], {}]], empty_latent(batch_size, density.size)
+
+
+def readout(model: Any, latent: dict[str, Any], sigmas: torch.Tensor) -> tuple[list[float], str]:
+    """(bits per dimension of every image, the same as text): what Exact Log-Density gives."""
+    bits = read(model, samples_of("latent", latent), sigmas_of(sigmas))
+    return bits, "\n".join(f"image {i}: {b:.4f} bits per dimension" for i, b in enumerate(bits))
 
 
 def read(model: Any, samples: torch.Tensor, sigmas: Sequence[float], weights: torch.Tensor | None = None) -> list[float]:

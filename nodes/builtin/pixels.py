@@ -9,6 +9,9 @@ import comfy.sd
 import torch
 
 from ...dg_core.exact_density import CHANNELS
+from ..host.inputs import Number
+
+BATCH_SIZE = Number("batch_size", "Number of images in the latent, each with its own noise.", default=4, low=1, high=64)
 
 
 class PixelLatent(comfy.latent_formats.LatentFormat):
@@ -35,6 +38,11 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
     def process_out(self, latent: torch.Tensor) -> torch.Tensor:
         """The inverse of `process_in`."""
         return latent / self.scale_factor + self._shift.to(latent)
+
+
+def empty_latent(batch_size: int, size: int) -> dict[str, torch.Tensor]:
+    """A LATENT of zeros. Raises ValueError, naming the input, for a wrong number of images."""
+    return {"samples": torch.zeros(BATCH_SIZE.check(batch_size), CHANNELS, size, size)}
 
 
 def pixel_vae() -> Any:

@@ -7,12 +7,28 @@ import numpy as np
 import torch
 
 from ...dg_core.alignment import SCALE_RANGE, lost_at
-from .alignment_run import ENOUGH_STEPS, Check, CheckSettings
+from .alignment_run import ENOUGH_STEPS, Check, CheckSettings, examine, finished_latent
 from .plots import figure_image
 
 ROWS = 8  # of the profile in the report
 GAP = 0.1  # of the cosines of both ways, above what few steps and probes leave on a model that is a score
 LEGEND = 8  # images with a label of their own in the plot
+
+
+def score_alignment(
+    guider: Any, noise: Any, latent: dict[str, Any], sigmas: torch.Tensor, settings: CheckSettings, sampler: Any
+) -> tuple[bool, float, str, torch.Tensor, dict[str, Any], float, list[float]]:
+    """(aligned, smallest cosine, report, plot as an IMAGE, finished LATENT, noise scale, response): what the node gives."""
+    check = examine(guider, noise, latent, sigmas, settings, sampler)
+    return (
+        check.aligned,
+        float(torch.nan_to_num(check.final_cosine, nan=-1.0).min()),
+        text(check, settings),
+        plot(check),
+        finished_latent(latent, check.samples),
+        check.common_scale(settings.detail_shift),
+        check.response.tolist(),
+    )
 
 
 def verdict(check: Check) -> str:

@@ -28,10 +28,12 @@ from .inputs import (
     Socket,
     batch_index_of,
     check_fields,
+    defaults,
+    require_no_mask,
     samples_of,
     sigmas_of,
 )
-from .model_access import GuiderModel, Probe, check_latent, known_method, open_probe, path_of, run_in_guider, training_table
+from .model_access import GuiderModel, Probe, check_latent, open_probe, path_of, run_in_guider, training_table
 from .steering import GuidanceSettings, solver_sampler
 from .wrappers import outermost, without_guidance
 
@@ -44,6 +46,16 @@ GUIDER = Socket(
 NOISE = Socket("noise", "The starting noise whose scaling is checked, for instance of RandomNoise.", io.Noise)
 SAMPLER = Socket("sampler", "Only for finite scale: any sampler.", io.Sampler, unlinked="the pack's own solver")
 INPUTS = (
+    GUIDER,
+    NOISE,
+    Socket("latent_image", "The empty latent, which sets size and number of images; without a noise mask.", io.Latent),
+    Socket(
+        "sigmas",
+        f"The schedule of noise levels sigma, from the model's maximum down; {ENOUGH_STEPS} steps are usually "
+        "enough. The node places the levels between its ends where the density changes; finite scale keeps "
+        "those of the schedule.",
+        io.Sigmas,
+    ),
     Choice(
         "method",
         "How scaling is checked. with score: follows the change along the run, about 3 model calls per step. "
@@ -87,19 +99,21 @@ INPUTS = (
         round=0.0001,
         optional=True,
     ),
+    SAMPLER,
 )
+_DEFAULT = defaults(INPUTS)
 
 
 @dataclass(frozen=True)
 class CheckSettings:
     """The node's numbers. Raises ValueError, naming the input, where one is out of range."""
 
-    method: str = WITH_SCORE
-    end_percent: float = 0.95
-    probes: int = 1
-    seed: int = 0
-    detail_shift: float = 0.02
-    scale_step: float = 0.01
+    method: str = _DEFAULT["method"]
+    end_percent: float = _DEFAULT["end_percent"]
+    probes: int = _DEFAULT["probes"]
+    seed: int = _DEFAULT["seed"]
+    detail_shift: float = _DEFAULT["detail_shift"]
+    scale_step: float = _DEFAULT["scale_step"]
 
     def __post_init__(self) -> None:
         check_fields(self, INPUTS)
@@ -182,11 +196,7 @@ class _Run:
         GUIDER.check(guider)
         NOISE.check(noise)
         samples = samples_of("latent_image", latent)
-        if latent.get("noise_mask") is not None:
-            raise ValueError(
-                "latent_image has a noise_mask; score alignment needs whole images that start from noise: connect "
-                "the latent without a mask"
-            )
+        require_no_mask("latent_image", latent.get("noise_mask"), "score alignment")
         patcher = guider.model_patcher
         samples = comfy.sample.fix_empty_latent_channels(patcher, samples, **_sizes(latent))
         check_latent(patcher, samples, empty_allowed=True)
@@ -208,14 +218,13 @@ class _Run:
         sigmas, stop = self._placed()
         evaluations, rest = stop + 1, sum(v > 0 for v in sigmas[stop + 1 :])
 
-        trial = 0 if known_method(self.guider) else divergence.TRIAL_CALLS
-
         def calls(method: str) -> int:
-            return evaluations * alignment.calls_per_evaluation(method, probes) + rest
+            each = divergence.trace_calls(method, probes) if probes else divergence.derivative_calls(method)
+            return evaluations * each + rest
 
         def work(model: GuiderModel) -> tuple[torch.Tensor, alignment.Profile, Probe]:
             probe = self._open_probe(model)
-            model.expect(trial + calls(probe.method))
+            model.expect(divergence.TRIAL_CALLS + calls(probe.method))
             differentiate = alignment.Differentiate(
                 model.predict, probe.method, probe.dtype, probes, self.settings.seed, self.indices
             )
@@ -226,13 +235,19 @@ class _Run:
             return model.model_sampling.inverse_noise_scaling(end, samples), profile, probe
 
         samples, profile, probe = run_in_guider(
-            self.guider, self.samples, work, trial + calls(divergence.DIFFERENCES), sigmas, self.noise_seed, self.noise
+            self.guider,
+            self.samples,
+            work,
+            divergence.TRIAL_CALLS + calls(divergence.DIFFERENCES),
+            sigmas,
+            self.noise_seed,
+            self.noise,
         )
         amounts = {WITH_SCORE: profile.alignment}
         if probes:
             amounts[WITHOUT_SCORE] = profile.alignment_without_score
         amounts = amounts if wanted == BOTH else {wanted: amounts[wanted]}
-        forward = evaluations * (1 + 2 * probes) if probe.method == divergence.FORWARD else 0
+        forward = evaluations * divergence.trace_calls(probe.method, probes) if probe.method == divergence.FORWARD else 0
         return Check(
             self._finished(samples),
             sigmas[: stop + 1],

@@ -88,7 +88,7 @@ WANTED = {  # what an object of each type has, and where to get one
 class Widget(Input):
     """An input with a widget: a switch where the default is a bool, else a text."""
 
-    default: float | str | bool
+    default: Any  # a number, a text or a bool
     neutral: float | str | bool | None = None  # with which it does nothing
     optional: bool = False
     shown: str = ""  # its name on the node, where that is not the id
@@ -250,6 +250,11 @@ def schemas(inputs: Iterable[Input]) -> list[io.Input]:
     return [declared.schema() for declared in inputs]
 
 
+def defaults(inputs: Iterable[Input]) -> dict[str, Any]:
+    """{name: default} of the inputs that have one."""
+    return {declared.name: declared.default for declared in inputs if isinstance(declared, Widget)}
+
+
 def check_fields(settings: object, inputs: Iterable[Input]) -> None:
     """Check the fields of a frozen dataclass that bear an input's name, and keep what the checks return.
 
@@ -358,6 +363,17 @@ def samples_of(name: str, latent: Any) -> Any:
             "latent or a sampler"
         )
     return samples
+
+
+def require_no_mask(name: str, mask: Any, subject: str, instead: str = "") -> None:
+    """Raise ValueError for a LATENT with a noise mask: subject, for instance "the trace", is about whole images."""
+    if mask is not None:
+        raise ValueError(f"{name} has a noise mask; {subject} needs whole images: remove the mask{instead}")
+
+
+def parts_refusal(name: str, advice: str = "connect a single image or video latent") -> ValueError:
+    """The error for a latent of several parts, which density guidance and readouts do not take."""
+    return ValueError(f"{name} combines video and audio; its density is not defined: {advice}")
 
 
 def batch_index_of(name: str, latent: dict[str, Any], count: int) -> list[int] | None:

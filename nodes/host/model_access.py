@@ -24,7 +24,7 @@ from ...dg_core.flow import Denoiser
 from ...dg_core.log_density import ProbedModel
 from ...dg_core.schedule import Level, NoisePath, Schedule
 from ...dg_core.statistics import compute_dtype
-from .inputs import require
+from .inputs import parts_refusal, require
 from .noise_path import path_of
 from .wrappers import without_guidance
 
@@ -41,10 +41,7 @@ def training_table(sampling: Any) -> list[float] | None:
 def require_one_part(guider: Any) -> None:
     """Raise ValueError where the latent of a run is several, packed."""
     if any("latent_shapes" in cond.get("model_conds", {}) for conds in guider.conds.values() for cond in conds):
-        raise ValueError(
-            "the latent combines video and audio; density guidance needs a single image or video latent: connect one, or "
-            "use neutral settings"
-        )
+        raise parts_refusal("the latent", "connect a single image or video latent, or use neutral settings")
 
 
 @dataclass(frozen=True)
@@ -105,9 +102,7 @@ def check_latent(patcher: Any, samples: torch.Tensor, empty_allowed: bool = Fals
     """Raise ValueError unless `samples` are finite, of the model's channels and dimensions, and hold images (or zeros,
     where those are allowed)."""
     if getattr(samples, "is_nested", False):
-        raise ValueError(
-            "the latent combines video and audio; its density is not defined: connect a single image or video latent"
-        )
+        raise parts_refusal("the latent")
     if samples.numel() == 0 or not (empty_allowed or samples.any()):
         raise ValueError(
             f"the latent of shape {tuple(samples.shape)} is empty; connect one that holds images, from VAEEncode or a sampler"
@@ -157,7 +152,7 @@ class _Work(comfy.samplers.Sampler):
                 def expect(calls: int) -> None:
                     self._calls = bar.total = calls
 
-                predict = Predict(guider, extra_args, len(x), self._shown(callback, bar))
+                predict = GuiderDenoiser(guider, extra_args, len(x), self._shown(callback, bar))
                 sampling = guider.inner_model.model_sampling
                 self.result = self._function(GuiderModel(x, noise, path_of(sampling), sampling, predict, expect))
         return x
@@ -176,36 +171,6 @@ class _Work(comfy.samplers.Sampler):
 _SCORES = 4
 
 CACHE = "easycache"  # where the host's EasyCache and LazyCache are in a model's options
-METHODS_KEY = "density_guidance_derivatives"
-
-
-class DerivativeMethods(dict[Any, tuple[str, str]]):
-    """What the first readout of a model found out, kept with that model so that later ones need no trial.
-
-    {kind of run: (method, reason)}; a clone of the model, which may carry another patch, starts over.
-    """
-
-    def on_model_patcher_clone(self) -> "DerivativeMethods":
-        """What the host attaches to a clone."""
-        return DerivativeMethods()
-
-
-def known_method(guider: Any) -> tuple[str, str] | None:
-    """(method, reason) of `open_probe` where it was found for this guider's model; None before."""
-    return (guider.model_patcher.get_attachment(METHODS_KEY) or {}).get(_kind(guider))
-
-
-def _kind(guider: Any) -> Any:
-    """What of a run besides its model decides how derivatives can be taken: the guider, and what conditionings carry with
-    them, for instance a ControlNet. Another prompt does not."""
-    carried = {
-        (key, type(value))
-        for conds in getattr(guider, "original_conds", {}).values()
-        for cond in conds
-        for key, value in cond.items()
-        if not key.startswith("uuid")
-    }
-    return type(guider), frozenset(carried)
 
 
 @dataclass(frozen=True)
@@ -229,18 +194,13 @@ def open_probe(
 ) -> Probe:
     """The `Probe` of a guider's model, by the derivative that works on its network.
 
-    That is asked once for each model, at x (B, ...) with the noise level sigma, along direction (None: a random one), and costs
-    `divergence.TRIAL_CALLS`.
+    That is tried at x (B, ...) with the noise level sigma, along direction (None: a random one): `divergence.TRIAL_CALLS`.
+    What was found for an earlier run is not kept: a run depends on its inputs, not on what ran before.
     """
-    model, patcher = guider.inner_model, guider.model_patcher
-    dtype, known = network_dtype(model), known_method(guider)
-    if known is None:
-        direction = divergence.rademacher(x, seed, -1) if direction is None else direction
-        known = divergence.method_of(lambda x: predict(x, sigma), x, direction, dtype, sigma)
-        methods = patcher.get_attachment(METHODS_KEY) or DerivativeMethods()
-        methods[_kind(guider)] = known
-        patcher.set_attachments(METHODS_KEY, methods)
-    return Probe(predict, path_of(model.model_sampling), *known, dtype, seed)
+    dtype = network_dtype(guider.inner_model)
+    direction = divergence.rademacher(x, seed, -1) if direction is None else direction
+    method, reason = divergence.method_of(lambda x: predict(x, sigma), x, direction, dtype, sigma)
+    return Probe(predict, path_of(guider.inner_model.model_sampling), method, reason, dtype, seed)
 
 
 def middle_level(schedule: Schedule) -> Level | None:
@@ -254,7 +214,7 @@ def network_dtype(model: Any) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
-class Predict:
+class GuiderDenoiser:
     """(x, sigma) -> denoised in batches of at most `batch` images, whose conditioning the host keeps in that order.
 
     The prediction is that of the model: this pack's density guidance of the run around it is left out. show(x, denoised):

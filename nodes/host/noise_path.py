@@ -14,7 +14,7 @@ SIGMAS = (0.2, 0.5, 0.8)  # all three lie in the range of a flow model
 LITTLE = 1e-3  # a sigma at which the state is the image
 MUCH = 10.0  # a sigma at which the state is not what a network takes
 TOLERANCE = 1e-4  # for samplings that compute in float32
-ROUNDING = 0.01  # of what a network's output still weighs at LITTLE
+REMAINDER = 0.01  # of what a network's output still weighs at LITTLE
 KNOWN = "models whose noisy latent is image + sigma * noise (eps, v, EDM) or (1 - sigma) * image + sigma * noise (flow)"
 
 
@@ -31,7 +31,7 @@ def path_of(model_sampling: Any) -> NoisePath:
         image, noise = mixes[1]
         raise _refusal(model_sampling, f"at sigma {SIGMAS[1]:g} its latent is {image:.3g} * image + {noise:.3g} * noise")
     state, output = _prediction(model_sampling, LITTLE)
-    if not (_close([state, output], [1, 0], ROUNDING) or _close([state, output], [0, 1], ROUNDING)):
+    if not (_close([state, output], [1, 0], REMAINDER) or _close([state, output], [0, 1], REMAINDER)):
         raise _refusal(
             model_sampling,
             f"with almost no noise its prediction is {state:.3g} * latent + {output:.3g} * the network's output, and should be "

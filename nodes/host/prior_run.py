@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 
 from ...dg_core.prior import scale_noise
-from .inputs import QUANTILE, Number, Widget, check_fields
+from .inputs import QUANTILE, Number, Widget, check_fields, defaults
 
 INPUTS = (
     replace(
@@ -37,6 +37,7 @@ INPUTS = (
         neutral="off, with scale 1",
     ),
 )
+_DEFAULT = defaults(INPUTS)
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class PriorSettings:
     Raises ValueError, naming the input, where one is out of range.
     """
 
-    quantile: float = 0.5
-    scale: float = 1.0
-    match_quantile: bool = True
+    quantile: float = _DEFAULT["quantile"]
+    scale: float = _DEFAULT["scale"]
+    match_quantile: bool = _DEFAULT["match_quantile"]
 
     def __post_init__(self) -> None:
         check_fields(self, INPUTS)

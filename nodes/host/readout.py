@@ -10,13 +10,13 @@ from comfy_api.latest import io
 
 from ...dg_core import divergence
 from ...dg_core.levels import noise_levels, snapped
-from ...dg_core.log_density import Readout, calls_per_evaluation, read_log_density, rounding_cost
-from .inputs import Number, Socket
-from .model_access import GuiderModel, Probe, check_latent, known_method, open_probe, path_of, run_in_guider, training_table
+from ...dg_core.log_density import Readout, read_log_density, rounding_cost
+from .inputs import PROBES, Number, Seed, Socket, batch_index_of, samples_of
+from .model_access import GuiderModel, Probe, check_latent, open_probe, path_of, run_in_guider, training_table
 from .plots import curves_image
 
 ENOUGH_LEVELS = 16  # below, the error of the steps is more than that of one probe
-ROUNDING = 1e-4  # of the noise levels that the widget and the error show
+SHOWN = 1e-4  # relative rounding of the noise levels that the widget and the error show
 GUIDER = Socket(
     "guider",
     "The model with its prompt and CFG, from BasicGuider or CFGGuider. Patches and prompt count; density guidance "
@@ -40,6 +40,27 @@ NOISE_FLOOR = Number(
     high=100.0,
     round=0.0001,
 )
+SEED = Seed("seed", "Seed of the probes. Changing it changes the estimate slightly.")
+INPUTS = (
+    GUIDER,
+    Socket("latent", "The images to read, from VAEEncode or a sampler. A mask is ignored.", io.Latent),
+    STEPS,
+    PROBES,
+    SEED,
+    NOISE_FLOOR,
+)
+
+
+def log_density(
+    guider: Any, latent: dict[str, Any], steps: int, probes: int, seed: int, noise_floor: float
+) -> tuple[list[float], str, torch.Tensor]:
+    """(bits per dimension of every image, report, plot as an IMAGE) of a LATENT: what the node Log-Density gives."""
+    steps, probes, seed = STEPS.check(steps), PROBES.check(probes), SEED.check(seed)
+    samples = samples_of("latent", latent)
+    levels = levels_of(guider, samples, noise_floor, steps)
+    readout, how = read(guider, samples, levels, probes, seed, batch_index_of("latent", latent, len(samples)))
+    report = report_of(readout, [*how, f"steps {steps}, probes {probes}, seed {seed}, noise floor {levels[0]:.4g}"])
+    return readout.bits_per_dim.tolist(), report, plot_of(readout)
 
 
 def levels_of(guider: Any, samples: torch.Tensor, noise_floor: float, steps: int) -> list[float]:
@@ -50,7 +71,7 @@ def levels_of(guider: Any, samples: torch.Tensor, noise_floor: float, steps: int
     path = path_of(sampling)
     s_min, s_max = path.s(float(sampling.sigma_min)), path.s(float(sampling.sigma_max))
     floor = NOISE_FLOOR.check(noise_floor)
-    if not s_min * (1 - ROUNDING) <= floor < s_max * (1 - ROUNDING):
+    if not s_min * (1 - SHOWN) <= floor < s_max * (1 - SHOWN):
         raise ValueError(
             f"noise_floor is {noise_floor}; this model knows noise levels s = sigma / alpha from {s_min:.4g} to {s_max:.4g}: "
             "choose one in between, near the lower end for images"
@@ -75,18 +96,15 @@ def read(
         readout = read_log_density(probe.model(probes, indices), model.predict, model.x, levels, model.path)
         return readout, [f"divergence by {probe.reason}", precision(probe, sigma, x, levels)]
 
-    known = known_method(guider)
-
     def calls(method: str, dtype: torch.dtype = torch.float32) -> int:
         finite = sum(map(math.isfinite, levels))
         top = 1  # the evaluation at pure noise, or else the prior's opposite state
-        trial = 0 if known else divergence.TRIAL_CALLS
         rounding = 2 if rounds(dtype) else 0
-        return finite * calls_per_evaluation(method, probes) + top + trial + rounding * calls_per_evaluation(method)
+        return (finite * probes + rounding) * divergence.derivative_calls(method) + top + divergence.TRIAL_CALLS
 
     path = path_of(guider.model_patcher.get_model_object("model_sampling"))
     sigmas = [path.sigma(s) for s in reversed(levels)]
-    return run_in_guider(guider, samples, work, calls(known[0] if known else divergence.FORWARD), sigmas, seed)
+    return run_in_guider(guider, samples, work, calls(divergence.FORWARD), sigmas, seed)
 
 
 def in_the_middle(model: GuiderModel, levels: list[float], seed: int) -> tuple[float, torch.Tensor]:

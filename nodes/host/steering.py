@@ -17,7 +17,18 @@ from ...dg_core.schedule import NoisePath, Schedule
 from ...dg_core.solver import solve
 from ...dg_core.statistics import compute_dtype, dimension
 from .advice import advice, name_of
-from .inputs import CURVE, DETAIL_SHIFTS, LEVELS, MASK, QUANTILES, check_fields
+from .inputs import (
+    CURVE,
+    DETAIL_SHIFT,
+    DETAIL_SHIFTS,
+    END_PERCENT,
+    LEVELS,
+    MASK,
+    QUANTILE,
+    QUANTILES,
+    START_PERCENT,
+    check_fields,
+)
 from .masks import weights_of
 from .model_access import path_of, require_one_part
 from .settings import repeated, require_batch, require_window, steps_of_percents
@@ -29,10 +40,10 @@ from .wrappers import outermost
 class GuidanceSettings:
     """The inputs that the guidance nodes share. Raises ValueError, naming the input, where one is out of range."""
 
-    quantile: float = 0.5
-    detail_shift: float = 0.0
-    start_percent: float = 0.0
-    end_percent: float = 1.0
+    quantile: float = QUANTILE.default
+    detail_shift: float = DETAIL_SHIFT.default
+    start_percent: float = START_PERCENT.default
+    end_percent: float = END_PERCENT.default
     quantiles: Sequence[float] | None = None  # one for each image, in place of quantile
     detail_shifts: Sequence[float] | None = None  # likewise
     mask: torch.Tensor | None = field(default=None, compare=False)  # (N, height, width), from 0 to 1: where to guide

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,9 @@ from ...dg_core.log_density import Evaluate, bits_of_state, log_start, state_of_
 from ...dg_core.schedule import Schedule, brief
 from ...dg_core.statistics import compute_dtype
 from ...dg_core.target import Reached, TrackedRuns, reach
-from ...dg_core.units import bits_per_dim_to_nats
-from .inputs import BITS, PROBES, Choice, Number, check_fields
-from .model_access import Predict, middle_level, open_probe, path_of, require_one_part
+from ...dg_core.units import bits_per_dim_to_nats, error_bits_per_dim
+from .inputs import BITS, PROBES, Choice, Number, check_fields, defaults, require_no_mask
+from .model_access import GuiderDenoiser, middle_level, open_probe, path_of, require_one_part
 from .steering import GuidanceSettings, sample_density_guided
 
 ABSOLUTE, SHIFT, SAME = "bits per dimension", "shift from the unguided run", "same for the whole batch"
@@ -74,18 +73,19 @@ INPUTS = (
 )
 UNCERTAIN = 10  # times the tolerance
 PROBE_SEED_OFFSET = 0x6A09E667F3BCC908  # the probes of a run are not those of a readout with the same seed
+_DEFAULT = defaults(INPUTS)
 
 
 @dataclass(frozen=True)
 class TargetSettings:
     """The inputs of Density Target Sampler. Raises ValueError, naming the input, where one is out of range."""
 
-    target: str = SHIFT
-    value: float = 0.0
-    reference_image: int = -1
-    tolerance: float = 0.002
-    max_passes: int = 3
-    probes: int = 1
+    target: str = _DEFAULT["target"]
+    value: float = _DEFAULT["value"]
+    reference_image: int = _DEFAULT["reference_image"]
+    tolerance: float = _DEFAULT["tolerance"]
+    max_passes: int = _DEFAULT["max_passes"]
+    probes: int = _DEFAULT["probes"]
 
     def __post_init__(self) -> None:
         check_fields(self, INPUTS)
@@ -122,7 +122,7 @@ class TargetResult:
         target, achieved, unguided = (
             bits_of_state(v, s, dim).tolist() for v in (reached.target, reached.achieved, reached.unguided)
         )
-        return cls(target, achieved, (reached.standard_error / (dim * math.log(2))).tolist(), unguided, s, reached)
+        return cls(target, achieved, error_bits_per_dim(reached.standard_error, dim).tolist(), unguided, s, reached)
 
 
 class TargetSampler(comfy.samplers.KSAMPLER):
@@ -164,7 +164,7 @@ def sample_to_target(
     steps, dim, dtype = len(sigmas) - 1, x[0].numel(), x.dtype
     with torch.inference_mode(False), torch.no_grad(), tqdm(total=steps, disable=disable) as bar:
         x = x.to(compute_dtype(dtype), copy=True)
-        predict = Predict(guider, extra_args, len(x))
+        predict = GuiderDenoiser(guider, extra_args, len(x))
         if new_evaluate is None:
             new_evaluate = _probing(guider, predict, x, schedule, settings, extra_args.get("seed"))
         start = log_start(predict, x, schedule.levels[0], new_evaluate()(x, schedule.sigmas[0], 0))
@@ -192,10 +192,7 @@ def sample_to_target(
 
 def _check(settings: TargetSettings, schedule: Schedule, x: torch.Tensor, extra_args: dict[str, Any]) -> GuidedSteps:
     """The steps of a run to a target. Raises ValueError, naming the input, where there is no such run."""
-    if extra_args.get("denoise_mask") is not None:
-        raise ValueError(
-            "the latent has a noise mask; a target needs whole images: remove the mask, or use Density Guidance Sampler"
-        )
+    require_no_mask("the latent", extra_args.get("denoise_mask"), "a target", ", or use Density Guidance Sampler")
     steps = guided_steps(schedule)
     if steps is None:
         raise ValueError(
@@ -211,7 +208,7 @@ def _check(settings: TargetSettings, schedule: Schedule, x: torch.Tensor, extra_
 
 
 def _probing(
-    guider: Any, predict: Predict, x: torch.Tensor, schedule: Schedule, settings: TargetSettings, seed: int | None
+    guider: Any, predict: GuiderDenoiser, x: torch.Tensor, schedule: Schedule, settings: TargetSettings, seed: int | None
 ) -> Callable[[], Evaluate]:
     """new_evaluate of `TrackedRuns` with random probes.
 

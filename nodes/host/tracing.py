@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from ...dg_core.log_density import Evaluate, LogDensityTrack, bits_of_state, log_start
+from ...dg_core.record import RunRecord
 from ...dg_core.schedule import NoisePath, Schedule
 from ...dg_core.statistics import compute_dtype
 from ...dg_core.target import Run
-from ...dg_core.trace import RunTrace
+from ...dg_core.units import error_bits_per_dim
 from .advice import function_of, innermost
-from .inputs import samples_of
-from .model_access import Predict, middle_level, open_probe, path_of
+from .inputs import parts_refusal, require_no_mask, samples_of
+from .model_access import GuiderDenoiser, middle_level, open_probe, path_of
 from .plots import blank_image, curves_image
 from .steering import sample_density_guided
 from .target_run import TargetResult, TargetSampler
@@ -57,12 +58,9 @@ def _without_nan(value: Any) -> Any:
 
 def require_traceable(sampler: Any, latent_image: dict[str, Any]) -> None:
     """Raise ValueError where the whole image has no single density at the noise levels of the schedule."""
-    if latent_image.get("noise_mask") is not None:
-        raise ValueError(
-            "latent_image has a noise mask; the trace needs whole images: remove the mask, or sample with SamplerCustomAdvanced"
-        )
+    require_no_mask("latent_image", latent_image.get("noise_mask"), "the trace", ", or sample with SamplerCustomAdvanced")
     if getattr(samples_of("latent_image", latent_image), "is_nested", False):
-        raise ValueError("latent_image combines video and audio; its density is not defined: sample with SamplerCustomAdvanced")
+        raise parts_refusal("latent_image", "sample with SamplerCustomAdvanced")
     name = getattr(function_of(sampler), "__name__", "")
     if name in OWN_LEVELS:
         raise ValueError(
@@ -118,7 +116,7 @@ class TracedSampler(comfy.samplers.Sampler):
         if isinstance(inner, TargetSampler) and not inner.settings.neutral:  # It tracks itself.
             return _reporting(self._sampler, self._report).sample(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
         path, schedule = path_of(guider.inner_model.model_sampling), sigmas.tolist()
-        free = RunTrace(path, noise[0].numel())
+        free = RunRecord(path, noise[0].numel())
         tracked = _Tracked.of_run(guider, extra_args, Schedule(path, schedule), noise) if self._exact else None
         # The pack's own solver corrects a state after the call, and reports the better one.
         witness = None if function_of(inner) is sample_density_guided else _Witness()
@@ -184,7 +182,7 @@ def _reporting(sampler: Any, report: Callable[[TargetResult], None]) -> Any:
 class _Tracked:
     """The log-density of the states, by one probe at each."""
 
-    def __init__(self, predict: Predict, evaluate: Evaluate, path: NoisePath, dim: int):
+    def __init__(self, predict: GuiderDenoiser, evaluate: Evaluate, path: NoisePath, dim: int):
         self._predict, self._evaluate, self._path = predict, evaluate, path
         self._track = LogDensityTrack(path, dim)
         self._start: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -198,7 +196,7 @@ class _Tracked:
             return None
         seed = ((extra_args.get("seed") or 0) + PROBE_SEED_OFFSET) % 2**64
         with torch.inference_mode(False), torch.no_grad():
-            predict = Predict(guider, extra_args, len(noise))
+            predict = GuiderDenoiser(guider, extra_args, len(noise))
             x = level.std * noise.to(compute_dtype(noise.dtype), copy=True)
             probe = open_probe(guider, predict, x, level.sigma, seed)
         return cls(predict, probe.model(), schedule.path, noise[0].numel())
@@ -224,7 +222,7 @@ def density_row(log_p_u: torch.Tensor, s: float, dim: int, error: torch.Tensor |
     if not math.isfinite(s):
         return {}
     row = {"bits_per_dim": bits_of_state(log_p_u, s, dim).tolist()}
-    return row if error is None else {**row, "standard_error": (error / (dim * math.log(2))).tolist()}
+    return row if error is None else {**row, "standard_error": error_bits_per_dim(error, dim).tolist()}
 
 
 def target_rows(run: Run) -> list[dict[str, Any]]:

@@ -6,10 +6,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comfy_api.latest import io
 
 from ...dg_core.schedule import Schedule
 from ...dg_core.variation import CORRECTIONS, MAX_PROBES, MAX_STRENGTH, ImageNoise, Variation, indices_of
-from .inputs import END_PERCENT, START_PERCENT, Choice, Number, Numbers, Seed, batch_index_of, check_fields, require
+from .inputs import (
+    END_PERCENT,
+    QUANTILE,
+    START_PERCENT,
+    Choice,
+    Number,
+    Numbers,
+    NumberText,
+    Seed,
+    Socket,
+    batch_index_of,
+    check_fields,
+    defaults,
+)
 from .masks import amount_of
 from .model_access import require_one_part
 from .settings import repeated, require_batch, require_window, steps_of_percents
@@ -77,19 +91,26 @@ INPUTS = (
     ),
     VARIATION_INDEX,
 )
+LATENT = Socket("latent", "The latent to vary; only its first image is used.", io.Latent)
+ROW_QUANTILES = NumberText(
+    "quantiles", "The quantile of each row, separated by commas.", each=QUANTILE, default="0.3, 0.5, 0.7", neutral="0.5"
+)
+VARIATIONS = Number("variations", "Number of variations in each row.", default=4, low=1, high=64)
+GRID_INPUTS = LATENT, ROW_QUANTILES, VARIATIONS
+_DEFAULT = defaults(INPUTS)
 
 
 @dataclass(frozen=True)
 class VariationSettings:
     """The inputs of the variation. Raises ValueError, naming the input, where one is out of range."""
 
-    vary: str = "fine details"
-    strength: float = 0.5
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    variation_seed: int = 0
-    correction: str = "expected"
-    probes: int = 1
+    vary: str = _DEFAULT["vary"]
+    strength: float = _DEFAULT["strength"]
+    start_percent: float = _DEFAULT["start_percent"]
+    end_percent: float = _DEFAULT["end_percent"]
+    variation_seed: int = _DEFAULT["variation_seed"]
+    correction: str = _DEFAULT["correction"]
+    probes: int = _DEFAULT["probes"]
     variation_index: Sequence[float] | None = None  # one for each image, in place of its starting noise
 
     def __post_init__(self) -> None:
@@ -142,12 +163,21 @@ class VariationSettings:
         return variation
 
 
-def grid_of(latent: dict[str, Any], count: int) -> dict[str, Any]:
+def variation_grid(
+    latent: dict[str, Any], quantiles: str, variations: int
+) -> tuple[dict[str, Any], list[float], list[float], list[float], int]:
+    """(LATENT of the grid, quantile and number of every image in its row, quantile of every row, number of columns)."""
+    rows, columns = ROW_QUANTILES.check(quantiles), VARIATIONS.check(variations)
+    indices = [float(i) for _ in rows for i in range(columns)]
+    return _grid_of(latent, len(indices)), [q for q in rows for _ in range(columns)], indices, rows, columns
+
+
+def _grid_of(latent: dict[str, Any], count: int) -> dict[str, Any]:
     """A LATENT of `count` images, all of them the first of `latent`, with its mask and batch_index.
 
     Raises ValueError for what is no LATENT of a single part.
     """
-    require("latent", latent, "keys", "a LATENT")
+    LATENT.check(latent)
     samples, mask = latent.get("samples"), latent.get("noise_mask")
     if not torch.is_tensor(samples) or samples.is_nested or not len(samples):
         raise ValueError("latent is empty or combines video and audio; connect a single image or video latent")

@@ -26,7 +26,7 @@ from .units import nats_to_bits_per_dim
 FULL_NOISE = 0.2  # how far c^2 may be from 1, on average over a run, for the free log-density to be stated
 
 
-class RunTrace:
+class RunRecord:
     """Rows of a run, in the order of its steps; values per image. `add` at every step, then `rows`."""
 
     def __init__(self, path: NoisePath, dim: int):
@@ -92,8 +92,8 @@ class RunTrace:
                     shift = shift + self._work[i - 1]
                     old = self._track.s[i - 1]
                     if math.isfinite(old):
-                        able = self._track.eps_energy[i - 1] * self.dim * math.log(old / s)
-                        row["eta"] = (1 + self._work[i - 1] / able).tolist()
+                        room = self._track.eps_energy[i - 1] * self.dim * math.log(old / s)
+                        row["eta"] = (1 + self._work[i - 1] / room).tolist()
                     row["shift"] = nats_to_bits_per_dim(shift, self.dim).tolist()
             if abs(noise - 1) < FULL_NOISE and math.isfinite(s):
                 log_p_u = self._start + change + self.dim * math.log(sin_theta(self._track.s[0]) / sin_theta(s))
