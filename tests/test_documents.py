@@ -31,7 +31,7 @@ def test_rendering_changes_nothing(path):
 
 def test_every_table_and_every_json_stands_in_a_page():
     marks = re.findall(r'\[\[\[cog table\("(\w+)", "(\w+)"\)', "".join(map(text, PAGES)))
-    makers = {name for name in vars(tables) if name.startswith(tuple(f"{page}_" for page in (*MEASURED, "cost")))}
+    makers = {name for name in vars(tables) if name.startswith(tuple(f"{page}_" for page in (*MEASURED, "cost", "sweeps")))}
     assert {"_".join(mark) for mark in marks} == makers
     assert {name for name, _ in marks} >= set(MEASURED)
 
