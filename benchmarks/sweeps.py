@@ -39,6 +39,11 @@ def prompts_of(graphs):
     return [{"id": sweep.prompt_id(g), "settings": {"number": i}, "graph": g} for i, g in enumerate(graphs)]
 
 
+def sleeping(seconds, i):
+    """A graph for the stand-in."""
+    return {"1": {"class_type": "Sleep", "inputs": {"number": i}, "sleep": seconds}}
+
+
 def start(prompts, out, **options):
     """A driver."""
     out.mkdir(parents=True, exist_ok=True)
@@ -97,16 +102,18 @@ def alone(graphs, folder):
 
 
 def throughput(folder):
-    """One server's own queue, and two workers, on the same prompts."""
+    """Two workers, and before and after them one server's own queue with half of the prompts."""
     graphs = [mixed_run(i) for i in range(PROMPTS)]
     os.environ.update(ONE_THREAD)
-    queue_s, expected = alone(graphs, folder / "alone")
+    queue_s, expected = alone(graphs[::2], folder / "before")
     out = folder / "clean"
     driver = start(prompts_of(graphs), out)
     until(out, WORKERS, driver)
     began = time.monotonic()
     finish(driver)
     sweep_s = time.monotonic() - began
+    after_s, after = alone(graphs[1::2], folder / "after")
+    queue_s, expected = queue_s + after_s, expected | after
     rows = list(sweep.read_rows(out))
     busy = sum(row[SECONDS] for row in rows)
     return expected, {
@@ -175,7 +182,7 @@ def killed(folder, expected):
         driver = start(prompts, out, address=address)
         finish(driver)
     runs += lost_runs(out)
-    runs.update(expected)
+    runs.update(list(expected))
     rows, table, found = list(sweep.read_rows(out)), table_of(out), results_of(out)
     return {
         "prompts": len(prompts),
@@ -195,7 +202,7 @@ def killed(folder, expected):
 def dry(folder):
     """Many prompts of a stand-in: memory, and what the adapter itself costs."""
     out, used = folder / "dry", []
-    prompts = prompts_of({"sleep": DRY_S, "number": i} for i in range(DRY))
+    prompts = prompts_of(sleeping(DRY_S, i) for i in range(DRY))
     driver = start(prompts, out, worker="memory")
     until(out, 1, driver)
     began = time.monotonic()
@@ -222,7 +229,7 @@ def dry(folder):
 
 def resumed(folder):
     """The driver is killed half-way: what runs again, with our folders and with Ray Data's checkpoint."""
-    prompts, results = prompts_of({"sleep": RESUMED_S, "number": i} for i in range(RESUMED)), {}
+    prompts, results = prompts_of(sleeping(RESUMED_S, i) for i in range(RESUMED)), {}
     out = folder / "ours"
     driver = start(prompts, out, worker="stand_in")
     until(out, RESUMED // 2, driver)

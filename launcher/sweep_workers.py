@@ -26,7 +26,7 @@ READERS = ("LogDensity", "ExactLogDensity")
 class Worker:
     """An actor: a ComfyUI of its machine, which runs one prompt after the other. Ends itself where that one ends."""
 
-    def __init__(self, where: Environment, out: Path, limit_s: float):
+    def __init__(self, where: Environment, out: Path, limit_s: float, kinds: set[str]):
         from .client import Client
 
         self.out, self.limit_s, self.name = out, limit_s, f"{socket.gethostname()}-{os.getpid()}"
@@ -45,7 +45,9 @@ class Worker:
             raise LauncherError(f"ComfyUI did not start on {socket.gethostname()}: {''.join(said)}")
         serving = json.loads(line)
         self.client, self.saved = Client(serving["url"]), Path(serving["output"])
-        self.known, self.last = set(self.client.object_info()), set()
+        self.last = set()
+        if missing := kinds - set(self.client.object_info()):
+            raise LauncherError(f"ComfyUI on {socket.gethostname()} lacks the nodes: {', '.join(sorted(missing))}.")
 
     def __call__(self, batch: dict) -> dict:
         rows = [self.row(key, json.loads(prompt)) for key, prompt in zip(batch["id"].tolist(), batch["prompt"].tolist())]
@@ -208,10 +210,11 @@ def _run(left, where, out, workers, address, cpus, limit_s, worker, table) -> No
     workers = workers or int(gpus) or len(ray.nodes())
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    kinds = {node["class_type"] for prompt in left for node in prompt["graph"].values()}
     items = [{"id": prompt["id"], "prompt": json.dumps(prompt)} for prompt in left]
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         worker,
-        fn_constructor_args=(where, out, limit_s),
+        fn_constructor_args=(where, out, limit_s, kinds),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=1),
         num_cpus=cpus,
@@ -219,13 +222,17 @@ def _run(left, where, out, workers, address, cpus, limit_s, worker, table) -> No
     )
     del items
     count, start, told = 0, None, 0.0
-    for found in results.iter_rows():
-        table.add(json.loads(found["row"]))
-        count, now = count + 1, time.monotonic()
-        start = start or now
-        if now - told > TOLD_S or count == len(left):
-            rate = (now - start) / (count - 1) if count > 1 else json.loads(found["row"])["seconds"] / workers
-            print(f"{count} of {len(left)}; about {duration(rate * (len(left) - count))} left", flush=True)
-            told = now
-    table.flush()
-    ray.shutdown()
+    try:
+        for found in results.iter_rows():
+            table.add(json.loads(found["row"]))
+            count, now = count + 1, time.monotonic()
+            start = start or now
+            if now - told > TOLD_S or count == len(left):
+                rate = (now - start) / (count - 1) if count > 1 else json.loads(found["row"])["seconds"] / workers
+                print(f"{count} of {len(left)}; about {duration(rate * (len(left) - count))} left", flush=True)
+                told = now
+    except ray.exceptions.RayError as error:  # around a worker's own
+        raise LauncherError(str(error).rpartition("LauncherError: ")[2]) from error
+    finally:
+        table.flush()
+        ray.shutdown()

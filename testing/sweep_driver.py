@@ -20,11 +20,11 @@ from launcher.sweep_workers import Worker, run
 class StandIn(Worker):
     """Takes `sleep` seconds for each prompt, and saves its settings as a file."""
 
-    def __init__(self, where, out, limit_s):
+    def __init__(self, where, out, limit_s, kinds):
         self.out, self.limit_s, self.name, self.client = out, limit_s, str(os.getpid()), self
 
     def run(self, graph, timeout):
-        time.sleep(graph["sleep"])
+        time.sleep(graph["1"]["sleep"])
         return {"prompt": (0, "", {}), "outputs": {}}
 
     def _keep(self, entry, folder):
@@ -52,7 +52,7 @@ def checkpointed(prompts, out, workers):
             for key in batch["id"].tolist():
                 with (out / "runs").open("a") as file:
                     file.write(f"{key}\n")
-                time.sleep(json.loads(batch["prompt"][0])["graph"]["sleep"])
+                time.sleep(json.loads(batch["prompt"][0])["graph"]["1"]["sleep"])
             return batch
 
     ray.init("local", log_to_driver=False, logging_level="ERROR", include_dashboard=False, num_cpus=workers)

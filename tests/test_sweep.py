@@ -305,7 +305,12 @@ parquet.write_table(pyarrow.table({"id": ids}), sys.argv[1])
 
 def driver(out, count, **options):
     out.with_suffix(".json").write_text(
-        json.dumps([{"id": f"{i:064x}", "settings": {"number": i}, "graph": {"sleep": 0.2}} for i in range(count)])
+        json.dumps(
+            [
+                {"id": f"{i:064x}", "settings": {"number": i}, "graph": {"1": {"class_type": "A", "sleep": 0.2}}}
+                for i in range(count)
+            ]
+        )
     )
     asked = {
         "prompts": str(out.with_suffix(".json")),
