@@ -600,13 +600,8 @@ def sweeps_dry(r):
 
 
 def sweeps_resumed(r):
+    ways = {"folders, as built": "folders", "Ray Data's checkpoint": "checkpoint"}
     return markdown(
-        ["the driver dies half-way, 400 prompts of a stand-in", "ran again", "rows in the table", "different ids"],
-        [
-            [name, e["ran_again"], e["in_table"], e["ids"]]
-            for name, e in (
-                ("folders, as built", r["resumed"]["folders"]),
-                ("Ray Data's checkpoint", r["resumed"]["checkpoint"]),
-            )
-        ],
+        ["400 prompts of a stand-in, the driver dies half-way", "had run, or begun", "need not run again"],
+        [[name, r["resumed"][key]["had_run"], r["resumed"][key]["kept"]] for name, key in ways.items()],
     )
