@@ -202,13 +202,13 @@ def _run(left, where, out, workers, address, cpus, limit_s, worker, table) -> No
     import ray
     import ray.data
 
-    local = {} if address else {"include_dashboard": False, "num_cpus": max((workers or 1) * cpus, os.cpu_count() or 1)}
+    settings = {} if address else {"include_dashboard": False, "num_cpus": max((workers or 1) * cpus, os.cpu_count() or 1)}
     # each machine has this pack at the same place, so that a worker finds its code
-    local["runtime_env"] = {"env_vars": {"PYTHONPATH": str(PACK)}}
-    ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
+    settings["runtime_env"] = {"env_vars": {"PYTHONPATH": str(PACK)}}
+    ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **settings)
     gpus = ray.cluster_resources().get("GPU", 0)
     workers = workers or int(gpus) or len(ray.nodes())
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised, too
     ray.data.DataContext.get_current().enable_progress_bars = False
     kinds = {node["class_type"] for prompt in left for node in prompt["graph"].values()}
     items = [{"id": prompt["id"], "prompt": json.dumps(prompt)} for prompt in left]

@@ -55,7 +55,9 @@ def checkpointed(prompts, out, workers):
                 time.sleep(json.loads(batch["prompt"][0])["graph"]["1"]["sleep"])
             return batch
 
-    ray.init("local", log_to_driver=False, logging_level="ERROR", include_dashboard=False, num_cpus=workers)
+    ray.init(
+        "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False, num_cpus=8
+    )  # also for its reads and writes
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.checkpoint_config = CheckpointConfig(
