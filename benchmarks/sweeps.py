@@ -80,10 +80,12 @@ def results_of(out):
     return {row["id"]: digests(out / row["id"] / name for name in row["files"]) for row in sweep.read_rows(out)}
 
 
-def table_of(out):
+def table_of(out, name="table"):
     """The ids in the Parquet files, as Ray's Python reads them."""
-    code = "import sys, json, pyarrow.parquet as p; print(json.dumps(p.read_table(sys.argv[1])['id'].to_pylist()))"
-    return json.loads(subprocess.run([prepare_sweep(), "-c", code, out / "table"], capture_output=True, check=True).stdout)
+    code = "import sys, json, pyarrow.parquet as p; ids = [p.read_table(f)['id'].to_pylist() for f in sys.argv[1:]]"
+    code += "; print(json.dumps(sum(ids, [])))"
+    files = sorted((out / name).glob("*.parquet"))
+    return json.loads(subprocess.run([prepare_sweep(), "-c", code, *files], capture_output=True, check=True).stdout)
 
 
 def lost_runs(out):
@@ -228,38 +230,27 @@ def dry(folder):
 
 
 def resumed(folder):
-    """The driver is killed half-way: what runs again, with our folders and with Ray Data's checkpoint."""
-    prompts, results = prompts_of(sleeping(RESUMED_S, i) for i in range(RESUMED)), {}
+    """The driver is killed half-way: how many prompts had run, and how many of them need not run again."""
+    prompts = prompts_of(sleeping(RESUMED_S, i) for i in range(RESUMED))
     out = folder / "ours"
     driver = start(prompts, out, worker="stand_in")
     until(out, RESUMED // 2, driver)
     driver.kill()
     driver.wait()
     time.sleep(2)
-    lost = lost_runs(out)
-    finish(start(prompts, out, worker="stand_in"))
-    table = table_of(out)
-    results["folders"] = {"ran_again": sum(lost.values()), "in_table": len(table), "ids": len(set(table))}
+    kept = done(out)
+    ours = {"had_run": kept + sum(lost_runs(out).values()), "kept": kept}
     out = folder / "ray"
-    out.mkdir()
+    (out / "checkpoint").mkdir(parents=True)
     (out / "runs").touch()
-    runs = lambda: (out / "runs").read_text().split()
+    runs = lambda: len((out / "runs").read_text().split())
     driver = start(prompts, out, checkpoint=True)
-    while len(runs()) < RESUMED // 2 and driver.poll() is None:
+    while runs() < RESUMED // 2 and driver.poll() is None:
         time.sleep(0.05)
     driver.kill()
     driver.wait()
     time.sleep(2)
-    files = len(list(out.glob("table/*.parquet")))
-    finish(start(prompts, out, checkpoint=True))
-    table = table_of(out)
-    results["checkpoint"] = {
-        "ran_again": len(runs()) - RESUMED,
-        "in_table": len(table),
-        "ids": len(set(table)),
-        "files_at_kill": files,
-    }
-    return results
+    return {"folders": ours, "checkpoint": {"had_run": runs(), "kept": len(table_of(out, "checkpoint"))}}
 
 
 def main():

@@ -382,3 +382,63 @@ def summary(read):
         step = "guided Euler step against a plain one, with a model that costs nothing"
         rows.append(f"any | {step} | {min(guided):.2f} to {max(guided):.2f} times")
     return markdown("density | measured | result", rows)
+
+
+def sweeps_killed(r):
+    r = r["killed"]
+    return markdown(
+        [f"{r['prompts']} prompts of mixed nodes, two workers", ""],
+        [
+            ["killed with kill -9, one after the other", ", ".join(r["killed"])],
+            ["prompts that had run when the driver died, and were skipped", r["done_when_driver_died"]],
+            ["ids in the table, and different ones", f"{r['in_table']}, {r['ids_in_table']}"],
+            ["results that are the same bytes as of one server alone", r["same_bytes"]],
+            ["runs that were cut off, and most runs of one prompt", f"{r['cut_off']}, {r['most_runs']}"],
+            ["prompts by the node that joined", r["by_joined_node"]],
+        ],
+    )
+
+
+def sweeps_throughput(r):
+    r = r["throughput"]
+    return markdown(
+        [
+            "prompts",
+            "one server's own queue, s",
+            "two workers, s",
+            "times as fast",
+            "workers busy",
+            "same bytes",
+            "load of the machine",
+        ],
+        [
+            [
+                *(r["prompts"], f"{r['queue_s']:.0f}", f"{r['sweep_s']:.0f}", f"{r['ratio']:.2f}", f"{r['busy']:.0%}"),
+                *(r["same_bytes"], f"{r['load']:.1f}"),
+            ]
+        ],
+    )
+
+
+def sweeps_dry(r):
+    r = r["dry"]
+    growth = [last - first for first, last in r["worker_mib"]]
+    return markdown(
+        [f"{r['prompts']:,} prompts of {r['sleep_ms']:g} ms, two workers", ""],
+        [
+            ["time of the driver for each prompt", f"{r['ms_of_driver']:.1f} ms"],
+            ["time that a worker loses for each prompt", f"{r['ms_of_worker']:.1f} ms"],
+            ["memory of the driver after each thousand, MiB", ", ".join(map(str, r["driver_mib"]))],
+            ["growth of a worker after its first tenth, MiB", ", ".join(f"{mib:+d}" for mib in growth)],
+            ["100 machines, 10 s for an image: share of the driver that is busy", f"{r['ms_of_driver'] / 100:.0%}"],
+            ["... and what each machine loses, on paper", f"{r['ms_of_worker'] / 1e4:.2%}"],
+        ],
+    )
+
+
+def sweeps_resumed(r):
+    ways = {"folders, as built": "folders", "Ray Data's checkpoint": "checkpoint"}
+    return markdown(
+        ["400 prompts of a stand-in, the driver dies half-way", "had run, or begun", "need not run again"],
+        [[name, r["resumed"][key]["had_run"], r["resumed"][key]["kept"]] for name, key in ways.items()],
+    )
