@@ -6,7 +6,16 @@ import math
 import re
 
 import pytest
-from density_guidance.benchmarks import composability, long_queue, pages, paper_experiments, robustness, tables, variation
+from density_guidance.benchmarks import (
+    composability,
+    long_queue,
+    pages,
+    paper_experiments,
+    robustness,
+    sweeps,
+    tables,
+    variation,
+)
 from density_guidance.benchmarks import detail_shift as samplers
 from density_guidance.benchmarks.mutations import MUTATIONS
 from density_guidance.dg_core.variation import CORRECTIONS
@@ -172,6 +181,18 @@ def test_the_long_runs_went_well():
     assert sum(r["robustness"]["outcomes"].values()) == r["robustness"]["examples"]
     assert abs(r["long_queue"]["growth"]) < 0.05 and r["oldest_host"]["missing_nodes"] == []
     assert not [line for page in ("architectures", "composability") for line in text(page).splitlines() if "| fails |" in line]
+
+
+def test_nothing_of_a_sweep_is_lost():
+    """Whatever is killed: every prompt once in the table, none run more than twice, all as one server alone makes them."""
+    for part in (r["sweeps"]["throughput"], r["sweeps"]["killed"]):
+        assert part["same_bytes"] == part["prompts"] == sweeps.PROMPTS
+    killed, dry, kept = (r["sweeps"][name] for name in ("killed", "dry", "resumed"))
+    assert killed["rows_done"] == killed["in_table"] == killed["ids_in_table"] == killed["prompts"]
+    assert killed["most_runs"] <= 2 and killed["by_joined_node"] > 0 and len(killed["killed"]) == 4
+    assert dry["in_table"] == dry["prompts"] == sweeps.DRY and dry["driver_mib"][-1] < 1.1 * dry["driver_mib"][0]
+    assert all(last < 1.1 * first for first, last in dry["worker_mib"])
+    assert kept["folders"]["had_run"] - kept["folders"]["kept"] <= sweeps.WORKERS < kept["checkpoint"]["had_run"]
 
 
 def test_measured_claims_of_variation():
