@@ -136,7 +136,7 @@ def test_commands_and_benchmarks_are_listed_and_no_others():
     for arguments in (["bench"], ["bench", "nothing"]):
         result = run_py(*arguments)
         assert result.returncode == 2
-        assert "architectures,composability," in result.stderr and "rivals" not in result.stderr
+        assert "architectures,composability," in result.stderr and "tables" not in result.stderr
     assert "in-host-python" not in run_py("--help").stdout
 
 

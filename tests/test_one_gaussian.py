@@ -135,5 +135,5 @@ def test_detail_shift_means_the_same_at_every_size(prediction, detail_shift, siz
 )
 def test_unreachable_smoothing_ends_at_the_limit(prediction, detail_shift, sampler, tolerance, caplog):
     change = change_of_bits(prediction, "32", detail_shift, 32, sampler)
-    assert "the most that can be reached" in caplog.text
+    assert "the smoothest that can be reached" in caplog.text
     assert change == pytest.approx([control.SMOOTHEST] * 2, abs=tolerance)
